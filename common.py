@@ -1,0 +1,360 @@
+"""What the scripts must do identically: configuration, random streams, processes, EMA, checkpoints, logs, pictures.
+
+Helpers only: each is called by the scripts and none calls back. The training loops themselves stand in the scripts.
+"""
+import argparse
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+
+
+class UserError(ValueError):
+    """Something the user can mend. Shown as one line, exit status 2; the message says what is wrong and what to do."""
+
+
+def run(main):
+    """Call main() as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    status = 0
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        status = 130
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()     # after an error the other ranks may be stuck; torchrun ends them
+    sys.stdout.flush()
+    if status:
+        os._exit(status) if dist.is_initialized() else sys.exit(status)
+
+
+# ------------------------------------------------ configuration ------------------------------------------------
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def _comments(config_class):
+    """Read groups and help texts off a config dataclass's own source: {field: (group, help)}.
+
+    A line `# ---- title ----` opens a group; the comment behind a field, and comment lines right under it, are its help.
+    So what a reader sees beside the field and what --help prints cannot drift apart.
+    """
+    found = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        group, name = "options", None
+        for line in inspect.getsource(cls).splitlines():
+            if title := re.match(r"    # ---- (.*?) -+$", line):
+                group, name = title[1], None
+            elif entry := re.match(r"    (\w+): [^=]+=.*?(?:  # (.*))?$", line):
+                name = entry[1]
+                found[name] = (group, entry[2] or "")
+            elif name and (more := re.match(r"\s{5,}# (.*)", line)):
+                found[name] = (group, f"{found[name][1]} {more[1]}")
+            else:
+                name = None
+    return found
+
+
+def parse_config(config_class, presets, base, description, argv=None):
+    """Build a config from the command line. Precedence: the class's defaults < presets < options.
+
+    presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is not in `base`
+    (the presets that fix a scale; the first of them is the default), that default comes before it.
+    Raises UserError for unknown options, presets and values.
+    """
+    description += (f"\nDefaults below are the paper's or those of the source named with them; `--preset` (default "
+                    f"{base[0]}) changes many at once.\nScales: {', '.join(base)}.\nVariants to join to a scale: "
+                    f"{', '.join(name for name in presets if name not in base)}.")
+    parser = _Parser(description=description, usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
+                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    comments = _comments(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.type not in (int, float, str, bool):
+            continue                                                        # set by the script, not by an option
+        title, text = comments[field.name]
+        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
+               {"type": field.type, "metavar": field.type.__name__.upper()}
+        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} (default {field.default!r})".replace(
+            "%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    names = [name.strip() for name in given.get("preset", base[0]).split(",")]
+    if unknown := [name for name in names if name not in presets]:
+        raise UserError(f"unknown preset {', '.join(unknown)}; there are: {', '.join(presets)}")
+    if names[0] not in base:
+        names.insert(0, base[0])
+    values = {}
+    for name in names:
+        values |= presets[name]
+    try:
+        return config_class(**(values | given | {"preset": ",".join(names)}))
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+# ------------------------------------------------ random streams ------------------------------------------------
+
+def sample_rng(seed, stream, major, minor):
+    """A numpy Generator for one purpose and one sample: a function of (seed, stream, major, minor) and nothing else.
+
+    Philox is counter-based: the seed and the stream's name make the key, major and minor (step and position, or epoch
+    and index) the upper words of the counter, so no two streams overlap and starting one costs microseconds.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(stream.encode())],
+                                                counter=[0, 0, minor, major]))
+
+
+# ------------------------------------------------ processes ------------------------------------------------
+
+def start_processes(device="auto"):
+    """Join torchrun's process group if there is one. Returns (rank, world, torch.device).
+
+    device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "mps". nccl on CUDA, gloo elsewhere.
+    Raises UserError when a device is asked for that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA GPU; use --device cpu or install a CUDA build of torch")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    if device not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: choose auto, cpu, cuda or mps")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: torchrun --nproc-per-node is larger than the "
+                            f"{torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True      # float32 products outside autocast at 10 mantissa bits
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+
+
+def all_mean(values, world):
+    """Mean over processes of a float tensor, in place."""
+    if world > 1:
+        dist.all_reduce(values)
+        values /= world
+    return values
+
+
+def autocast_dtype(name, device):
+    """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")
+    return getattr(torch, name)
+
+
+# ------------------------------------------------ EMA ------------------------------------------------
+
+class EMA:
+    """Exponential moving average of a model's weights: ema += (1 - decay) * (weights - ema), buffers copied.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random start for
+    tens of thousands of steps. By step 90,000 the two are the same.
+    """
+
+    def __init__(self, model, decay):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+
+
+# ------------------------------------------------ checkpoints ------------------------------------------------
+
+def atomic_write(path, write):
+    """Call write(temporary path), then rename it to `path`: a reader or a crash never meets half a file."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def numbered_checkpoints(out):
+    """The step_*.pt files of a run, newest step first (by number: the largest file may be a broken one)."""
+    return sorted(Path(out).glob("step_*.pt"), key=lambda p: int(p.stem.split("_")[1]), reverse=True)
+
+
+def save_checkpoint(out, state, keep):
+    """Write `state` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and out/last.pt.
+
+    Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep` numbered files
+    stay. Whenever a crash comes, the last whole checkpoint is there under one of the names.
+    """
+    out = Path(out)
+    numbered = out / f"step_{state['step']:07d}.pt"
+    atomic_write(numbered, lambda path: torch.save(state, path))
+
+    def link(path):
+        try:
+            os.link(numbered, path)
+        except OSError:
+            shutil.copyfile(numbered, path)
+
+    atomic_write(out / "last.pt", link)
+    for old in numbered_checkpoints(out)[keep:]:
+        old.unlink()
+
+
+def load_checkpoint(path):
+    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU. Raises UserError if it is not a whole one."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if isinstance(state, dict) and "config" in state else _not_ours(path)
+    except UserError:
+        raise
+    except Exception as e:       # torch.load raises RuntimeError, EOFError, UnpicklingError, ... by where it was cut
+        raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}); use another one") from e
+
+
+def _not_ours(path):
+    raise UserError(f"{path} is no checkpoint of this project: it has no 'config'")
+
+
+def find_checkpoint(out):
+    """The newest whole checkpoint of a run, or None if it has none yet. A damaged one is passed over with a warning."""
+    candidates = [p for p in (Path(out) / "last.pt", *numbered_checkpoints(out)) if p.exists()]
+    for path in candidates:
+        try:
+            return load_checkpoint(path)
+        except UserError as e:
+            print(f"warning: {e}; trying the one before", file=sys.stderr, flush=True)
+    if candidates:
+        raise UserError(f"none of the {len(candidates)} checkpoints in {out} can be read; delete them to start anew")
+    return None
+
+
+def load_weights(model, state, path):
+    """load_state_dict with one clear line for weights of another model. Raises UserError."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip() if len(str(e).splitlines()) > 1 else str(e)
+        raise UserError(f"{path} holds weights of another model: {first}") from e
+
+
+def check_same_config(saved, config, free, path):
+    """Refuse to go on with a run under another configuration; fields in `free` may change. Raises UserError."""
+    now = dataclasses.asdict(config)
+    changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
+               if k not in free and saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(f"the checkpoint in {path} is of another run ({'; '.join(changed[:6])}"
+                        f"{'; ...' if len(changed) > 6 else ''}); choose another --out or the same options")
+
+
+# ------------------------------------------------ logs ------------------------------------------------
+
+def append_metrics(out, record):
+    """Add one JSON line to out/metrics.jsonl."""
+    with open(Path(out) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(out):
+    """The records of out/metrics.jsonl; a last line that a crash cut short is dropped."""
+    path, records = Path(out) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def cut_metrics(out, step):
+    """Drop the records after `step`: a resumed run will write them again."""
+    records = [r for r in read_metrics(out) if r["step"] <= step]
+    atomic_write(Path(out) / "metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
+
+
+# ------------------------------------------------ pictures ------------------------------------------------
+
+def image_grid(rows, titles, cell=96, title_width=150):
+    """Rows of images under one another, a title before each. rows: lists of PIL images, or uint8 (n, 3, H, W) tensors.
+
+    Images are brought to `cell` px by nearest neighbour when they are smaller, so that pixels stay pixels.
+    """
+    rows = [[Image.fromarray(i.permute(1, 2, 0).numpy()) for i in row.cpu()] if isinstance(row, torch.Tensor) else row
+            for row in rows]
+    height = [max(cell, row[0].height if row else 0) for row in rows]
+    width = max((max(cell, i.width) for row in rows for i in row), default=cell)
+    columns, gap = max(map(len, rows)), 4
+    sheet = Image.new("RGB", (title_width + columns * (width + gap), sum(height) + gap * len(rows)), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(14), 0
+    for row, title, h in zip(rows, titles, height, strict=True):
+        draw.multiline_text((6, y + h // 2 - 8 * len(title.split("\n"))), title, fill="black", font=font)
+        for column, image in enumerate(row):
+            if image.size != (width, h):
+                shrinks = image.width > width or image.height > h
+                image = image.resize((width, h), Image.BICUBIC if shrinks else Image.NEAREST)
+            sheet.paste(image, (title_width + column * (width + gap), y))
+        y += h + gap
+    return sheet
+
+
+def plot_curves(curves, width=900, height=220):
+    """One panel a curve, log scale where all values are positive. curves: title -> (x values, y values). PIL image."""
+    sheet = Image.new("RGB", (width, height * len(curves)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for panel, (title, (xs, ys)) in enumerate(curves.items()):
+        left, right, top, bottom = 70, width - 20, panel * height + 28, (panel + 1) * height - 26
+        log = min(ys) > 0 and max(ys) / min(ys) > 3
+        values = [math.log10(y) for y in ys] if log else list(ys)
+        low, high = min(values), max(values)
+        high += 1e-9 + (high == low)
+        first, last = min(xs), max(xs) + (max(xs) == min(xs))
+        draw.text((left, top - 22), title + (" (log scale)" if log else ""), fill="black", font=font)
+        draw.rectangle((left, top, right, bottom), outline="grey")
+        for share in (0, 0.5, 1):
+            y = bottom - share * (bottom - top)
+            value = low + share * (high - low)
+            draw.text((4, y - 8), f"{10 ** value if log else value:.4g}", fill="black", font=font)
+            draw.line((left, y, right, y), fill="lightgrey")
+            x = left + share * (right - left)
+            draw.text((x - 20 * share, bottom + 4), f"{first + share * (last - first):.0f}", fill="black", font=font)
+        points = [(left + (x - first) / (last - first) * (right - left), bottom - (v - low) / (high - low) * (bottom - top))
+                  for x, v in zip(xs, values)]
+        draw.line(points if len(points) > 1 else points * 2, fill="steelblue", width=2)
+    return sheet

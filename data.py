@@ -1,0 +1,372 @@
+"""Images for all four scripts: one function, build_dataset, and four kinds of source.
+
+    --data shapes       ten classes drawn on the fly, no files; endless train set, disjoint test set (the default)
+    --data cifar10      the binary archive, found under --data-root or downloaded once
+    --data DIR          ImageFolder layout (train/ and val/ or test/ inside, or not), nested, or flat without classes
+    --data FILE.npz     ADM's layout: arr_0 uint8 (n, H, W, 3), optional arr_1 labels
+
+A sample is a function of (seed, epoch, index) alone: workers, ranks and restarts cannot change it.
+"""
+import hashlib
+import math
+import os
+import tarfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from common import UserError, sample_rng
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+# ------------------------------------------------ shapes ------------------------------------------------
+
+def _circle(radius=1.0, centre=(0.0, 0.0), points=48):
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    return np.stack((centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)), -1)
+
+
+def _regular(points, radii=(1.0,)):
+    angle = np.arange(points) * 2 * np.pi / points - np.pi / 2                     # the first corner points up
+    radius = np.resize(radii, points)
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1)
+
+
+def _heart():
+    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack((16 * np.sin(t) ** 3, -y - 2.5), -1) / 18.2          # within the unit circle
+
+
+# Class name -> outline, and hole (drawn in the background colour). In units of the shape's radius, y downwards; every
+# outline lies within the unit circle, so no rotation pushes a shape out of the picture.
+SHAPES = {
+    "circle": (_circle(0.9), None),
+    "square": (0.7 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
+    "triangle": (_regular(3), None),
+    "star": (_regular(10, (1.0, 0.42)), None),
+    "plus": (0.95 * np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1), (-.33, 1),
+                              (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]), None),
+    "ring": (_circle(0.95), _circle(0.55)),
+    "heart": (_heart(), None),
+    "moon": (_circle(0.95), _circle(0.8, (0.5, -0.15))),
+    "arrow": (np.array([(0, -1), (.8, -.05), (.3, -.05), (.3, .95), (-.3, .95), (-.3, -.05), (-.8, -.05)]), None),
+    "hourglass": (0.76 * np.array([(-.85, -1), (.85, -1), (.12, 0), (.85, 1), (-.85, 1), (-.12, 0)]), None),
+}
+
+
+class Shapes:
+    """The embedded data set: one flat-coloured shape on a flat background, antialiased, any size.
+
+    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours are drawn without
+    regard to the class and either may be the brighter, so that no fixed set of pixel weights can tell the classes apart.
+    Sample i has class i mod 10. Train and test images come from different random streams.
+    """
+    classes = list(SHAPES)
+
+    def __init__(self, split, size, seed, test_images=10_000):
+        self.size, self.seed, self.stream = size, seed, f"shapes-{split}"
+        self.length = None if split == "train" else test_images                    # None: endless
+
+    def __getitem__(self, index):
+        label = index % len(SHAPES)
+        rng = sample_rng(self.seed, self.stream, 0, index)
+        while True:
+            background, colour = rng.integers(0, 256, (2, 3))
+            # Visible in luminance too (weights of ITU-R 601), or the edges would exist in one channel only.
+            if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
+                break
+        radius = rng.uniform(0.26, 0.40)
+        centre = 0.5 + rng.uniform(-1, 1, 2) * (0.46 - radius)                     # all of the shape stays inside
+        angle = np.deg2rad(rng.uniform(-20, 20))
+        rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+        oversampling = 4 if self.size <= 128 else 2
+        scale = self.size * oversampling
+        coverage = Image.new("L", (scale, scale), 0)
+        draw = ImageDraw.Draw(coverage)
+        for outline, value in zip(SHAPES[self.classes[label]], (255, 0)):
+            if outline is not None:
+                points = (outline @ rotation * radius + centre) * scale - 0.5
+                draw.polygon([tuple(p) for p in points.tolist()], fill=value)
+        coverage = coverage.reduce(oversampling)                                   # box filter
+        image = Image.new("RGB", coverage.size, tuple(background.tolist()))
+        image.paste(tuple(colour.tolist()), mask=coverage)
+        return image, label
+
+
+# ------------------------------------------------ files ------------------------------------------------
+
+class Arrays:
+    """Images held in memory: uint8 (n, H, W, 3) and integer labels (n,)."""
+
+    def __init__(self, images, labels, classes=None):
+        self.images, self.labels, self.classes, self.length = images, labels, classes, len(images)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def read_npz(path):
+    """An ADM sample or reference file as Arrays; labels are -1 where the file has none. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file:
+                raise UserError(f"{path} has no array 'arr_0' (found: {', '.join(file.files) or 'nothing'})")
+            images = file["arr_0"]
+            labels = file["arr_1"] if "arr_1" in file else np.full(len(images), -1)
+    except UserError:
+        raise
+    except Exception as e:   # zipfile, zlib, numpy and the OS each have their own for a broken file
+        raise UserError(f"cannot read {path}: {e}; it should be an .npz file as numpy.savez writes them") from e
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
+        raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
+    if labels.shape != (len(images),):
+        raise UserError(f"{path}: arr_1 has shape {labels.shape}, it should hold one label for {len(images)} images")
+    return Arrays(images, labels)
+
+
+def read_cifar10(split, root):
+    """CIFAR-10 from its binary archive as Arrays, downloaded to `root` if it is not there. Raises UserError.
+
+    A record is 3073 bytes: the label, then 32 x 32 values of red, of green, of blue. Read from the archive or from the
+    unpacked folder cifar-10-batches-bin. (The pickled "python version" would run code from the file.)
+    """
+    root = Path(root)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    folder, archive = root / "cifar-10-batches-bin", root / "cifar-10-binary.tar.gz"
+    try:
+        if folder.is_dir():
+            records = [(folder / name).read_bytes() for name in names]
+        else:
+            if not archive.exists():
+                download(CIFAR10_URL, archive, md5=CIFAR10_MD5)
+            with tarfile.open(archive) as tar:
+                records = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
+    except (OSError, KeyError, EOFError, tarfile.TarError) as e:
+        raise UserError(f"cannot read CIFAR-10 under {root}: {e}; delete what is there to download it again") from e
+    records = np.frombuffer(b"".join(records), np.uint8)
+    if len(records) == 0 or len(records) % 3073:
+        raise UserError(f"CIFAR-10 under {root} is cut short; delete it to download it again")
+    records = records.reshape(-1, 3073)
+    return Arrays(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int), CIFAR10_CLASSES)
+
+
+def download(url, path, md5):
+    """Fetch url to path with a progress bar; the file appears under its name only when its MD5 is right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    digest = hashlib.md5()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
+            total = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != md5:
+            raise UserError(f"{url} arrived damaged (MD5 {digest.hexdigest()}, not {md5}); try again")
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"cannot download {url}: {e}; without network, put the file at {path}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Folder:
+    """Images in a folder. The first level of sub-folders names the classes; none: a flat folder, labels -1.
+
+    ImageNet's train/ and val/ (or test/, validation/) are found by name. A folder without them serves as both splits:
+    then test figures are figures on training images, and a line says so.
+    """
+
+    def __init__(self, root, split):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"--data {root}: no such folder (nor one of: shapes, cifar10, a .npz file)")
+        names = ["train"] if split == "train" else ["val", "test", "validation"]
+        inside = next((root / name for name in names if (root / name).is_dir()), None)
+        if inside is None and (root / "train").is_dir():
+            inside = root / "train"
+        if inside is None or (split != "train" and inside.name == "train"):
+            if split != "train":
+                print(f"note: {root} has no val/ or test/ folder: test figures below are on training images")
+        root = inside or root
+        self.files = sorted(
+            Path(folder, name)
+            for folder, _, files in os.walk(root, followlinks=True) for name in files
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+        if not self.files:
+            raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, nested folders too)")
+        parts = [file.relative_to(root).parts for file in self.files]
+        self.classes = sorted({p[0] for p in parts if len(p) > 1}) or None
+        number = {name: i for i, name in enumerate(self.classes or [])}
+        self.labels = [number[p[0]] if len(p) > 1 else -1 for p in parts]
+        self.length = len(self.files)
+
+    def __getitem__(self, index):
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return to_rgb(ImageOps.exif_transpose(image)), self.labels[index]
+        except Exception as e:   # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error, ...
+            raise UserError(f"cannot read image {path}: {e}; mend or delete it, or pass --skip-corrupt") from e
+
+
+def to_rgb(image):
+    """Any Pillow image to RGB: 16-bit grey scaled, not cut off; transparency laid over white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float32) / 257                          # 16 bits to 8
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+# ------------------------------------------------ preprocessing ------------------------------------------------
+
+def resize_short_side(image, size):
+    """Scale a PIL image so that its short side has `size` px, as ADM does: halve by box filter while that leaves at
+    least `size`, then bicubic. The box steps keep the result free of aliasing and are fast."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+
+
+def center_crop(image, size):
+    """ADM's preprocessing [Table 7 "center crop"]: short side to `size`, then the middle square. PIL in, PIL out."""
+    image = resize_short_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, size, rng, min_fraction=0.8):
+    """The released code's augmentation: a random square of 80 to 100 % of the short side."""
+    image = resize_short_side(image, rng.integers(size, math.ceil(size / min_fraction) + 1))
+    left, top = rng.integers(0, image.width - size + 1), rng.integers(0, image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_float(images):
+    """uint8 (B, 3, H, W) in 0..255 -> float32 in [-1, 1], the range of every model here."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float in [-1, 1] -> uint8, clamped, rounded to nearest. (Some tools truncate instead; that is half a level off.)"""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """A source with cropping and flips. Keys are (epoch, index); items are (uint8 (3, size, size), label int).
+
+    With skip_corrupt a file that cannot be read is replaced by the next one in the list and counted in `skipped`
+    (shared with the loader's workers). Without it the item *is* a UserError, which `collate` hands on: raising in a
+    worker would bury the message in a traceback.
+    """
+
+    def __init__(self, source, size, flip=False, crop="center", seed=0, skip_corrupt=False):
+        self.source, self.size, self.flip, self.crop, self.seed = source, size, flip, crop, seed
+        self.skip_corrupt, self.classes, self.length = skip_corrupt, source.classes, source.length
+        self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, key):
+        epoch, index = key
+        for attempt in range(100):
+            try:
+                image, label = self.source[index if self.length is None else (index + attempt) % self.length]
+                break
+            except UserError as e:
+                if not self.skip_corrupt:
+                    return e
+                self.skipped += 1
+        else:
+            return UserError(f"100 unreadable images in a row from number {index} on: is this the right folder?")
+        rng = sample_rng(self.seed, "augment", epoch, index)
+        image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+
+
+def collate(items):
+    """A list of dataset items -> (uint8 (B, 3, H, W), labels (B,) int64), or the first UserError among them."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+def build_dataset(data, split, size, data_root="data", flip=False, crop="center", seed=0, skip_corrupt=False):
+    """The data set that --data names (see the module docstring), as an ImageDataset.
+
+    split: "train" or "test"; flips and random crops are for "train" only. size: px, square.
+    Raises UserError for what is missing or unreadable.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r}")
+    if data == "shapes":
+        source = Shapes(split, size, seed)
+    elif data == "cifar10":
+        source = read_cifar10(split, data_root)
+    elif data.endswith(".npz"):
+        source = read_npz(data)
+    else:
+        source = Folder(data, split)
+    train = split == "train"
+    return ImageDataset(source, size, flip and train, crop if train else "center", seed, skip_corrupt)
+
+
+class GlobalBatches:
+    """This process's share of every global batch: yields lists of (epoch, index) keys, one list a forward pass.
+
+    Position p = step * batch_size + i of the run, i in [0, batch_size), shows image p mod n of epoch p // n in an order
+    shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous share of i, so the global batch is the same
+    set of images for any number of processes and accumulation steps, and a run can start at any step.
+    """
+
+    def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1, accumulate=1):
+        self.length, self.batch_size, self.start, self.stop, self.seed = length, batch_size, start, stop, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.order, self.epoch = None, None
+
+    def positions(self):
+        """The i of this process's samples: (accumulate, micro-batch size) int array."""
+        return np.arange(self.batch_size).reshape(self.accumulate, self.world, -1)[:, self.rank]
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            for micro in self.positions():
+                yield [self.key(step * self.batch_size + int(i)) for i in micro]
+
+    def key(self, position):
+        if self.length is None:
+            return 0, position
+        epoch, place = divmod(position, self.length)
+        if epoch != self.epoch:
+            self.order, self.epoch = sample_rng(self.seed, "epoch-order", epoch, 0).permutation(self.length), epoch
+        return epoch, int(self.order[place])
+
+
+def first_images(dataset, count, batch_size=250):
+    """The first `count` images of a data set (fewer if it is smaller) in batches of (uint8 (B, 3, H, W), labels)."""
+    count = count if dataset.length is None else min(count, dataset.length)
+    for start in range(0, count, batch_size):
+        batch = collate([dataset[0, i] for i in range(start, min(start + batch_size, count))])
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

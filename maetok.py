@@ -1,0 +1,477 @@
+"""MAETok, the tokenizer: images (B, 3, H, W) <-> latent tokens (B, L, C).        [Sec. 3, Fig. 3]
+
+    image --patch_embed--> x --mask--> [x ; z] --ViT encoder--> h --+--> [e ; h]  --ViT decoder--> pixels    [Eq. 4, 5]
+                                        z: L learnable tokens       +--> [e_j ; h] --aux decoder j--> y_j    [Eq. 7]
+
+A plain autoencoder. Three things make it MAETok: the latents come from *learnable* tokens that read the image through
+attention, 40-60 % of the patches are hidden from the encoder while it trains, and shallow auxiliary decoders must
+predict features (HOG, DINOv2, SigLIP) of the hidden patches from the latents alone. `MAETok.forward` at the end of
+this file is Fig. 3; everything above it are its parts, in the order of use.
+
+Shape legend, the same in every file:
+    B batch · N image patches · L latent tokens · T all tokens of a transformer · D width · C latent channels
+    P patch size · H, W image size in pixels · D_j width of target j · nh heads · hs head size
+The paper writes H for the latent channels; here that is C. Images are RGB floats in [-1, 1].
+
+Provenance tags: [Eq. 7], [Sec. 3.2], [Table 7] the paper (arXiv:2502.03444v2) · [released code] what only the authors'
+code shows · [ours] both are silent.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class MAETokConfig:
+    """Everything that fixes the weights' shapes. The defaults are the paper's tokenizer at 256 px [Table 7].
+
+    Raises ValueError for values that cannot make a model (sides the patch does not divide, odd head sizes, ...).
+    """
+    # ---- tokenizer (MAETokConfig in maetok.py) ----
+    image_size: int = 256            # px; what decode() draws when no size is given, and the grid of a position table
+    patch_size: int = 16             # P, px
+    width: int = 768                 # D of encoder and decoder (ViT-B)
+    heads: int = 12                  # nh
+    encoder_depth: int = 12          # blocks
+    decoder_depth: int = 12          # blocks
+    mlp_ratio: float = 4.0           # hidden width of the MLP / D
+    num_latents: int = 128           # L
+    latent_dim: int = 32             # C
+    learnable_latents: bool = True   # False: latents are read from the image tokens, L = N [Table 6, Table 13a]
+    variational: bool = False        # True: KL-VAE, the encoder predicts mean and log-variance [Table 1a]
+    rope: str = "axial"              # 2D RoPE on image tokens: axial | mixed (learnable frequencies) | none
+    ape: str = "none"                # learned absolute positions on image tokens: none | encoder | both [Table 13b]
+    aux_targets: dict[str, int] = field(default_factory=dict)   # name -> D_j, e.g. {"hog": 108} [Eq. 7]
+    aux_depth: int = 3               # blocks of each auxiliary decoder; 0 is the "linear" row [Table 1d]
+    aux_width: int = 0               # 0: D, "the same design as the main pixel decoder" [Sec. 3.2]; released code: 192
+    aux_heads: int = 0               # 0: nh; released code: 3
+    class_token: bool = False        # encoder and aux decoders carry a class token [released code]
+    layer_scale: float = 0.0         # > 0: LayerScale in the encoder with this init; released code: 1e-5
+    latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        for width, heads in ((self.width, self.heads), (self.aux_width or self.width, self.aux_heads or self.heads)):
+            if width % heads or (width // heads) % 4:
+                raise ValueError(f"width {width} over {heads} heads: 2D RoPE needs a head size that is a multiple of 4")
+        if self.rope not in ("axial", "mixed", "none"):
+            raise ValueError(f"rope is {self.rope!r}: choose axial, mixed or none")
+        if self.ape not in ("none", "encoder", "both"):
+            raise ValueError(f"ape is {self.ape!r}: choose none, encoder or both")
+        if self.latent_modulation and not self.learnable_latents:
+            raise ValueError("latent_modulation acts on separate latent tokens: it needs learnable_latents")
+
+
+# ------------------------------------------------ patches and masks ------------------------------------------------
+
+def patchify(images, patch_size):
+    """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c), values in (row, column, channel) order.
+
+    Raises ValueError when the patch does not divide both sides.
+    """
+    B, c, H, W = images.shape
+    P = patch_size
+    if H % P or W % P:
+        raise ValueError(f"an image of {H} x {W} px cannot be cut into {P}-px patches: both sides must be multiples")
+    x = images.reshape(B, c, H // P, P, W // P, P)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * c)
+
+
+def unpatchify(patches, patch_size, grid):
+    """The inverse of patchify: (B, N, P*P*c) and grid = (H/P, W/P) -> (B, c, H, W)."""
+    B, _, length = patches.shape
+    P, (h, w) = patch_size, grid
+    x = patches.reshape(B, h, w, P, P, length // (P * P))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
+
+
+def random_mask(rngs, num_patches, low=0.4, high=0.6):
+    """Choose which patches the encoder does not see: M of [Sec. 3.2].
+
+    rngs: one numpy Generator an image, so that an image's mask does not depend on the batch it sits in.
+    low, high: the share of hidden patches is drawn uniformly from [low, high], image by image [ours: the paper only
+    says "40%-60%"; the released code draws one rate a batch from a normal(0.6, 0.25) cut to that range, which the
+    trainer reproduces by passing low = high = that rate].
+    Returns (B, N) bool on the CPU, True = hidden; each row hides ceil(ratio * N) patches [released code].
+    """
+    if not 0 <= low <= high < 1:
+        raise ValueError(f"mask ratios must satisfy 0 <= low <= high < 1, not low={low}, high={high}")
+    mask = torch.zeros(len(rngs), num_patches, dtype=torch.bool)
+    for row, rng in zip(mask, rngs):
+        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)   # 1e-9: 0.6 * 10 is 6.000000000000001
+        row[torch.from_numpy(rng.permutation(num_patches)[:hidden])] = True
+    return mask
+
+
+# ------------------------------------------------ 2D rotary positions ------------------------------------------------
+
+class RoPE2D(nn.Module):
+    """Rotation angles of the image tokens; latent and class tokens get angle 0, that is, no rotation.   [Sec. 3.1]
+
+    A token at column x, row y turns its i-th pair of query and key channels by  x * f[0, i] + y * f[1, i].
+    axial: the first half of the pairs looks at x alone, the second half at y alone; the same in every layer and head.
+    mixed: f is learnable, one set a layer and head, started in a random direction for every head (RoPE-Mixed,
+    Heo et al. 2024); what the released weights use. Angles grow with the patch index and know nothing of the image
+    size, which is why the same weights run on any grid [Table 13b].
+    Base frequencies theta: 100 for axial, 10 for mixed, as in Heo et al. [the paper is silent; released code: 10].
+    """
+
+    def __init__(self, kind, depth, heads, head_size):
+        super().__init__()
+        quarter = torch.arange(head_size // 4)
+        if kind == "axial":
+            magnitude = 100.0 ** (-quarter / (head_size // 4))
+            zero = torch.zeros_like(magnitude)
+            f = torch.stack((torch.cat((magnitude, zero)), torch.cat((zero, magnitude))))   # (2, hs/2)
+            self.register_buffer("freqs", f[None, :, None], persistent=False)               # (1, 2, 1, hs/2)
+        else:
+            magnitude = 10.0 ** (-quarter / (head_size // 4))
+            direction = torch.rand(depth, heads, 1) * 2 * math.pi
+            across = direction + math.pi / 2                  # the second half of the pairs looks at a right angle
+            fx = torch.cat((magnitude * direction.cos(), magnitude * across.cos()), -1)     # (depth, nh, hs/2)
+            fy = torch.cat((magnitude * direction.sin(), magnitude * across.sin()), -1)
+            self.freqs = nn.Parameter(torch.stack((fx, fy), 1))                             # (depth, 2, nh, hs/2)
+
+    def forward(self, grid, before, after):
+        """grid = (rows, columns) of image tokens; before, after: how many other tokens stand on either side.
+
+        Returns cos and sin, each (depth or 1, nh or 1, T, hs/2) float32.
+        """
+        rows, columns = grid
+        index = torch.arange(rows * columns, device=self.freqs.device)
+        x, y = (index % columns)[:, None], (index // columns)[:, None]                      # (N, 1)
+        f = self.freqs.float()
+        angle = x * f[:, 0, :, None] + y * f[:, 1, :, None]                                 # (depth, nh, N, hs/2)
+        angle = F.pad(angle, (0, 0, before, after))                                         # (depth, nh, T, hs/2)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs (i, i + hs/2) of x (B, nh, T, hs) by the angles; in float32, returned in x's dtype.
+
+    The released code pairs neighbouring channels (2i, 2i+1); the two differ by a fixed shuffle of q's and k's rows.
+    Halves are used here because they are contiguous in memory.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------ transformer ------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention; queries and keys of image tokens are rotated by their 2D position."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)               # each (B, nh, T, hs)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        x = F.scaled_dot_product_attention(q, k, v)                  # (B, nh, T, hs)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch [released code: encoder only, init 1e-5]."""
+
+    def __init__(self, width, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: LayerNorm (eps 1e-6), attention, MLP with exact GELU, biases everywhere.
+
+    modulation_dim > 0 gives the released decoder's block: its norms have no weights of their own; the raw latents
+    (B, L, C) make shift and scale for the latent tokens instead, x * scale + shift (not 1 + scale), and leave the image
+    tokens alone. The latent tokens are the last L of the sequence.
+    """
+
+    def __init__(self, width, heads, mlp_ratio, layer_scale=0.0, modulation_dim=0):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.scale1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.scale2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(modulation_dim, 4 * width)) if modulation_dim else None
+
+    def forward(self, x, rope, latents):
+        if self.modulation is None:
+            x = x + self.scale1(self.attn(self.norm1(x), rope))
+            return x + self.scale2(self.mlp(self.norm2(x)))
+        shift1, scale1, shift2, scale2 = self.modulation(latents).chunk(4, dim=-1)          # each (B, L, D)
+        x = x + self.attn(modulate_latent_tokens(self.norm1(x), shift1, scale1), rope)
+        return x + self.mlp(modulate_latent_tokens(self.norm2(x), shift2, scale2))
+
+
+def modulate_latent_tokens(x, shift, scale):
+    """x (B, T, D) with its last L tokens replaced by  token * scale + shift; shift, scale: (B, L, D)."""
+    L = shift.shape[1]
+    return torch.cat((x[:, :-L], x[:, -L:] * scale + shift), dim=1)
+
+
+class Transformer(nn.Module):
+    """`depth` blocks over [other tokens ; image tokens ; latent tokens] and a last LayerNorm: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, depth, width, heads, mlp_ratio, rope, layer_scale=0.0, modulation_dim=0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, modulation_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
+        self.rope = None if rope == "none" else RoPE2D(rope, depth, heads, width // heads)
+
+    def forward(self, x, grid, before, latents=None):
+        """grid: (rows, columns) of the image tokens, which start at position `before`."""
+        ropes = [None] * len(self.blocks)
+        if self.rope is not None:
+            cos, sin = self.rope(grid, before, after=x.shape[1] - before - grid[0] * grid[1])
+            ropes = [(cos[i % len(cos)], sin[i % len(sin)]) for i in range(len(self.blocks))]   # one for all, or each
+        for block, rope in zip(self.blocks, ropes):
+            x = block(x, rope, latents)
+        return self.norm(x)
+
+
+class PositionTable(nn.Module):
+    """Learned absolute positions of image tokens, resampled bicubically to other grids [Table 13b "APE"]."""
+
+    def __init__(self, grid, width):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, grid, grid, width))
+
+    def forward(self, grid):
+        table = self.table.permute(0, 3, 1, 2)                                              # (1, D, rows, columns)
+        if table.shape[-2:] != tuple(grid):
+            table = F.interpolate(table.float(), size=grid, mode="bicubic", antialias=True)
+        return table.flatten(2).transpose(1, 2)                                             # (1, N, D)
+
+
+# ------------------------------------------------ encoder and decoder ------------------------------------------------
+
+class Encoder(nn.Module):
+    """h = E([x ; z]), the latents being read from the learnable tokens' places alone.                      [Eq. 4]"""
+
+    def __init__(self, config):
+        super().__init__()
+        c, D = config, config.width
+        self.patch_size = c.patch_size
+        self.patch_embed = nn.Linear(3 * c.patch_size ** 2, D)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))                                # m of [Sec. 3.2]
+        self.class_token = nn.Parameter(torch.zeros(1, 1, D)) if c.class_token else None
+        self.positions = PositionTable(c.image_size // c.patch_size, D) if c.ape != "none" else None
+        self.num_latents = c.num_latents if c.learnable_latents else 0
+        if c.learnable_latents:
+            self.latent_tokens = nn.Parameter(torch.zeros(1, c.num_latents, D))             # z of [Eq. 4]
+            self.latent_positions = nn.Parameter(torch.zeros(1, c.num_latents, D))          # 1D APE
+        self.transformer = Transformer(c.encoder_depth, D, c.heads, c.mlp_ratio, c.rope, c.layer_scale)
+        self.to_latent = nn.Linear(D, c.latent_dim * (2 if c.variational else 1))
+
+    def forward(self, images, mask):
+        """images (B, 3, H, W), mask (B, N) bool or None -> (B, L, C), or (B, L, 2C) mean and log-variance."""
+        B, _, H, W = images.shape
+        grid = (H // self.patch_size, W // self.patch_size)
+        x = self.patch_embed(patchify(images, self.patch_size))                             # (B, N, D)
+        if mask is not None:
+            # Replaced, not dropped as in MAE: the sequence keeps its length and the encoder knows what it misses.
+            # After patch embedding and before positions, so that a mask token still knows where it is.
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        if self.positions is not None:
+            x = x + self.positions(grid)
+        if self.class_token is not None:
+            x = torch.cat((self.class_token.expand(B, -1, -1), x), dim=1)                   # (B, 1+N, D)
+        if self.num_latents:
+            z = (self.latent_tokens + self.latent_positions).expand(B, -1, -1)
+            x = torch.cat((x, z), dim=1)                                                    # (B, (1+)N+L, D)
+        before = 0 if self.class_token is None else 1
+        x = self.transformer(x, grid, before)
+        return self.to_latent(x[:, -self.num_latents:] if self.num_latents else x[:, before:])
+
+
+class Decoder(nn.Module):
+    """y = D([e ; h]) read from the image tokens' places, then a linear layer to `out_dim` values a patch.  [Eq. 5, 7]
+
+    The pixel decoder and every auxiliary decoder are this class; they differ in depth and out_dim.
+    e is one learned token repeated N times, told apart by RoPE alone [released code]. N learned tokens, as Eq. 5 could
+    be read, would tie the weights to one image size.
+    """
+
+    def __init__(self, config, depth, width, heads, out_dim, class_token=False):
+        super().__init__()
+        c = config
+        self.learnable_latents = c.learnable_latents
+        self.from_latent = nn.Linear(c.latent_dim, width)
+        self.image_token = nn.Parameter(torch.zeros(1, 1, width))                           # e of [Eq. 5]
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.positions = PositionTable(c.image_size // c.patch_size, width) if c.ape == "both" else None
+        if c.learnable_latents:
+            self.latent_positions = nn.Parameter(torch.zeros(1, c.num_latents, width))      # 1D APE
+        self.transformer = Transformer(depth, width, heads, c.mlp_ratio, c.rope,
+                                       modulation_dim=c.latent_dim if c.latent_modulation else 0)
+        self.head = nn.Linear(width, out_dim)
+
+    def image_tokens(self, latents, grid):
+        """latents (B, L, C) -> the image tokens after the last norm, (B, N, D): x-hat of [Eq. 5]."""
+        B, N = len(latents), grid[0] * grid[1]
+        h = self.from_latent(latents)                                                       # (B, L, D)
+        e = self.image_token.expand(B, N, -1)
+        if self.positions is not None:
+            e = e + self.positions(grid)
+        if self.learnable_latents:
+            x = torch.cat((e, h + self.latent_positions), dim=1)                            # (B, N+L, D)
+        else:
+            x = e + h      # latent n belongs to patch n: it sits on the image token itself [ours; Table 13a is silent]
+        if self.class_token is not None:
+            x = torch.cat((self.class_token.expand(B, -1, -1), x), dim=1)
+        before = 0 if self.class_token is None else 1
+        x = self.transformer(x, grid, before, latents)
+        return x[:, before:before + N]
+
+    def forward(self, latents, grid):
+        """latents (B, L, C), grid (rows, columns) -> (B, N, out_dim)."""
+        return self.head(self.image_tokens(latents, grid))
+
+
+# ------------------------------------------------ the model ------------------------------------------------
+
+class MAETokOutput(NamedTuple):
+    """What MAETok.forward returns."""
+    reconstruction: torch.Tensor      # (B, 3, H, W), about [-1, 1], not clamped
+    latents: torch.Tensor             # (B, L, C): what the decoders saw
+    aux: dict[str, torch.Tensor]      # name -> (B, N, D_j) predictions for every patch, hidden or not
+    posterior: torch.Tensor | None    # (B, L, 2C) mean and log-variance of a KL-VAE, else None
+
+
+class MAETok(nn.Module):
+    """The tokenizer. See the module docstring for the picture and MAETokConfig for the variants."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c, c.decoder_depth, c.width, c.heads, out_dim=3 * c.patch_size ** 2)
+        self.aux_decoders = nn.ModuleDict()
+        for name, dim in c.aux_targets.items():
+            if c.aux_depth == 0:
+                # The "linear" row of Table 1d. One linear layer cannot take L latents to N patches by itself; we put it
+                # on the pixel decoder's image tokens [ours: the paper does not say what it is linear in].
+                self.aux_decoders[name] = nn.Linear(c.width, dim)
+            else:
+                self.aux_decoders[name] = Decoder(c, c.aux_depth, c.aux_width or c.width, c.aux_heads or c.heads,
+                                                  out_dim=dim, class_token=c.class_token)
+        # One scalar mean and std over all latents of the training set, measured after training and kept with the
+        # weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
+        self.register_buffer("latent_mean", torch.zeros(()))
+        self.register_buffer("latent_std", torch.ones(()))
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("_token", "_tokens", "_positions", ".table")):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)      # as ViT [ours]
+            nn.init.zeros_(module.bias)
+
+    def grid(self, size):
+        """(H, W) in px -> (rows, columns) of patches. Raises ValueError when the patch does not divide a side."""
+        P = self.config.patch_size
+        if size[0] % P or size[1] % P:
+            raise ValueError(f"{size[0]} x {size[1]} px cannot be cut into {P}-px patches: both must be multiples")
+        return size[0] // P, size[1] // P
+
+    def posterior(self, images, mask=None):
+        """A KL-VAE's (B, L, 2C): mean and log-variance, the latter kept in [-30, 20] against overflow."""
+        mean, logvar = self.encoder(images, mask).chunk(2, dim=-1)
+        return torch.cat((mean, logvar.clamp(-30, 20)), dim=-1)
+
+    def encode(self, images, mask=None, normalize=False):
+        """Images to latents.                                                                                   [Eq. 4]
+
+        images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N) bool, True = hidden, or None.
+        normalize: return (h - latent_mean) / latent_std, what a diffusion model is trained on.
+        Returns (B, L, C); of a KL-VAE the mean.
+        """
+        h = self.posterior(images, mask).chunk(2, dim=-1)[0] if self.config.variational else self.encoder(images, mask)
+        return (h - self.latent_mean) / self.latent_std if normalize else h
+
+    def decode(self, latents, size=None, normalized=False):
+        """Latents (B, L, C) to images (B, 3, H, W).                                                            [Eq. 5]
+
+        size: (H, W) in px, default the square config.image_size. normalized: the latents are encode(normalize=True)'s.
+        """
+        if normalized:
+            latents = latents * self.latent_std + self.latent_mean
+        grid = self.grid(size or (self.config.image_size, self.config.image_size))
+        return unpatchify(self.decoder(latents, grid), self.config.patch_size, grid)
+
+    def forward(self, images, mask=None, noise=None):
+        """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
+
+        images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample (None: its
+        mean). The module draws no random numbers itself, so a step can be repeated exactly. Returns MAETokOutput.
+        """
+        grid = self.grid(images.shape[-2:])
+        posterior = None
+        if self.config.variational:
+            posterior = self.posterior(images, mask)
+            mean, logvar = posterior.chunk(2, dim=-1)
+            h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        else:
+            h = self.encoder(images, mask)                                                  # h = E([x ; z])    [Eq. 4]
+        image_tokens = self.decoder.image_tokens(h, grid)                                   # x^ = D([e ; h])   [Eq. 5]
+        reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
+        aux = {name: decoder(image_tokens) if self.config.aux_depth == 0 else decoder(h, grid)   # y^j = Dj([ej ; h])
+               for name, decoder in self.aux_decoders.items()}                                   #              [Eq. 7]
+        return MAETokOutput(reconstruction, h, aux, posterior)
+
+    def freeze_encoder(self):
+        """Prepare the second stage [Sec. 3.3]: the encoder stops learning, the auxiliary decoders go."""
+        self.encoder.requires_grad_(False)
+        self.aux_decoders = nn.ModuleDict()
+        return self
+
+
+# ------------------------------------------------ losses that are part of the method ------------------------------------
+
+def masked_feature_loss(prediction, target, mask, kind="mse"):
+    """The loss of one auxiliary target, on hidden patches only.                                                [Eq. 8]
+
+    prediction, target: (B, N, D_j); mask: (B, N) bool. kind: "mse", the paper's, or "cosine", the negative cosine that
+    the released code uses for DINOv2 and CLIP. Means over hidden patches of each image, then over images, so that the
+    value does not depend on how a batch is split over processes [Eq. 8 writes a plain sum; a mean keeps the scale
+    independent of size]. An image with nothing hidden contributes 0. Returns a float32 scalar.
+    """
+    prediction, target = prediction.float(), target.float()
+    if kind == "mse":
+        per_patch = (prediction - target).square().mean(-1)                                 # (B, N)
+    elif kind == "cosine":
+        per_patch = -F.cosine_similarity(prediction, target, dim=-1)                        # (B, N)
+    else:
+        raise ValueError(f"auxiliary loss {kind!r}: choose mse or cosine")
+    mask = mask.float()
+    return ((per_patch * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def kl_divergence(posterior):
+    """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C), averaged over its elements: float32 scalar.
+
+    [Table 1a's VAE; the weight 1e-6 is the released configuration's.]
+    """
+    mean, logvar = posterior.float().chunk(2, dim=-1)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -1,0 +1,160 @@
+"""common.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import UserError
+
+
+@dataclass
+class Base:
+    # ---- first group ----
+    width: int = 8             # px, 100 % of it
+    rate: float = 1e-3         # per step
+                               # and more
+
+
+@dataclass
+class Example(Base):
+    # ---- second group ----
+    preset: str = "small"      # names
+    fast: bool = False         # go
+    hidden: tuple = (1, 2)     # not an option
+
+    def __post_init__(self):
+        if self.width < 0:
+            raise ValueError("width is negative")
+
+
+PRESETS = {"small": dict(width=4), "large": dict(width=64, fast=True), "hot": dict(rate=0.5)}
+
+
+def parse(*argv):
+    return common.parse_config(Example, PRESETS, ["small", "large"], "Text.", list(argv))
+
+
+def test_precedence_is_default_preset_command_line():
+    assert parse() == Example(width=4)
+    assert parse("--preset", "large") == Example(width=64, fast=True, preset="large")
+    assert parse("--preset", "large,hot", "--width", "5", "--no-fast") == Example(5, 0.5, "large,hot", False)
+    assert parse("--preset", "hot") == Example(4, 0.5, "small,hot")                  # a variant alone joins the default scale
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"), (["--wdth", "3"], "unrecognized"),
+    (["--width", "x"], "invalid int"), (["--wid", "3"], "unrecognized"), (["--width", "-1"], "width is negative"),
+    (["--hidden", "3"], "unrecognized")])
+def test_bad_options_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as e:
+        parse(*argv)
+    assert "\n" not in str(e.value)
+
+
+def test_help_shows_groups_and_the_comments_beside_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "first group: --width" in text and "px, 100 % of it (default 8)" in text
+    assert "per step and more (default 0.001)" in text and "second group: --preset" in text
+
+
+def test_random_streams_are_reproducible_and_distinct():
+    draw = lambda *key: common.sample_rng(*key).random(1000)
+    keys = [(0, "mask", 1, 2), (0, "mask", 2, 1), (0, "mask", 1, 3), (1, "mask", 1, 2), (0, "noise", 1, 2)]
+    draws = [draw(*key) for key in keys]
+    assert np.array_equal(draws[0], draw(*keys[0]))
+    assert np.unique(np.concatenate(draws)).size == 5000
+    assert abs(np.concatenate(draws).mean() - 0.5) < 0.02
+
+
+def test_ema_follows_its_closed_form_and_warms_up():
+    model = torch.nn.BatchNorm1d(1)                                    # weights and a buffer
+    ema = common.EMA(model, decay=0.5)
+    values = [1.0, 5.0, -2.0, 4.0]
+    expected = model.weight.item()
+    for n, value in enumerate(values):
+        model.weight.data.fill_(value)
+        model.running_mean.fill_(value)
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert abs(ema.model.weight.item() - expected) < 1e-6
+    assert ema.model.running_mean.item() == 4.0 and not ema.model.weight.requires_grad
+
+
+# ------------------------------------------------ checkpoints ------------------------------------------------
+
+def state(step):
+    return {"step": step, "config": {"a": 1}, "model": {"w": torch.full((1000,), float(step))}}
+
+
+def test_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
+    assert common.find_checkpoint(tmp_path) is None
+    for step in (5, 10, 100, 1000):
+        common.save_checkpoint(tmp_path, state(step), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_0000100.pt", "step_0001000.pt"]
+    assert common.find_checkpoint(tmp_path)["step"] == 1000
+    (tmp_path / "last.pt").unlink()
+    assert common.find_checkpoint(tmp_path)["step"] == 1000
+
+
+def test_truncated_last_falls_back_with_a_warning(tmp_path, capsys):
+    for step in (5, 10):
+        common.save_checkpoint(tmp_path, state(step), keep=2)
+    with open(tmp_path / "last.pt", "r+b") as file:
+        file.truncate(2000)
+    assert common.find_checkpoint(tmp_path)["step"] == 5
+    assert "warning" in capsys.readouterr().err
+    with open(tmp_path / "step_0000005.pt", "r+b") as file:
+        file.truncate(0)
+    with pytest.raises(UserError, match="none of the 3 checkpoints"):
+        common.find_checkpoint(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
+    (tmp_path / "x").write_text("old")
+
+    def write(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(UserError, match="disk full"):
+        common.atomic_write(tmp_path / "x", write)
+    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        common.load_checkpoint(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no 'config'"):
+        common.load_checkpoint(tmp_path / "list.pt")
+    torch.save({"config": np.random.default_rng()}, tmp_path / "code.pt")       # would need to run code to load
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        common.load_checkpoint(tmp_path / "code.pt")
+
+
+def test_weights_of_another_model_are_refused_in_one_line():
+    with pytest.raises(UserError, match="weights of another model") as e:
+        common.load_weights(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4).state_dict(), "x.pt")
+    assert "\n" not in str(e.value)
+
+
+def test_metrics_are_cut_back_on_resume(tmp_path):
+    for step in (1, 2, 3, 4):
+        common.append_metrics(tmp_path, {"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')                                           # a crash in mid-line
+    common.cut_metrics(tmp_path, 2)
+    assert [r["step"] for r in common.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_pictures_hold_what_they_are_given():
+    sheet = common.image_grid([torch.zeros(3, 3, 8, 8, dtype=torch.uint8)] * 2, ["one", "two"], cell=20)
+    pixels = np.asarray(sheet)
+    assert pixels.shape[0] == 48 and (pixels[:20, 150:170] == 0).all()
+    plot = np.asarray(common.plot_curves({"a": ([0, 1, 2], [1.0, 0.1, 0.01]), "b": ([3], [2.0])}))
+    assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn

@@ -1,0 +1,251 @@
+"""data.py: every kind of source, broken files, preprocessing, and samples that depend on (seed, epoch, index) alone."""
+import os
+import shutil
+import tarfile
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import UserError
+from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate, first_images,
+                  random_crop, read_npz, to_float, to_rgb, to_uint8)
+
+
+def photo(width, height, seed=0):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def array(dataset, index, epoch=0):
+    return dataset[epoch, index][0].numpy()
+
+
+# ------------------------------------------------ shapes ------------------------------------------------
+
+def test_shapes_are_a_function_of_seed_and_index():
+    a, b = (build_dataset("shapes", "train", 32, seed=3) for _ in range(2))
+    assert np.array_equal(array(a, 10 ** 9 + 7), array(b, 10 ** 9 + 7))             # endless
+    assert not np.array_equal(array(a, 0), array(build_dataset("shapes", "train", 32, seed=4), 0))
+    assert not np.array_equal(array(a, 0), array(build_dataset("shapes", "test", 32, seed=3), 0))
+    assert [a[0, i][1] for i in range(12)] == [*range(10), 0, 1]
+
+
+def test_shapes_at_two_sizes_are_the_same_drawing():
+    small, large = (build_dataset("shapes", "train", size) for size in (32, 256))
+    for i in range(10):
+        shrunk = np.asarray(Image.fromarray(array(large, i).transpose(1, 2, 0)).reduce(8), int)
+        assert np.abs(shrunk - array(small, i).transpose(1, 2, 0)).mean() < 2
+
+
+def test_shapes_are_whole_antialiased_and_visible():
+    source = Shapes("train", 32, 0)
+    outlines = [outline for outline, _ in SHAPES.values()]
+    assert max(np.linalg.norm(outline, axis=-1).max() for outline in outlines) <= 1.001
+    for i in range(200):
+        image = np.asarray(source[i][0], int).reshape(32, 32, 3)
+        edge = np.concatenate((image[0], image[-1], image[:, 0], image[:, -1]))
+        assert (edge == edge[0]).all()                                                # the frame is background
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 4                       # more than two flat colours
+        contrast = np.abs((image - edge[0]) @ (0.299, 0.587, 0.114)).max()
+        assert contrast > 45
+
+
+# ------------------------------------------------ folders ------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder with the files that trip loaders: grey, CMYK, palette, alpha, 16 bit, EXIF-rotated, WebP, nested."""
+    root = tmp_path / "images"
+    (root / "train/a/deep").mkdir(parents=True)
+    (root / "train/b").mkdir()
+    (root / "val/a").mkdir(parents=True)
+    (root / "val/b").mkdir()
+    image = photo(40, 30)
+    image.save(root / "train/a/rgb.png")
+    image.convert("L").save(root / "train/a/deep/grey.JPEG")
+    image.convert("CMYK").save(root / "train/a/cmyk.jpg")
+    image.convert("P").save(root / "train/b/palette.png")
+    image.save(root / "train/b/lossless.webp", lossless=True)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    image.save(root / "train/b/rotated.png", exif=rotated)
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(root / "train/b/clear.png")
+    Image.fromarray(np.full((30, 40), 65535, np.uint16)).save(root / "train/b/sixteen.png")
+    image.save(root / "val/a/one.png")
+    image.save(root / "val/b/two.png")
+    (root / "train/b/.hidden.png").write_bytes(b"junk")
+    (root / "train/notes.txt").write_text("no image")
+    return root
+
+
+def test_folder_layout_classes_and_modes(folder):
+    train, test = (build_dataset(str(folder), split, 30) for split in ("train", "test"))
+    names = [str(f.relative_to(folder / "train")) for f in train.source.files]
+    assert train.classes == ["a", "b"] and train.length == 8 and test.length == 2
+    items = {name: train[0, i] for i, name in enumerate(names)}
+    assert {name: label for name, (_, label) in items.items()} == {n: int(n.startswith("b")) for n in names}
+    assert all(image.shape == (3, 30, 30) and image.dtype == torch.uint8 for image, _ in items.values())
+    assert torch.equal(items["a/rgb.png"][0], items["b/lossless.webp"][0])
+    assert (items["b/clear.png"][0] == 255).all() and (items["b/sixteen.png"][0] == 255).all()
+    grey = items["a/deep/grey.JPEG"][0]
+    assert torch.equal(grey[0], grey[1])
+    upright = torch.rot90(items["b/rotated.png"][0], -1, (1, 2))                      # EXIF 6 is stored on its side
+    assert not torch.equal(upright, items["b/rotated.png"][0])
+    whole = center_crop(photo(40, 30).rotate(-90, expand=True), 30)
+    assert np.array_equal(items["b/rotated.png"][0].permute(1, 2, 0).numpy(), np.asarray(whole))
+
+
+def test_flat_folder_has_no_classes_and_serves_both_splits(tmp_path, capsys):
+    photo(20, 20).save(tmp_path / "x.png")
+    dataset = build_dataset(str(tmp_path), "test", 16)
+    assert dataset.classes is None and dataset[0, 0][1] == -1
+    assert "training images" in capsys.readouterr().out
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        build_dataset(str(tmp_path / "nowhere"), "train", 16)
+    with pytest.raises(UserError, match="no images in"):
+        build_dataset(str(tmp_path), "train", 16)
+
+
+def test_corrupt_file_is_named_or_skipped_and_counted(folder):
+    path = folder / "train/a/cmyk.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    index = [f.name for f in build_dataset(str(folder), "train", 16).source.files].index("cmyk.jpg")
+    strict = build_dataset(str(folder), "train", 16)
+    error = collate([strict[0, index]])
+    assert isinstance(error, UserError) and str(path) in str(error) and "--skip-corrupt" in str(error)
+    loader = torch.utils.data.DataLoader(build_dataset(str(folder), "train", 16, skip_corrupt=True), num_workers=1,
+                                         batch_sampler=[[(0, i) for i in range(8)]], collate_fn=collate)
+    images, labels = next(iter(loader))
+    assert len(images) == 8 and loader.dataset.skipped == 1                           # counted across processes
+    assert torch.equal(images[index], images[index + 1])                              # its neighbour stands in
+
+
+# ------------------------------------------------ arrays ------------------------------------------------
+
+def test_npz_in_adm_layout(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images, np.arange(5))
+    dataset = build_dataset(str(tmp_path / "x.npz"), "train", 20)
+    assert dataset.length == 5 and dataset[0, 3][1] == 3
+    assert np.array_equal(array(dataset, 3), images[3].transpose(2, 0, 1))
+    np.savez(tmp_path / "y.npz", images)
+    assert read_npz(tmp_path / "y.npz")[0][1] == -1
+
+
+@pytest.mark.parametrize("content, message", [
+    (dict(images=np.zeros(3)), "no array 'arr_0'"), (dict(arr_0=np.zeros((2, 4, 4, 3))), "should be uint8"),
+    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "one label"), (None, "cannot read")])
+def test_bad_npz_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.npz"
+    path.write_bytes(b"PK junk") if content is None else np.savez(path, **content)
+    with pytest.raises(UserError, match=message):
+        read_npz(path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cifar10_binary_layout(tmp_path, packed):
+    rng, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    records = rng.integers(0, 256, (6, 4, 3073), np.uint8)
+    records[..., 0] %= 10
+    for name, record in zip([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"], records):
+        (folder / name).write_bytes(record.tobytes())
+    if packed:
+        with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+            tar.add(folder, "cifar-10-batches-bin")
+        shutil.rmtree(folder)
+    train, test = (build_dataset("cifar10", split, 32, data_root=str(tmp_path)) for split in ("train", "test"))
+    assert (train.length, test.length, train.classes) == (20, 4, CIFAR10_CLASSES)
+    image, label = train[0, 4 * 2 + 3]                                                # the third file's last record
+    assert label == records[2, 3, 0] and np.array_equal(image.numpy().reshape(-1), records[2, 3, 1:])
+
+
+def test_cifar10_cut_short_is_refused(tmp_path):
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    (tmp_path / "cifar-10-batches-bin/test_batch.bin").write_bytes(bytes(3000))
+    with pytest.raises(UserError, match="cut short"):
+        build_dataset("cifar10", "test", 32, data_root=str(tmp_path))
+
+
+# ------------------------------------------------ preprocessing ------------------------------------------------
+
+def test_center_crop_follows_adm():
+    image = photo(20, 16)
+    assert np.array_equal(np.asarray(center_crop(image, 16)), np.asarray(image)[:, 2:18])       # no resampling needed
+    halved = np.asarray(photo(32, 32), float).reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(center_crop(photo(32, 32), 16)) - halved).max() <= 1               # box filter; two passes round
+    oracle = photo(50, 40).resize((30, 24), Image.BICUBIC).crop((3, 0, 27, 24))
+    assert np.array_equal(np.asarray(center_crop(photo(50, 40), 24)), np.asarray(oracle))
+    assert center_crop(photo(7, 300), 16).size == (16, 16)                                      # enlarged if it must be
+
+
+def test_random_crop_stays_within_its_range():
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 100).astype(np.uint8)[:, None, None], (1, 100, 3)))
+    spans = []
+    for seed in range(50):
+        crop = np.asarray(random_crop(ramp, 32, np.random.default_rng(seed)), float)[:, 0, 0]
+        spans.append((crop[-1] - crop[0]) / 255)
+    assert 0.72 < min(spans) < 0.85 < 0.93 < max(spans) <= 1.01
+
+
+def test_transparency_over_white_and_palette_with_transparency():
+    image = Image.new("LA", (2, 2), (0, 128))
+    assert np.asarray(to_rgb(image))[0, 0].tolist() == [127] * 3
+    palette = Image.new("P", (2, 2))
+    palette.info["transparency"] = 0
+    assert np.asarray(to_rgb(palette))[0, 0].tolist() == [255] * 3
+
+
+def test_range_conversion_round_trips_every_level():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels).min() == -1 and to_float(levels).max() == 1
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_flips_depend_on_seed_epoch_and_index_alone(folder):
+    dataset = build_dataset(str(folder), "train", 30, flip=True, seed=1)
+    plain = build_dataset(str(folder), "train", 30)
+    flips = [[not np.array_equal(array(dataset, i, epoch), array(plain, i)) for i in range(8)] for epoch in range(8)]
+    assert 0.25 < np.mean(flips) < 0.75 and flips[0] != flips[1]
+    again = build_dataset(str(folder), "train", 30, flip=True, seed=1)
+    loader = torch.utils.data.DataLoader(again, batch_sampler=[[(1, 5), (0, 2)], [(0, 5)]], num_workers=2, collate_fn=collate)
+    batches = [images for images, _ in loader]
+    assert np.array_equal(batches[0][0].numpy(), array(dataset, 5, 1))
+    assert np.array_equal(batches[1][0].numpy(), array(dataset, 5, 0))
+
+
+# ------------------------------------------------ batches ------------------------------------------------
+
+def test_global_batches_are_the_same_images_for_any_split():
+    whole = list(GlobalBatches(100, 12, 0, 20, seed=5))
+    for world, accumulate in ((2, 1), (1, 3), (2, 3)):
+        parts = [list(GlobalBatches(100, 12, 0, 20, 5, rank, world, accumulate)) for rank in range(world)]
+        for step in range(20):
+            keys = [key for part in parts for micro in part[step * accumulate:(step + 1) * accumulate] for key in micro]
+            assert sorted(keys) == sorted(whole[step])
+    assert list(GlobalBatches(100, 12, 7, 20, seed=5)) == whole[7:]                  # a resumed run
+    keys = [key for batch in whole for key in batch]
+    assert sorted(i for e, i in keys if e == 0) == list(range(100))                  # an epoch shows each image once
+    assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
+    assert list(GlobalBatches(None, 4, 3, 4)) == [[(0, 12), (0, 13), (0, 14), (0, 15)]]
+
+
+def test_first_images_stops_at_the_end_of_the_data(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((5, 8, 8, 3), np.uint8))
+    dataset = build_dataset(str(tmp_path / "x.npz"), "test", 8)
+    assert [len(images) for images, _ in first_images(dataset, 1000, batch_size=2)] == [2, 2, 1]
+
+
+def test_a_folder_of_nothing_but_broken_files_ends(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"junk")
+    dataset = build_dataset(str(tmp_path), "train", 8, skip_corrupt=True)
+    assert "unreadable images in a row" in str(dataset[0, 0])

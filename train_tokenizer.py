@@ -1,0 +1,477 @@
+"""Train the tokenizer: stage 1 with masked modelling, stage 2 the pixel decoder alone.   [Sec. 3.2, 3.3, 4.1, Table 7]
+
+    python train_tokenizer.py                                     # laptop: embedded shapes, a few minutes on two cores
+    python train_tokenizer.py --preset cifar10                    # CIFAR-10 at 32 px
+    python train_tokenizer.py --preset cifar10,vae --out runs/vae # an ablation row at that scale
+    torchrun --nproc-per-node=8 train_tokenizer.py --preset maetok-b-256 --data /data/imagenet     # the paper, one node
+    torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_tokenizer.py ...
+
+Running the same command again goes on from the last checkpoint, with any number of processes.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import UserError, sample_rng
+from data import GlobalBatches, build_dataset, collate, first_images, to_float, to_uint8
+from hog import hog_dim, hog_features, hog_picture
+from maetok import MAETok, MAETokConfig, kl_divergence, masked_feature_loss, patchify, random_mask, unpatchify
+
+
+@dataclass
+class Config(MAETokConfig):
+    """Everything a run depends on. The defaults are the paper's 256-px tokenizer [Table 7]; presets change them."""
+    # ---- run ----
+    preset: str = "shapes"         # one or more names joined by commas, later ones win; see PRESETS in this file
+    out: str = ""                  # folder of the run (default: runs/tokenizer-PRESET)
+    stage: str = "both"            # both, 1 (masked training only) or 2 (decoder only, from --init or a finished stage 1)
+    init: str = ""                 # start from the EMA weights of this checkpoint or run folder
+    seed: int = 0                  # of weights, data order, augmentation, masks and noise
+    device: str = "auto"           # auto, cpu, cuda or mps
+    dtype: str = "auto"            # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False          # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    workers: int = -1              # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    # ---- data ----
+    data: str = ""                 # shapes, cifar10, a folder or an .npz file; see data.py
+    data_root: str = "data"        # where cifar10 is looked for and downloaded to
+    flip: bool = True              # random horizontal flip [Table 7]
+    crop: str = "center"           # center [Table 7] or random, 80-100 % of the short side [released code]
+    skip_corrupt: bool = False     # pass over unreadable images and count them, instead of stopping
+    # ---- objective ----
+    targets: str = "hog"           # auxiliary targets, joined by commas; empty for none [Sec. 3.2, Table 1b]
+    aux_loss: str = "mse"          # mse [Eq. 8] or cosine
+    aux_weight: float = 1.0        # of the auxiliary losses; the paper gives none, 1.0 [released code]
+    hog_cell: int = 8              # px [MaskFeat]; small images want smaller cells
+    mask_low: float = 0.4          # smallest share of hidden patches [Sec. 4.1, Table 1c]
+    mask_high: float = 0.6         # largest; 0 for a plain AE
+    mask_draw: str = "uniform"     # uniform, image by image [ours], or normal: one rate a step, normal(0.6, 0.25) cut
+                                   # to [low, high] [released code]
+    kl_weight: float = 1e-6        # of a KL-VAE's divergence [released code]
+    # ---- optimisation ----
+    steps: int = 500_000           # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
+    batch_size: int = 512          # images a step over all processes [Table 7]
+    accumulate: int = 1            # forward passes a step, when a share of the batch does not fit a device
+    lr: float = 1e-4               # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
+    lr_start: float = 0.0          # at the first step of the warm-up; released code: 1e-5
+    lr_end: float = 0.0            # at the end of the cosine; released code: 2e-5
+    warmup: int = 10_000           # steps [Table 7]
+    beta1: float = 0.9             # AdamW [Table 7]
+    beta2: float = 0.95            # AdamW [Table 7]
+    weight_decay: float = 1e-4     # [Table 7]; none on norms, biases, tokens, positions [ours, the usual choice]
+    clip: float = 1.0              # largest gradient norm [released code]
+    ema: float = 0.9999            # decay, warmed up [released code]
+    # ---- stage 2 ----
+    stage2_steps: int = 50_000     # decoder fine-tuning with the encoder frozen [Sec. 4.1]
+    stage2_mask: float = 0.6       # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
+    stage2_lr: float = 1e-4        # peak; the paper is silent
+    stage2_warmup: int = 1000      # steps [ours]
+    # ---- logs ----
+    log_every: int = 100           # steps between lines of metrics.jsonl
+    save_every: int = 5000         # steps between checkpoints
+    keep: int = 3                  # numbered checkpoints that stay, at least 2
+    grid_every: int = 2000         # steps between pictures; 0 for none
+    eval_images: int = 1000        # test images for PSNR at the end of each stage
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = [name.strip() for name in self.targets.split(",") if name.strip()]
+        if unknown := set(names) - {"hog"}:
+            raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there is: hog")
+        self.aux_targets = {"hog": hog_dim(self.patch_size, self.hog_cell)} if names else {}
+        self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
+        random_mask([], 1, self.mask_low, self.mask_high)                                   # checks the range
+        for name, value, choices in (("stage", self.stage, ("both", "1", "2")), ("crop", self.crop, ("center", "random")),
+                                     ("aux-loss", self.aux_loss, ("mse", "cosine")),
+                                     ("mask-draw", self.mask_draw, ("uniform", "normal"))):
+            if value not in choices:
+                raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
+        if self.keep < 2:
+            raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
+        if min(self.batch_size, self.accumulate, self.log_every, self.save_every) < 1:
+            raise UserError("--batch-size, --accumulate, --log-every and --save-every must be at least 1")
+
+
+# The scale of a run. The first is the default.
+SCALES = {
+    "shapes": dict(data="shapes", image_size=32, patch_size=4, width=128, heads=4, encoder_depth=4, decoder_depth=4,
+                   num_latents=16, latent_dim=8, aux_depth=2, hog_cell=4, flip=False, steps=3000, batch_size=64, lr=1e-3,
+                   warmup=100, ema=0.999, stage2_steps=1000, stage2_lr=1e-3, stage2_warmup=50, log_every=20,
+                   save_every=500, grid_every=500),
+    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=192, heads=6, encoder_depth=6, decoder_depth=6,
+                    num_latents=32, latent_dim=16, hog_cell=4, steps=100_000, batch_size=128, lr=5e-4, warmup=1000,
+                    ema=0.9995, stage2_steps=20_000, stage2_lr=5e-4, log_every=50, save_every=1000, grid_every=1000),
+    "maetok-b-256": dict(),                                                                 # Table 7: the defaults
+    "maetok-b-512": dict(image_size=512),                                                   # Table 7
+    # What the released code does instead, as far as one value can say it (README, "Paper, released code and ...").
+    "maetok-b-256-released": dict(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5, latent_modulation=True,
+                                  aux_width=192, aux_heads=3, mask_draw="normal", crop="random", lr=2e-4, lr_start=1e-5,
+                                  lr_end=2e-5, warmup=5004, steps=500_400, weight_decay=0.0),
+}
+# The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset maetok-b-256,vae --steps 250000.
+_NO_MASK, _NO_AUX = dict(mask_low=0.0, mask_high=0.0), dict(targets="")
+ABLATIONS = {
+    "ae": _NO_MASK | _NO_AUX,                                    # plain autoencoder [Tables 1a, 6]
+    "vae": _NO_MASK | _NO_AUX | dict(variational=True),          # KL-VAE [Table 1a]
+    "vae-mask": dict(variational=True),                          # KL-VAE + masked modelling [Table 1a]
+    "image-latents": dict(learnable_latents=False),              # no learnable tokens, L = N [Tables 6, 13a]
+    "pixel": _NO_AUX,                                            # masked, pixel decoder only [Table 1b, Table 6 row 4]
+    "no-mask": _NO_MASK,                                         # auxiliary decoders see all patches [Table 6 row 2]
+    "aux-linear": dict(aux_depth=0), "aux-1": dict(aux_depth=1), "aux-3": dict(aux_depth=3),
+    "aux-6": dict(aux_depth=6), "aux-12": dict(aux_depth=12),                               # [Table 1d]
+    "mask-0-60": dict(mask_low=0.0, mask_high=0.6), "mask-10-40": dict(mask_low=0.1, mask_high=0.4),
+    "mask-20-60": dict(mask_low=0.2, mask_high=0.6), "mask-40-40": dict(mask_low=0.4, mask_high=0.4),
+    "mask-40-60": dict(mask_low=0.4, mask_high=0.6),                                        # [Table 1c]
+    "latents-256": dict(num_latents=256),                                                   # [Table 13a]
+    "ape": dict(rope="none", ape="both"),                                                   # [Table 13b]
+}
+PRESETS = SCALES | ABLATIONS
+# Options that may differ when a run is resumed: they do not change what is learned.
+FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root", "skip_corrupt",
+        "log_every", "save_every", "keep", "grid_every", "eval_images"}
+
+
+# ------------------------------------------------ schedules and draws ------------------------------------------------
+
+def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0):
+    """Linear warm-up to `peak`, then half a cosine down to `end` at `steps` [Table 7]."""
+    if step < warmup:
+        return start + (peak - start) * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1, progress)))
+
+
+def mask_range(config, stage, step):
+    """(low, high) share of hidden patches at `step` of `stage`."""
+    if stage == 2:
+        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to 0: the ramp ends at the former.
+        ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * (1 - step / max(1, config.stage2_steps - 1))
+        return ratio, ratio
+    if config.mask_draw == "normal" and config.mask_high > config.mask_low:
+        rng = sample_rng(config.seed, "mask-rate", step, 0)
+        while not config.mask_low <= (rate := rng.normal(0.6, 0.25)) <= config.mask_high:
+            pass
+        return rate, rate
+    return config.mask_low, config.mask_high
+
+
+def step_rngs(config, name, step, positions):
+    """One generator for each sample of a micro-batch, from (seed, step, global sample index)."""
+    return [sample_rng(config.seed, name, step, int(i)) for i in positions]
+
+
+def compute_targets(config, images):
+    """Target features of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets."""
+    return {"hog": hog_features(images, config.patch_size, config.hog_cell)} if config.aux_targets else {}
+
+
+def build_optimizer(config, model, device):
+    """AdamW with weight decay on matrices of linear layers only: not on norms, biases, tokens, positions, frequencies."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in trained if p.ndim >= 2 and name.endswith("weight")]
+    rest = [p for name, p in trained if not (p.ndim >= 2 and name.endswith("weight"))]
+    return torch.optim.AdamW([dict(params=decay, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)],
+                             lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type == "cuda")
+
+
+# ------------------------------------------------ one stage ------------------------------------------------
+
+def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device):
+    """Train from global step `step` to the end of `stage`; checkpoints, logs and pictures on the way. Returns the step.
+
+    Steps count through both stages: stage 1 is [0, steps), stage 2 is [steps, steps + stage2_steps).
+    """
+    first, last = (0, config.steps) if stage == 1 else (config.steps, config.steps + config.stage2_steps)
+    out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
+    batches = GlobalBatches(train_set.length, config.batch_size, step, last, config.seed, rank, world, config.accumulate)
+    workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
+    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                                              pin_memory=device.type == "cuda"))
+    wrapped = torch.compile(model) if config.compile else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+    num_patches = (config.image_size // config.patch_size) ** 2
+    latent_shape = (config.num_latents if config.learnable_latents else num_patches, config.latent_dim)
+    healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
+    totals, seen, clock = {}, 0, time.perf_counter()
+    bar = tqdm(total=last - first, initial=step - first, desc=f"stage {stage}", disable=rank > 0, mininterval=1.0)
+    while step < last:
+        if stage == 1:
+            lr = learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end)
+        else:
+            lr = learning_rate(step - first, config.stage2_steps, config.stage2_lr, config.stage2_warmup,
+                               end=config.lr_end)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        low, high = mask_range(config, stage, step - first)
+        for micro, positions in enumerate(batches.positions()):
+            batch = next(loader)
+            if isinstance(batch, UserError):
+                raise batch
+            images = to_float(batch[0].to(device, non_blocking=True))                       # (B, 3, H, W) in [-1, 1]
+            mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high).to(device)   # (B, N)
+            noise = None
+            if config.variational and stage == 1:
+                draws = [rng.standard_normal(latent_shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
+                noise = torch.from_numpy(np.stack(draws)).to(device)                        # (B, L, C)
+            targets = compute_targets(config, images) if stage == 1 else {}                 # y^j, (B, N, D_j)
+
+            # DDP averages gradients over processes at the last micro-batch only.
+            partial = micro + 1 < config.accumulate and world > 1
+            with wrapped.no_sync() if partial else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    output = wrapped(images, mask, noise)
+                terms = {"recon": F.mse_loss(output.reconstruction.float(), images)}
+                for name, target in targets.items():
+                    terms[name] = masked_feature_loss(output.aux[name], target, mask, config.aux_loss)
+                if noise is not None:
+                    terms["kl"] = kl_divergence(output.posterior)
+                # L = L_recon (+ lambda_1 L_percep + lambda_2 L_adv) [Eq. 6] + L_mask [Eq. 8]; a KL-VAE adds its KL.
+                loss = terms["recon"]
+                loss = loss + config.aux_weight * sum(terms[name] for name in targets)
+                loss = loss + config.kl_weight * terms.get("kl", 0.0)
+                (loss / config.accumulate).backward()
+            for name, term in (terms | {"loss": loss}).items():
+                totals[name] = totals.get(name, 0) + term.detach()
+            seen += 1
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        healthy *= (loss.detach() + grad_norm).isfinite()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+
+        saving = step % config.save_every == 0 or step == last
+        if step % config.log_every == 0 or saving:
+            # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
+            values = torch.stack([totals[name] / seen for name in totals] + [healthy])
+            *values, ok = common.all_mean(values, world).tolist()
+            if ok < 1:
+                raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
+                                f"nothing was overwritten: the checkpoints in {out} are good. Try a lower --lr, a longer "
+                                f"--warmup or --dtype float32")
+            rate = seen * len(positions) * world / (time.perf_counter() - clock)
+            record = {"step": step, "stage": stage, **dict(zip(totals, values)), "grad_norm": float(grad_norm), "lr": lr,
+                      "mask": (low + high) / 2, "images_per_second": rate}
+            totals, seen, clock = {}, 0, time.perf_counter()
+            if rank == 0:
+                common.append_metrics(out, record)
+                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values()) if n in ("recon", "hog", "kl")}
+                                | {"img/s": f"{rate:.0f}"}, refresh=False)
+        bar.update()
+        if rank == 0 and config.grid_every and (step % config.grid_every == 0 or step == last):
+            save_grid(config, stage, ema.model, test_set, out / f"grid_{step:07d}.png", device)
+        if saving and step < last:                          # the last one is written by main, with its measurements
+            save(config, stage, step, model, ema, optimizer, rank, world)
+    bar.close()
+    return step
+
+
+def save(config, stage, step, model, ema, optimizer, rank, world):
+    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails."""
+    if rank == 0:
+        state = {"kind": "tokenizer", "step": step, "stage": stage, "config": dataclasses.asdict(config),
+                 "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
+                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        common.save_checkpoint(config.out, state, config.keep)
+    if world > 1:
+        dist.barrier()
+
+
+# ------------------------------------------------ measurements ------------------------------------------------
+
+def psnr(images, reconstruction):
+    """Peak signal-to-noise ratio of each image in dB, data range 1: (B, 3, H, W) floats in [-1, 1] -> (B,).
+
+    Both are rounded to the 256 levels of a saved image first.
+    """
+    a, b = to_uint8(images).double() / 255, to_uint8(reconstruction).double() / 255
+    return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+@torch.inference_mode()
+def evaluate(config, model, dataset, device):
+    """Numbers on test images: PSNR of unmasked images and, while auxiliary decoders are there, how well they do.
+
+    Returns {"psnr": dB, "hog_loss": Eq. 8 at half of the patches hidden, "hog_constant": the same loss of the best constant
+    prediction (the mean target over the same hidden patches, so no constant can do better)}.
+    """
+    psnrs, losses, hidden = [], {}, {}
+    for number, (images, _) in enumerate(first_images(dataset, config.eval_images, batch_size=min(250, config.batch_size))):
+        images = to_float(images).to(device)
+        psnrs.append(psnr(images, model.decode(model.encode(images), images.shape[-2:])))
+        if model.aux_decoders:
+            N = patchify(images, config.patch_size).shape[1]
+            mask = random_mask(step_rngs(config, "eval-mask", number, range(len(images))), N, 0.5, 0.5).to(device)
+            output = model(images, mask)
+            for name, target in compute_targets(config, images).items():
+                losses.setdefault(name, []).append(
+                    masked_feature_loss(output.aux[name], target, mask, config.aux_loss) * len(images))
+                hidden.setdefault(name, []).append(target[mask])
+    psnrs = torch.cat(psnrs)
+    result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
+    for name in losses:
+        y = torch.cat(hidden[name])                                                         # (all hidden patches, D_j)
+        # Mean squared error is least at the mean; negative cosine at the mean of the unit vectors.
+        constant = y.mean(0) if config.aux_loss == "mse" else F.normalize(y, dim=-1).mean(0)
+        everything = torch.ones(1, len(y), dtype=torch.bool, device=device)
+        result[f"{name}_loss"] = (sum(losses[name]) / len(psnrs)).item()
+        result[f"{name}_constant"] = masked_feature_loss(constant.expand_as(y)[None], y[None], everything,
+                                                         config.aux_loss).item()
+    return result
+
+
+@torch.inference_mode()
+def measure_latents(config, model, dataset, device, count=10_000):
+    """Set the model's latent_mean and latent_std, one scalar each, over `count` clean training images."""
+    n, total, squares = 0, 0.0, 0.0
+    for images, _ in first_images(dataset, count, batch_size=min(250, config.batch_size)):
+        h = model.encode(to_float(images).to(device)).double()
+        n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
+    model.latent_mean.fill_(total / n)
+    model.latent_std.fill_(math.sqrt(max(squares / n - (total / n) ** 2, 1e-12)))
+
+
+@torch.inference_mode()
+def save_grid(config, stage, model, dataset, path, device, count=8):
+    """A PNG of test images: input, masked input, reconstructions, and HOG target and prediction drawn as strokes."""
+    images = to_float(next(first_images(dataset, count))[0]).to(device)
+    P = config.patch_size
+    grid = model.grid(images.shape[-2:])
+    show = lambda x: to_uint8(x)
+    rows = {"input": show(images)}
+    if stage == 1 and config.mask_high > 0:
+        mask = random_mask(step_rngs(config, "grid-mask", 0, range(len(images))), grid[0] * grid[1], 0.5, 0.5).to(device)
+        output = model(images, mask)
+        rows["masked input"] = show(unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
+        rows["reconstruction\nof the masked input"] = show(output.reconstruction)
+    rows["reconstruction"] = show(model.decode(model.encode(images), images.shape[-2:]))
+    if stage == 1 and "hog" in model.aux_decoders:
+        predicted = (output if config.mask_high > 0 else model(images)).aux["hog"]
+        cell = max(8, 96 // (images.shape[-1] // config.hog_cell))
+        for title, features in (("HOG target", hog_features(images, P, config.hog_cell)), ("HOG predicted", predicted)):
+            rows[title] = [hog_picture(f, grid, P, config.hog_cell, pixels_per_cell=cell) for f in features]
+    sheet = common.image_grid(list(rows.values()), list(rows))
+    common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
+
+
+def load_tokenizer(path, device="cpu"):
+    """The trained tokenizer in a checkpoint of this script: MAETok with the EMA weights, in eval mode.
+
+    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std. Raises UserError.
+    """
+    state = common.load_checkpoint(path)
+    if state.get("kind") != "tokenizer":
+        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
+    model = model_of(state, path)
+    common.load_weights(model, state["ema"], path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def model_of(state, path):
+    """A new MAETok of the shape that a checkpoint's config describes, without auxiliary decoders after stage 1."""
+    names = {field.name for field in dataclasses.fields(MAETokConfig)}
+    try:
+        model = MAETok(MAETokConfig(**{k: v for k, v in state["config"].items() if k in names}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path} has a config this version cannot build: {e}") from e
+    return model.freeze_encoder() if state["stage"] == 2 else model
+
+
+# ------------------------------------------------ main ------------------------------------------------
+
+def main(argv=None):
+    """Run the command line (argv without the program's name; None: sys.argv)."""
+    config = common.parse_config(Config, PRESETS, list(SCALES), __doc__, argv)
+    if not config.data:
+        raise UserError("which images? Give --data FOLDER (ImageFolder layout), FILE.npz, cifar10 or shapes")
+    rank, world, device = common.start_processes(config.device)
+    if config.batch_size % (world * config.accumulate):
+        raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
+                        f"{config.accumulate} accumulation steps")
+    train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root, config.flip, config.crop,
+                                         config.seed, config.skip_corrupt) for split in ("train", "test"))
+    out = Path(config.out)
+    end = config.steps if config.stage == "1" else config.steps + config.stage2_steps
+
+    # ---- the model: new, from --init, or where the last run of this command stopped ----
+    torch.manual_seed(config.seed)
+    model, stage, step = MAETok(config), 1, 0
+    state = common.find_checkpoint(out)
+    if state is not None:
+        common.check_same_config(state["config"], config, FREE, out)
+        stage, step = state["stage"], state["step"]
+        if stage == 2:
+            model.freeze_encoder()
+        common.load_weights(model, state["model"], out)
+    elif config.init:
+        source = common.load_checkpoint(config.init)
+        if source["stage"] == 2 or not config.aux_targets:
+            model.aux_decoders = torch.nn.ModuleDict()
+        common.load_weights(model, source["ema"], config.init)
+    if state is None and config.stage == "2":
+        if not config.init:
+            raise UserError(f"--stage 2 needs a trained encoder: give --init CHECKPOINT, or an --out with a finished stage 1")
+        step = config.steps
+    model.to(device)
+    ema = common.EMA(model, config.ema)
+    optimizer = build_optimizer(config, model, device)
+    if state is not None:
+        common.load_weights(ema.model, state["ema"], out)
+        ema.updates = state["ema_updates"]
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+    if world > 1:
+        steps = torch.tensor([step, -step], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(f"the processes found different checkpoints: {out} must be one folder that all nodes share")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        common.atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        common.cut_metrics(out, step)
+        print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+        print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
+              f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; {out}/ at step {step} of {end}", flush=True)
+
+    # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
+    while step < end:
+        if stage == 1 and step == config.steps:
+            # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded.
+            model.load_state_dict(ema.model.state_dict())
+            model.freeze_encoder()
+            stage, ema, optimizer = 2, common.EMA(model, config.ema), build_optimizer(config, model, device)
+        step = train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device)
+        if rank == 0:
+            record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
+                      **evaluate(config, ema.model, test_set, device)}
+            common.append_metrics(out, record)
+            print(json.dumps(record), flush=True)
+            measure_latents(config, ema.model, train_set, device)
+            model.latent_mean.copy_(ema.model.latent_mean)
+            model.latent_std.copy_(ema.model.latent_std)
+        save(config, stage, step, model, ema, optimizer, rank, world)
+    if rank == 0:
+        records = common.read_metrics(out)
+        terms = [n for n in ("recon", *config.aux_targets, "kl", "lr") if any(n in r for r in records)]
+        curves = {n: zip(*[(r["step"], r[n]) for r in records if n in r]) for n in terms}
+        common.plot_curves({n: tuple(map(list, curve)) for n, curve in curves.items()}).save(out / "loss.png")
+        if train_set.skipped + test_set.skipped:
+            print(f"passed over unreadable images {int(train_set.skipped + test_set.skipped)} times")
+        print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_{step:07d}.png")
+
+
+if __name__ == "__main__":
+    common.run(main)
