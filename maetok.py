@@ -380,12 +380,14 @@ class MAETok(nn.Module):
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith(("_token", "_tokens", "_positions", ".table")):
-                nn.init.trunc_normal_(parameter, std=0.02)
+                # As large as a projected latent. At the usual 0.02 the decoder sees L latents that it cannot tell apart
+                # until the positions have grown: a run of 600 steps on shapes stayed 0.8 dB behind [ours].
+                nn.init.normal_(parameter)
 
     @staticmethod
     def _init_weights(module):
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)      # as ViT [ours]
+            nn.init.xavier_uniform_(module.weight)              # as MAE (He et al. 2022) [the paper is silent]
             nn.init.zeros_(module.bias)
 
     def grid(self, size):

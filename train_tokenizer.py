@@ -83,6 +83,7 @@ class Config(MAETokConfig):
     keep: int = 3                  # numbered checkpoints that stay, at least 2
     grid_every: int = 2000         # steps between pictures; 0 for none
     eval_images: int = 1000        # test images for PSNR at the end of each stage
+    latent_images: int = 10_000    # training images for the latents' mean and standard deviation
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,7 +140,7 @@ ABLATIONS = {
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
 FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root", "skip_corrupt",
-        "log_every", "save_every", "keep", "grid_every", "eval_images"}
+        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
 
 
 # ------------------------------------------------ schedules and draws ------------------------------------------------
@@ -300,6 +301,11 @@ def psnr(images, reconstruction):
     return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
+def eval_batch(config):
+    """Images a forward pass outside training: no more than a training step of one process is likely to hold."""
+    return max(1, min(64, config.batch_size // config.accumulate))
+
+
 @torch.inference_mode()
 def evaluate(config, model, dataset, device):
     """Numbers on test images: PSNR of unmasked images and, while auxiliary decoders are there, how well they do.
@@ -308,7 +314,7 @@ def evaluate(config, model, dataset, device):
     prediction (the mean target over the same hidden patches, so no constant can do better)}.
     """
     psnrs, losses, hidden = [], {}, {}
-    for number, (images, _) in enumerate(first_images(dataset, config.eval_images, batch_size=min(250, config.batch_size))):
+    for number, (images, _) in enumerate(first_images(dataset, config.eval_images, batch_size=eval_batch(config))):
         images = to_float(images).to(device)
         psnrs.append(psnr(images, model.decode(model.encode(images), images.shape[-2:])))
         if model.aux_decoders:
@@ -333,10 +339,10 @@ def evaluate(config, model, dataset, device):
 
 
 @torch.inference_mode()
-def measure_latents(config, model, dataset, device, count=10_000):
-    """Set the model's latent_mean and latent_std, one scalar each, over `count` clean training images."""
+def measure_latents(config, model, dataset, device):
+    """Set the model's latent_mean and latent_std, one scalar each, over `latent_images` clean training images."""
     n, total, squares = 0, 0.0, 0.0
-    for images, _ in first_images(dataset, count, batch_size=min(250, config.batch_size)):
+    for images, _ in first_images(dataset, config.latent_images, batch_size=eval_batch(config)):
         h = model.encode(to_float(images).to(device)).double()
         n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
     model.latent_mean.fill_(total / n)
