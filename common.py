@@ -5,6 +5,7 @@ Helpers only: each is called by the scripts and none calls back. The training lo
 import argparse
 import copy
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -45,7 +46,9 @@ def run(main):
 
 # ------------------------------------------------ configuration ------------------------------------------------
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, exit status 2."""
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -72,24 +75,25 @@ def _comments(config_class):
     return found
 
 
-def parse_config(config_class, presets, base, description, argv=None):
+def parse_config(config_class, presets, base, description, argv=None, hidden=()):
     """Build a config from the command line. Precedence: the class's defaults < presets < options.
 
     presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is not in `base`
     (the presets that fix a scale; the first of them is the default), that default comes before it.
+    hidden: fields that get no option because the script sets them, as are those that are no int, float, str or bool.
     Raises UserError for unknown options, presets and values.
     """
     description += (f"\nDefaults below are the paper's or those of the source named with them; `--preset` (default "
                     f"{base[0]}) changes many at once.\nScales: {', '.join(base)}.\nVariants to join to a scale: "
                     f"{', '.join(name for name in presets if name not in base)}.")
-    parser = _Parser(description=description, usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
+    parser = OneLineParser(description=description, usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
-        if field.type not in (int, float, str, bool):
-            continue                                                        # set by the script, not by an option
+        if field.type not in (int, float, str, bool) or field.name in hidden:
+            continue
         title, text = comments[field.name]
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
@@ -192,6 +196,14 @@ class EMA:
             average.copy_(buffer)
 
 
+def fingerprint(model):
+    """A hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ------------------------------------------------ checkpoints ------------------------------------------------
 
 def atomic_write(path, write):
@@ -204,6 +216,12 @@ def atomic_write(path, write):
         raise UserError(f"cannot write {path}: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_npy(path, array):
+    """numpy.save under exactly this name (numpy would append .npy to a temporary one)."""
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 def numbered_checkpoints(out):
@@ -284,6 +302,15 @@ def check_same_config(saved, config, free, path):
                         f"{'; ...' if len(changed) > 6 else ''}); choose another --out or the same options")
 
 
+def check_same_step(step, out, world, device):
+    """Refuse to train when processes resumed at different steps, as nodes without a shared folder would."""
+    if world > 1:
+        steps = torch.tensor([step, -step], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(f"the processes found different checkpoints: {out} must be one folder that all nodes share")
+
+
 # ------------------------------------------------ logs ------------------------------------------------
 
 def append_metrics(out, record):
@@ -335,12 +362,15 @@ def image_grid(rows, titles, cell=96, title_width=150):
 
 
 def plot_curves(curves, width=900, height=220):
-    """One panel a curve, log scale where all values are positive. curves: title -> (x values, y values). PIL image."""
+    """One panel a curve, log scale where the values call for it. curves: title -> [(x, y), ...]; empty ones are left out.
+
+    Returns a PIL image."""
+    curves = {title: list(zip(*points)) for title, points in curves.items() if points}
     sheet = Image.new("RGB", (width, height * len(curves)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for panel, (title, (xs, ys)) in enumerate(curves.items()):
         left, right, top, bottom = 70, width - 20, panel * height + 28, (panel + 1) * height - 26
-        log = min(ys) > 0 and max(ys) / min(ys) > 3
+        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4      # a rate that falls to nothing reads better linearly
         values = [math.log10(y) for y in ys] if log else list(ys)
         low, high = min(values), max(values)
         high += 1e-9 + (high == low)

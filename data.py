@@ -76,16 +76,20 @@ class Shapes:
         self.size, self.seed, self.stream = size, seed, f"shapes-{split}"
         self.length = None if split == "train" else test_images                    # None: endless
 
+    def fingerprint(self):
+        """What tells this source from any other, for the key of a latent cache. Every source has one."""
+        return f"{self.stream} seed {self.seed} size {self.size}"
+
     def __getitem__(self, index):
         label = index % len(SHAPES)
         rng = sample_rng(self.seed, self.stream, 0, index)
         while True:
-            background, colour = rng.integers(0, 256, (2, 3))
+            background, colour = rng.integers(32, 224, (2, 3))
             # Visible in luminance too (weights of ITU-R 601), or the edges would exist in one channel only.
             if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
                 break
-        radius = rng.uniform(0.26, 0.40)
-        centre = 0.5 + rng.uniform(-1, 1, 2) * (0.46 - radius)                     # all of the shape stays inside
+        radius = rng.uniform(0.28, 0.40)
+        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.46 - radius)             # all of the shape stays inside
         angle = np.deg2rad(rng.uniform(-20, 20))
         rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         oversampling = 4 if self.size <= 128 else 2
@@ -110,6 +114,9 @@ class Arrays:
     def __init__(self, images, labels, classes=None):
         self.images, self.labels, self.classes, self.length = images, labels, classes, len(images)
 
+    def fingerprint(self):
+        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes() + self.labels.tobytes()).hexdigest()
+
     def __getitem__(self, index):
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
@@ -130,7 +137,7 @@ def read_npz(path):
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
     if labels.shape != (len(images),):
         raise UserError(f"{path}: arr_1 has shape {labels.shape}, it should hold one label for {len(images)} images")
-    return Arrays(images, labels)
+    return Arrays(images, labels, [str(i) for i in range(labels.max() + 1)] or None)
 
 
 def read_cifar10(split, root):
@@ -211,6 +218,12 @@ class Folder:
         number = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = [number[p[0]] if len(p) > 1 else -1 for p in parts]
         self.length = len(self.files)
+
+    def fingerprint(self):
+        digest = hashlib.sha256()
+        for file, label in zip(self.files, self.labels):
+            digest.update(f"{file.name} {label} {file.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index):
         path = self.files[index]

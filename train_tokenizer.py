@@ -75,6 +75,8 @@ class Config(MAETokConfig):
     # ---- stage 2 ----
     stage2_steps: int = 50_000     # decoder fine-tuning with the encoder frozen [Sec. 4.1]
     stage2_mask: float = 0.6       # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
+    stage2_ramp: float = 1.0       # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any, trains on
+                                   # clean images, as Sec. 3.3 has it from the start
     stage2_lr: float = 1e-4        # peak; the paper is silent
     stage2_warmup: int = 1000      # steps [ours]
     # ---- logs ----
@@ -106,13 +108,14 @@ class Config(MAETokConfig):
 
 # The scale of a run. The first is the default.
 SCALES = {
-    "shapes": dict(data="shapes", image_size=32, patch_size=4, width=128, heads=4, encoder_depth=4, decoder_depth=4,
-                   num_latents=16, latent_dim=8, aux_depth=2, hog_cell=4, flip=False, steps=3000, batch_size=64, lr=1e-3,
-                   warmup=100, ema=0.999, stage2_steps=1000, stage2_lr=1e-3, stage2_warmup=50, log_every=20,
-                   save_every=500, grid_every=500),
-    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=192, heads=6, encoder_depth=6, decoder_depth=6,
-                    num_latents=32, latent_dim=16, hog_cell=4, steps=100_000, batch_size=128, lr=5e-4, warmup=1000,
-                    ema=0.9995, stage2_steps=20_000, stage2_lr=5e-4, log_every=50, save_every=1000, grid_every=1000),
+    "shapes": dict(data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3, decoder_depth=3,
+                   num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4, flip=False, steps=4000, batch_size=32, lr=3e-3,
+                   warmup=100, ema=0.998, stage2_steps=3000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
+                   log_every=50, save_every=500, grid_every=1000),
+    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3, decoder_depth=3,
+                    num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=40_000, batch_size=64, lr=3e-3,
+                    warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=100,
+                    log_every=50, save_every=500, grid_every=1000),
     "maetok-b-256": dict(),                                                                 # Table 7: the defaults
     "maetok-b-512": dict(image_size=512),                                                   # Table 7
     # What the released code does instead, as far as one value can say it (README, "Paper, released code and ...").
@@ -157,7 +160,8 @@ def mask_range(config, stage, step):
     """(low, high) share of hidden patches at `step` of `stage`."""
     if stage == 2:
         # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to 0: the ramp ends at the former.
-        ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * (1 - step / max(1, config.stage2_steps - 1))
+        ramp = max(1, config.stage2_ramp * config.stage2_steps - 1)
+        ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * max(0.0, 1 - step / ramp)
         return ratio, ratio
     if config.mask_draw == "normal" and config.mask_high > config.mask_low:
         rng = sample_rng(config.seed, "mask-rate", step, 0)
@@ -183,7 +187,7 @@ def build_optimizer(config, model, device):
     decay = [p for name, p in trained if p.ndim >= 2 and name.endswith("weight")]
     rest = [p for name, p in trained if not (p.ndim >= 2 and name.endswith("weight"))]
     return torch.optim.AdamW([dict(params=decay, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)],
-                             lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type == "cuda")
+                             lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
 
 
 # ------------------------------------------------ one stage ------------------------------------------------
@@ -373,26 +377,26 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
 
 
 def load_tokenizer(path, device="cpu"):
-    """The trained tokenizer in a checkpoint of this script: MAETok with the EMA weights, in eval mode.
+    """The trained tokenizer in a checkpoint or run folder of this script: MAETok with the EMA weights, in eval mode.
 
     Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std. Raises UserError.
     """
-    state = common.load_checkpoint(path)
+    return tokenizer_of(common.load_checkpoint(path), path).to(device)
+
+
+def tokenizer_of(state, path):
+    """The same from a checkpoint already read; `path` is for messages."""
     if state.get("kind") != "tokenizer":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
-    model = model_of(state, path)
-    common.load_weights(model, state["ema"], path)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def model_of(state, path):
-    """A new MAETok of the shape that a checkpoint's config describes, without auxiliary decoders after stage 1."""
     names = {field.name for field in dataclasses.fields(MAETokConfig)}
     try:
         model = MAETok(MAETokConfig(**{k: v for k, v in state["config"].items() if k in names}))
     except (TypeError, ValueError) as e:
         raise UserError(f"{path} has a config this version cannot build: {e}") from e
-    return model.freeze_encoder() if state["stage"] == 2 else model
+    if state["stage"] == 2:
+        model.freeze_encoder()                                                              # drops the auxiliary decoders
+    common.load_weights(model, state["ema"], path)
+    return model.eval().requires_grad_(False)
 
 
 # ------------------------------------------------ main ------------------------------------------------
@@ -438,11 +442,7 @@ def main(argv=None):
         ema.updates = state["ema_updates"]
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-    if world > 1:
-        steps = torch.tensor([step, -step], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise UserError(f"the processes found different checkpoints: {out} must be one folder that all nodes share")
+    common.check_same_step(step, out, world, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         common.atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
@@ -471,9 +471,8 @@ def main(argv=None):
         save(config, stage, step, model, ema, optimizer, rank, world)
     if rank == 0:
         records = common.read_metrics(out)
-        terms = [n for n in ("recon", *config.aux_targets, "kl", "lr") if any(n in r for r in records)]
-        curves = {n: zip(*[(r["step"], r[n]) for r in records if n in r]) for n in terms}
-        common.plot_curves({n: tuple(map(list, curve)) for n, curve in curves.items()}).save(out / "loss.png")
+        terms = ("recon", *config.aux_targets, "kl", "lr")
+        common.plot_curves({n: [(r["step"], r[n]) for r in records if n in r] for n in terms}).save(out / "loss.png")
         if train_set.skipped + test_set.skipped:
             print(f"passed over unreadable images {int(train_set.skipped + test_set.skipped)} times")
         print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_{step:07d}.png")

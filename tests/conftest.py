@@ -6,7 +6,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # the project is flat files, not an installed package
-torch.set_num_threads(2)
+torch.set_num_threads(1)                # small tensors; two threads fight with whatever else the machine does
 
 
 @pytest.fixture(autouse=True)

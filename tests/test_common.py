@@ -156,5 +156,5 @@ def test_pictures_hold_what_they_are_given():
     sheet = common.image_grid([torch.zeros(3, 3, 8, 8, dtype=torch.uint8)] * 2, ["one", "two"], cell=20)
     pixels = np.asarray(sheet)
     assert pixels.shape[0] == 48 and (pixels[:20, 150:170] == 0).all()
-    plot = np.asarray(common.plot_curves({"a": ([0, 1, 2], [1.0, 0.1, 0.01]), "b": ([3], [2.0])}))
+    plot = np.asarray(common.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": []}))
     assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn

@@ -1,0 +1,559 @@
+"""sit.py: the network's structure and counts, the paths, and samplers held against distributions known in closed form.
+
+The oracle of the samplers is data whose velocity can be written down: a Gaussian, and a mixture of four.
+"""
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss, guided_velocity,
+                 heun, interpolate, path_coefficients, position_table, sample_times, score_from_velocity, sit_macs,
+                 split_velocity, time_features)
+
+TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
+PATHS = ("linear", "cosine")
+
+
+def tiny(random=True, **changes):
+    """A small model; random: with every weight drawn at random, since a new one answers 0 to everything."""
+    model = SiT(SiTConfig(**(TINY | changes))).eval()
+    if random:
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+def on_meta(**config):
+    with torch.device("meta"):
+        return SiT(SiTConfig(**config))
+
+
+def rngs(count, seed=0):
+    return [np.random.default_rng([seed, i]) for i in range(count)]
+
+
+# ------------------------------------------------ counts and names ------------------------------------------------
+
+@pytest.mark.parametrize("size, exact, paper", [("XL", 674_853_152, 675e6), ("L", 457_857_056, 458e6),
+                                                ("B", 130_328_096, None), ("S", 32_871_200, None)])
+def test_parameter_counts(size, exact, paper):
+    count = sum(p.numel() for p in on_meta(**SIZES[size]).parameters())
+    assert count == exact
+    assert paper is None or abs(count / paper - 1) < 1e-3                     # as the paper prints them [Sec. 4.1]
+
+
+def test_the_default_is_the_papers_xl_and_its_released_list_of_weights():
+    assert dataclasses.asdict(SiTConfig()) == dataclasses.asdict(SiTConfig(**SIZES["XL"]))
+    D, expected = 1152, {"x_embedder.weight": (1152, 32), "x_embedder.bias": (1152,),
+                         "y_embedder.embedding_table.weight": (1001, 1152)}
+    layers = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "final_layer.linear": (32, D),
+              "final_layer.adaLN_modulation.1": (2 * D, D)}
+    for i in range(28):
+        layers |= {f"blocks.{i}.attn.qkv": (3 * D, D), f"blocks.{i}.attn.proj": (D, D),
+                   f"blocks.{i}.mlp.fc1": (4 * D, D), f"blocks.{i}.mlp.fc2": (D, 4 * D),
+                   f"blocks.{i}.adaLN_modulation.1": (6 * D, D)}
+    for name, shape in layers.items():
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    state = on_meta().state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+    assert sum(value.numel() for value in state.values()) + 128 * 1152 == 675_000_608     # with its stored pos_embed
+
+
+@pytest.mark.parametrize("config", [TINY, dict(num_latents=128), dict(num_latents=1024),
+                                    dict(SIZES["S"], mlp_ratio=3.0, num_latents=7, latent_dim=3)])
+def test_macs_agree_with_pytorchs_counter(config):
+    # On the meta device attention falls apart into the matrix products that the counter knows; the fused kernel of the
+    # CPU counts as nothing.
+    model = on_meta(**config)
+    c = model.config
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model(torch.empty(3, c.num_latents, c.latent_dim), torch.empty(3), torch.empty(3, dtype=torch.int64))
+    assert counter.get_total_flops() == 2 * 3 * sit_macs(c)
+
+
+def test_macs_of_the_paper_size():
+    # The released model was counted at 58.4 and 524.5 G: its 28 blocks. Both ends add 0.01 and 0.08 G.
+    whole = {L: sit_macs(SiTConfig(num_latents=L)) for L in (128, 1024)}
+    assert whole == {128: 58_369_720_320, 1024: 524_557_172_736}
+    blocks = {L: 28 * (whole[L] - sit_macs(SiTConfig(num_latents=L, depth=27))) for L in whole}
+    assert {L: round(macs / 1e9, 1) for L, macs in blocks.items()} == {128: 58.4, 1024: 524.5}
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(width=30), "divided over 4 heads"), (dict(width=33, heads=3), "odd"), (dict(depth=0), "positive"),
+    (dict(latent_dim=-1), "positive"), (dict(mlp_ratio=0.0), "positive"), (dict(num_classes=-1), "unconditional")])
+def test_impossible_configurations_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SiTConfig(**(TINY | bad))
+
+
+# ------------------------------------------------ the network ------------------------------------------------
+
+def test_a_new_model_answers_zero_and_its_blocks_are_the_identity():
+    model = tiny(random=False)
+    x, t, y = torch.randn(3, 5, 6), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([0, 3, 10])
+    assert torch.equal(model(x, t, y), torch.zeros(3, 5, 6))
+    tokens, c = torch.randn(3, 5, 32), torch.randn(3, 32)
+    for block in model.blocks:
+        assert torch.equal(block(tokens, c), tokens)
+        assert block.attn(tokens).abs().min() > 0 and block.mlp(tokens).abs().min() > 0     # closed, not empty
+
+
+def test_block_equals_pytorchs_pre_norm_encoder_layer_when_gates_are_open():
+    ours = Block(32, 4, 4.0)
+    oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation=lambda x: F.gelu(x, approximate="tanh"),
+                                        layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.2)
+    nn.init.zeros_(ours.adaLN_modulation[1].weight)
+    ours.adaLN_modulation[1].bias.data = torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(32)   # shift, scale, gate
+    for theirs, mine in ((oracle.linear1, ours.mlp.fc1), (oracle.linear2, ours.mlp.fc2),
+                         (oracle.self_attn.out_proj, ours.attn.proj)):
+        theirs.load_state_dict(mine.state_dict())
+    oracle.self_attn.in_proj_weight.data.copy_(ours.attn.qkv.weight)
+    oracle.self_attn.in_proj_bias.data.copy_(ours.attn.qkv.bias)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours(x, torch.randn(2, 32)), oracle(x), rtol=1e-5, atol=1e-5)
+
+
+def test_modulation_is_shift_scale_gate_of_attention_then_of_the_mlp():
+    block = Block(16, 2, 2.0)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, c = torch.randn(2, 5, 16), torch.randn(2, 16)
+    layer = block.adaLN_modulation[1]
+    m = (c / (1 + torch.exp(-c)) @ layer.weight.T + layer.bias).reshape(2, 6, 1, 16)
+    norm = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    expected = x + m[:, 2] * block.attn(norm(x) * (1 + m[:, 1]) + m[:, 0])
+    expected = expected + m[:, 5] * block.mlp(norm(expected) * (1 + m[:, 4]) + m[:, 3])
+    torch.testing.assert_close(block(x, c), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_interleaved_sines_and_cosines():
+    table = position_table(7, 10)
+    for position in range(7):
+        for i in range(5):
+            angle = position / 10000 ** (2 * i / 10)
+            assert abs(table[0, position, 2 * i] - math.sin(angle)) < 1e-6
+            assert abs(table[0, position, 2 * i + 1] - math.cos(angle)) < 1e-6
+    model = tiny()
+    assert torch.equal(model.pos_embed, position_table(5, 32)) and "pos_embed" not in model.state_dict()
+    x, t, y = torch.randn(2, 5, 6), torch.rand(2), torch.tensor([1, 2])
+    shuffle = torch.tensor([3, 0, 4, 1, 2])
+    assert not torch.allclose(model(x[:, shuffle], t, y), model(x, t, y)[:, shuffle], atol=1e-3)
+    model.pos_embed.zero_()                                                   # the table is the only source of order
+    torch.testing.assert_close(model(x[:, shuffle], t, y), model(x, t, y)[:, shuffle], rtol=1e-4, atol=1e-5)
+
+
+def test_time_features_are_cosines_then_sines_of_unscaled_time():
+    t = torch.tensor([0.0, 0.3, 1.0])
+    features = time_features(t)
+    assert features.shape == (3, 256)
+    for b in range(3):
+        for i in (0, 1, 64, 127):
+            angle = float(t[b]) * 10000 ** (-i / 128)
+            assert abs(features[b, i] - math.cos(angle)) < 1e-6 and abs(features[b, 128 + i] - math.sin(angle)) < 1e-6
+
+
+def test_time_features_are_float32_under_autocast():
+    t = torch.tensor([0.990, 0.991])                                          # one number in bfloat16
+    plain = time_features(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(time_features(t), plain)
+        assert tiny()(torch.randn(2, 5, 6), t, torch.tensor([1, 2])).dtype == torch.bfloat16
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_velocity_depends_on_state_time_and_class_of_its_own_sample():
+    model = tiny()
+    x, t, y = torch.randn(3, 5, 6), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 9, 10])
+    v = model(x, t, y)
+    assert v.shape == x.shape
+    others = (model(x + torch.randn(3, 5, 6), t, y), model(x, t + 0.05, y), model(x, t, (y + 1) % 11))
+    assert all((v - other).abs().amax((1, 2)).min() > 1e-3 for other in others)
+    torch.testing.assert_close(v[1:2], model(x[1:2], t[1:2], y[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_of_another_shape_are_refused():
+    for shape in ((2, 1, 6), (2, 4, 6), (2, 5, 7)):
+        with pytest.raises(ValueError, match="5 tokens with 6 channels"):
+            tiny()(torch.zeros(shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_an_unconditional_model_has_the_null_class_only():
+    model = tiny(num_classes=0)
+    assert model.y_embedder.embedding_table.weight.shape == (1, 32)
+    y = drop_labels(rngs(4), torch.tensor([3, 1, 4, 1]), null_class=0, probability=1.0)
+    assert torch.equal(y, torch.zeros(4, dtype=torch.int64))
+    samples = euler(guided_velocity(model, y), torch.randn(4, 5, 6), steps=3)
+    assert samples.shape == (4, 5, 6) and samples.isfinite().all()
+    with pytest.raises(ValueError, match="unconditional"):
+        guided_velocity(model, y, cfg_scale=1.5)
+
+
+# ------------------------------------------------ paths and objective ------------------------------------------------
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_go_from_data_at_0_to_noise_at_1_with_these_derivatives(path):
+    x, noise = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(interpolate(x, noise, torch.zeros(2, dtype=torch.float64), path)[0], x)
+    torch.testing.assert_close(interpolate(x, noise, torch.ones(2, dtype=torch.float64), path)[0], noise)
+    t = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda t: interpolate(x, noise, t, path)[0], t)     # (2, 5, 6, 2)
+    derivative = torch.stack([jacobian[b, :, :, b] for b in range(2)])
+    torch.testing.assert_close(interpolate(x, noise, t, path)[1], derivative)
+    alpha, sigma, *_ = path_coefficients(t, path)
+    torch.testing.assert_close(alpha + sigma if path == "linear" else alpha ** 2 + sigma ** 2, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_split_velocity_inverts_interpolation(path):
+    x, noise = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    t = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    state, v = interpolate(x, noise, t, path)
+    data, eps = split_velocity(v, state, t, path)
+    torch.testing.assert_close(data, x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(split_velocity(v[1:2], state[1:2], 0.3, path)[1], noise[1:2], rtol=1e-4, atol=1e-5)
+
+
+class GaussianMixture:
+    """Data from sum_k weights[k] N(means[k], std^2 I) over (B, L, C) = (B, 1, C), and the exact velocity and score."""
+
+    def __init__(self, weights, means, std, path):
+        self.weights, self.means = torch.tensor(weights).double(), torch.tensor(means).double()     # (K,), (K, C)
+        self.std, self.path = std, path
+
+    def coefficients(self, t):                       # written here again, so that a wrong path cannot hide in both
+        if self.path == "linear":
+            return 1 - t, t, -1.0, 1.0
+        h = math.pi / 2
+        return math.cos(h * t), math.sin(h * t), -h * math.sin(h * t), h * math.cos(h * t)
+
+    def log_density(self, x, t):                     # (B, 1, C) -> (B,)
+        alpha, sigma, *_ = self.coefficients(t)
+        variance = (alpha * self.std) ** 2 + sigma ** 2
+        squares = (x - alpha * self.means).square().sum(-1)                                         # (B, K)
+        constant = 0.5 * x.shape[-1] * math.log(2 * math.pi * variance)
+        return torch.logsumexp(self.weights.log() - squares / (2 * variance), -1) - constant
+
+    def velocity(self, x, t):                        # (B, 1, C) -> (B, 1, C)
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
+        variance = (alpha * self.std) ** 2 + sigma ** 2
+        away = x - alpha * self.means                                                               # (B, K, C)
+        share = torch.softmax(self.weights.log() - away.square().sum(-1) / (2 * variance), -1)[..., None]
+        data = (share * (self.means + alpha * self.std ** 2 / variance * away)).sum(1, keepdim=True)  # E[x | x_t]
+        noise = (share * sigma / variance * away).sum(1, keepdim=True)                                # E[eps | x_t]
+        return d_alpha * data + d_sigma * noise
+
+
+def gaussian(path):
+    return GaussianMixture([1.0], [[1.5]], 0.5, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
+def test_score_is_the_gradient_of_the_log_density(path, t):
+    x = torch.randn(20, 1, 2, dtype=torch.float64, requires_grad=True)
+    modes = GaussianMixture([0.3, 0.7], [[1.0, 0.5], [-1.0, 0.2]], 0.4, path)
+    gradient, = torch.autograd.grad(modes.log_density(x, t).sum(), x)
+    score = score_from_velocity(modes.velocity(x, t), x, t, path)
+    torch.testing.assert_close(score, gradient)
+    torch.testing.assert_close(score_from_velocity(modes.velocity(x, t), x, torch.full((20,), t).double(), path), score)
+    closed = gaussian(path)                                                   # N(alpha m, alpha^2 s^2 + sigma^2)
+    alpha, sigma, *_ = closed.coefficients(t)
+    x = x.detach()[..., :1]
+    torch.testing.assert_close(score_from_velocity(closed.velocity(x, t), x, t, path),
+                               -(x - alpha * 1.5) / (alpha ** 2 * 0.25 + sigma ** 2))
+
+
+def test_there_is_no_score_of_data_without_noise():
+    x = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match="t = 0"):
+        score_from_velocity(x, x, 0.0)
+    with pytest.raises(ValueError, match="t = 0"):
+        score_from_velocity(x, x, torch.tensor([0.5, 0.0]))
+    assert score_from_velocity(x, x, torch.tensor([0.5, 0.01])).isfinite().all()
+
+
+def test_unknown_paths_and_times_are_refused():
+    with pytest.raises(ValueError, match="linear or cosine"):
+        path_coefficients(torch.zeros(1), "quadratic")
+    with pytest.raises(ValueError, match="uniform or logit-normal"):
+        sample_times(rngs(1), "normal")
+
+
+def test_loss_is_one_mean_a_sample():
+    prediction, target = torch.randn(3, 5, 6).bfloat16(), torch.randn(3, 5, 6)
+    loss = flow_matching_loss(prediction, target)
+    assert loss.shape == (3,) and loss.dtype == torch.float32
+    for b in range(3):
+        assert loss[b].item() == pytest.approx(((prediction[b].float() - target[b]).numpy() ** 2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit-normal"])
+def test_training_times_have_the_distribution_they_are_named_after(kind):
+    times = sample_times(rngs(3000), kind)
+    assert times.dtype == torch.float32 and times.shape == (3000,) and 0 <= times.min() and times.max() <= 1
+    uniform = scipy.stats.kstest(times.numpy(), "uniform").pvalue
+    normal = scipy.stats.kstest(scipy.special.logit(times.double().numpy()), "norm").pvalue
+    good, bad = (uniform, normal) if kind == "uniform" else (normal, uniform)
+    assert good > 0.01 and bad < 1e-6
+    assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])       # a sample's time is its generator's alone
+
+
+def test_dropped_labels_become_the_null_class():
+    y = torch.arange(3000) % 10
+    dropped = drop_labels(rngs(3000), y, null_class=10)
+    assert dropped.dtype == torch.int64 and abs((dropped == 10).float().mean() - 0.1) < 0.02
+    assert torch.equal(dropped[dropped != 10], y[dropped != 10])
+    assert torch.equal(drop_labels(rngs(3000)[100:200], y[100:200], 10), dropped[100:200])
+    assert torch.equal(drop_labels(rngs(3000), y, 10, probability=0.0), y)
+
+
+# ------------------------------------------------ samplers ------------------------------------------------
+
+def recorded(velocity, calls):
+    def wrapped(x, t):
+        calls.append((x.clone(), t))
+        return velocity(x, t)
+    return wrapped
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler, ratio", [(euler, 2), (heun, 4)])
+def test_order_of_the_ode_samplers(sampler, ratio, path):
+    # The exact flow of a Gaussian takes the noise x_1 to m + s x_1.
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1)
+    samples = [sampler(gaussian(path).velocity, x, steps) for steps in (40, 80, 160)]
+    error = [(sample - (1.5 + 0.5 * x)).abs().max().item() for sample in samples]
+    assert error[0] < 0.1
+    for coarse, fine in zip(error, error[1:]):
+        assert 0.9 * ratio < coarse / fine < 1.1 * ratio
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name, options", [("euler", {}), ("heun", {}), ("euler_maruyama", dict(steps=500, last=0.01))])
+def test_samplers_reach_the_mean_and_variance_of_a_gaussian(name, options, path):
+    x = torch.randn(20_000, 1, 1, dtype=torch.float64)
+    if name == "euler_maruyama":
+        options = options | dict(path=path, generator=torch.Generator().manual_seed(1))
+    samples = SAMPLERS[name](gaussian(path).velocity, x, **options).flatten().numpy()
+    assert abs(samples.mean() - 1.5) < 0.02                                   # standard error 0.0035
+    assert abs(samples.var() / 0.25 - 1) < 0.05                               # standard error 0.01
+    assert scipy.stats.kstest((samples[:2000] - samples.mean()) / samples.std(), "norm").pvalue > 0.01
+    if name == "euler_maruyama":                                              # noise is added: x alone does not decide
+        assert abs(np.corrcoef(samples, x.flatten().numpy())[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_modes_of_a_mixture_are_hit_in_the_right_proportions(name, path):
+    weights, means = [0.1, 0.2, 0.3, 0.4], [[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]]
+    modes = GaussianMixture(weights, means, 0.3, path)
+    options = dict(path=path, generator=torch.Generator().manual_seed(1)) if name == "euler_maruyama" else {}
+    samples = SAMPLERS[name](modes.velocity, torch.randn(6000, 1, 2, dtype=torch.float64), **options)
+    nearest = (samples - modes.means).square().sum(-1).argmin(-1)                                   # (B,)
+    for k in range(4):
+        mine = samples[nearest == k, 0]
+        assert abs(len(mine) / 6000 - weights[k]) < 0.025                     # standard error 0.006
+        assert (mine.mean(0) - modes.means[k]).abs().max() < 0.08
+        assert 0.22 < mine.std(0).mean() < 0.36
+
+
+def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times():
+    target, calls, asked = gaussian("linear"), [], []
+    x = torch.randn(6, 1, 3, dtype=torch.float64)
+    noises = torch.randn(9, 6, 1, 3, dtype=torch.float64)
+    noise = lambda step: asked.append(step) or noises[step]
+    ours = euler_maruyama(recorded(target.velocity, calls), x, 10, noise=noise)
+    # d = v - w/2 s with w = 2t, and x += d dt + sqrt(2t) sqrt(|dt|) n; the last step, 0.04 to 0, without n.
+    times = np.linspace(1, 0.04, 10)
+    for step, t in enumerate(times):
+        dt = (times[step + 1] if step < 9 else 0.0) - t
+        v = target.velocity(x, t)
+        score = -((1 - t) * v + x) / t
+        x = x + (v - t * score) * dt
+        if step < 9:
+            x = x + math.sqrt(2 * t) * math.sqrt(abs(dt)) * noises[step]
+    torch.testing.assert_close(ours, x)
+    assert [t for _, t in calls] == pytest.approx(times) and asked == list(range(9))
+
+
+def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
+    calls, asked, states = [], [], []
+    still = lambda x, t: -x / (2 - t)                                         # the drift, (2 - t) v + x, is then 0
+    euler_maruyama(recorded(still, calls), torch.zeros(1, 1, 1), trajectory=states,
+                   noise=lambda step: asked.append(step) or torch.ones(1, 1, 1))
+    assert len(calls) == 250 and calls[0][1] == 1.0 and calls[-1][1] == pytest.approx(0.04)
+    assert asked == list(range(249))
+    values = [x.item() for _, x in states]                                    # 249 times upwards, then not
+    assert all(a < b for a, b in zip(values[:-1], values[1:-1])) and values[-1] == pytest.approx(values[-2], abs=1e-9)
+
+
+def test_ode_samplers_call_at_evenly_spaced_times_from_1():
+    calls = []
+    euler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
+    assert [t for _, t in calls] == [1.0, 0.75, 0.5, 0.25]
+    calls.clear()
+    heun(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
+    assert [t for _, t in calls] == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    calls.clear()
+    euler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1))
+    assert len(calls) == 250
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_time_runs_from_noise_at_1_to_data_at_0(name):
+    # All data is one point p: v = eps - p = (x - p) / t. Whatever the noise, the sample is p.
+    p = torch.tensor([3.0, -1.0])
+    options = dict(steps=200, last=1e-3) if name == "euler_maruyama" else dict(steps=20)
+    velocity = lambda x, t: (x - p) / t
+    calls = []
+    sample = SAMPLERS[name](recorded(velocity, calls), torch.randn(5, 1, 2), **options)
+    assert calls[0][1] == 1.0
+    torch.testing.assert_close(sample, p.expand(5, 1, 2), rtol=0, atol=0.1 if name == "euler_maruyama" else 1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_state_is_float64_and_the_result_has_the_inputs_dtype(name):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        calls, states, x = [], [], torch.randn(2, 1, 3, dtype=dtype)
+        result = SAMPLERS[name](recorded(lambda x, t: x.to(torch.bfloat16), calls), x, 3, trajectory=states)
+        assert all(x.dtype == torch.float64 for x, _ in calls) and result.dtype == dtype
+        assert all(x.dtype == dtype for _, x in states)
+
+
+@pytest.mark.parametrize("name, times", [("euler", [1, 0.75, 0.5, 0.25, 0]), ("heun", [1, 0.75, 0.5, 0.25, 0]),
+                                         ("euler_maruyama", [1, 0.68, 0.36, 0.04, 0])])
+def test_trajectory_holds_every_state_from_noise_to_result(name, times):
+    calls, states, x = [], [], torch.randn(2, 1, 3, dtype=torch.float64)
+    result = SAMPLERS[name](recorded(gaussian("linear").velocity, calls), x, 4, trajectory=states)
+    assert [t for t, _ in states] == pytest.approx(times)
+    assert torch.equal(states[0][1], x) and torch.equal(states[-1][1], result)
+    seen = calls[::2] if name == "heun" else calls                            # the state at the start of each step
+    assert all(torch.equal(state, at) for (_, state), (at, _) in zip(states, seen))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    x, noises = torch.randn(4, 1, 3), torch.randn(4, 10, 1, 3)
+    velocity = gaussian("linear").velocity
+    sample = lambda rows: euler_maruyama(velocity, x[rows], 10, noise=lambda step: noises[rows, step])
+    assert torch.equal(sample(slice(0, 4))[2:3], sample(slice(2, 3)))
+    run = lambda seed: euler_maruyama(velocity, x, 10, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_impossible_steps_are_refused():
+    x = torch.zeros(1, 1, 1)
+    for sampler in SAMPLERS.values():
+        with pytest.raises(ValueError, match="at least one step"):
+            sampler(lambda x, t: x, x, 0)
+    for last in (0.0, 1.0):
+        with pytest.raises(ValueError, match="last"):
+            euler_maruyama(lambda x, t: x, x, 5, last=last)
+
+
+# ------------------------------------------------ guidance ------------------------------------------------
+
+class FakeModel(nn.Module):
+    """Velocity = label + 1, as c would be (null class 10: 11), and a record of every call."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.config, self.weight, self.calls = SiTConfig(**TINY), nn.Parameter(torch.zeros((), dtype=dtype)), []
+
+    def forward(self, x, t, y):
+        self.calls.append((x, t, y))
+        return (y + 1).to(x.dtype)[:, None, None].expand_as(x)
+
+
+X, Y = torch.randn(3, 5, 6, dtype=torch.float64), torch.tensor([2, 0, 7])
+
+
+def test_guidance_extrapolates_from_the_null_class_in_one_batch():
+    model = FakeModel()
+    v = guided_velocity(model, Y, 1.9, (0.0, 0.75))(X, 0.5)
+    c, u = Y.double() + 1, 11.0
+    torch.testing.assert_close(v, (u + 1.9 * (c - u))[:, None, None].expand_as(X))
+    (x, t, y), = model.calls
+    assert torch.equal(x, torch.cat((X, X)).float()) and torch.equal(t, torch.full((6,), 0.5))
+    assert y.tolist() == [2, 0, 7, 10, 10, 10]
+
+
+@pytest.mark.parametrize("t, rows", [(0.1999, 3), (0.2, 6), (0.5, 6), (0.75, 6), (0.7501, 3), (1.0, 3), (0.0, 3)])
+def test_the_interval_includes_both_ends_and_saves_the_rest(t, rows):
+    model = FakeModel()
+    v = guided_velocity(model, Y, 2.0, (0.2, 0.75))(X, t)
+    assert [len(x) for x, _, _ in model.calls] == [rows]
+    c = Y.double() + 1
+    torch.testing.assert_close(v, (c if rows == 3 else 2 * c - 11)[:, None, None].expand_as(X))
+
+
+def test_interval_ends_survive_the_rounding_of_a_samplers_times():
+    # Of 10 even steps, 0.3 comes out as 0.30000000000000004; of 20, 0.55 comes out as 0.5499999999999999.
+    for steps, low, high in ((10, 0.0, 0.3), (20, 0.55, 0.75)):
+        model = FakeModel()
+        euler(guided_velocity(model, Y, 2.0, (low, high)), X, steps)
+        guided = [len(x) == 6 for x, _, _ in model.calls]
+        assert guided == [round(low * steps) <= steps - i <= round(high * steps) for i in range(steps)]
+
+
+def test_scale_1_costs_one_forward_pass_of_the_batch():
+    model = FakeModel()
+    euler(guided_velocity(model, Y, 1.0), X, 10)
+    assert [len(x) for x, _, _ in model.calls] == [3] * 10
+    assert all(torch.equal(y, Y) for _, _, y in model.calls)
+
+
+def test_the_model_is_called_in_its_own_dtype_with_float32_times():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = FakeModel(dtype)
+        v = guided_velocity(model, Y, 1.5)(X, 0.991)
+        (x, t, _), = model.calls
+        assert x.dtype == dtype and t.dtype == torch.float32 and v.dtype == torch.float64
+
+
+def test_guidance_of_a_real_model_agrees_with_two_separate_passes():
+    model = tiny()
+    t, null = torch.full((3,), 0.4), torch.full((3,), 10)
+    with torch.no_grad():
+        c, u = model(X.float(), t, Y), model(X.float(), t, null)
+        assert (c - u).abs().max() > 0.01
+        v = guided_velocity(model, Y, 1.9)(X, 0.4).float()
+    torch.testing.assert_close(v, u + 1.9 * (c - u), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------ everything together ------------------------------------------------
+
+def test_a_tiny_model_learns_two_classes_and_samples_them():
+    # Class 0 is the token pair (2, -2), class 1 is (-2, 2), both with deviation 0.1.
+    model = SiT(SiTConfig(num_latents=2, latent_dim=1, width=32, heads=2, depth=1, num_classes=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, centre = [], torch.tensor([[2.0, -2.0], [-2.0, 2.0]])[..., None]                        # (2, 2, 1)
+    for step in range(400):
+        r = rngs(64, seed=step)
+        y = torch.tensor([int(rng.integers(2)) for rng in r])
+        x = centre[y] + 0.1 * torch.randn(64, 2, 1)
+        t = sample_times(r)
+        state, v = interpolate(x, torch.randn(64, 2, 1), t)
+        loss = flow_matching_loss(model(state, t, drop_labels(r, y, 2)), v).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3 and np.mean(losses[-50:]) < 0.7                      # E|v|^2 = 5 at first; measured: 0.45
+    y = torch.arange(60) % 2
+    for sampler in (euler, euler_maruyama):
+        sample = sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 1), 50)
+        assert (sample - centre[y]).abs().mean() < 0.25                       # 0.08 were they perfect; measured: 0.10

@@ -1,0 +1,373 @@
+"""Train SiT on the latents of a frozen tokenizer.                                            [Sec. 4.1, Table 8]
+
+    python train_tokenizer.py && python train_diffusion.py --tokenizer runs/tokenizer-shapes      # laptop, both defaults
+    python train_diffusion.py --preset cifar10 --tokenizer runs/tokenizer-cifar10
+    torchrun --nproc-per-node=8 train_diffusion.py --preset sit-xl --tokenizer RUN --data IMAGENET          # Table 8
+
+The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed in the loop.
+Running the same command again goes on from the last checkpoint, with any number of processes.
+
+Time: data at t = 0, noise at t = 1, here and in sit.py. Shapes: B batch · L latent tokens · C latent channels.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import UserError, sample_rng
+from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
+from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guided_velocity, interpolate,
+                 path_coefficients, sample_times)
+from train_tokenizer import tokenizer_of
+
+TIME_BINS = 10
+
+
+@dataclass
+class Config(SiTConfig):
+    """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
+    # ---- run ----
+    preset: str = "shapes"         # one or more names joined by commas, later ones win; see PRESETS in this file
+    tokenizer: str = ""            # run folder or checkpoint of train_tokenizer.py
+    out: str = ""                  # folder of the run (default: runs/diffusion-PRESET)
+    seed: int = 0                  # of weights, data order, flips, times, noise and label dropout
+    device: str = "auto"           # auto, cpu, cuda or mps
+    dtype: str = "auto"            # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False          # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    workers: int = -1              # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    # ---- data ----
+    data: str = ""                 # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was trained on)
+    data_root: str = "data"        # where cifar10 is looked for and downloaded to
+    flip: bool = True              # random horizontal flip [Table 8]: both versions of an image are in the cache
+    skip_corrupt: bool = False     # pass over unreadable images and count them, instead of stopping
+    cache: bool = True             # encode all images once, before training; off: in every step
+    cache_images: int = 0          # encode only so many; 0: all. An endless data set needs a number
+    cache_dtype: str = "float16"   # of the cached latents, which have unit variance: float16 or float32
+    unconditional: bool = False    # forget the classes [Table 5]
+    # ---- objective ----
+    path: str = "linear"           # linear or cosine interpolant between data and noise; see sit.py
+    times: str = "uniform"         # uniform ("original setting" [Sec. 4.1]) or logit-normal [released code's README]
+    label_dropout: float = 0.1     # share of labels replaced by the null class, for guidance [SiT]
+    # ---- optimisation ----
+    steps: int = 4_000_000         # [Table 8]; SiT-L in the ablations: 400,000
+    batch_size: int = 256          # latents a step over all processes [Table 8]
+    accumulate: int = 1            # forward passes a step, when a share of the batch does not fit a device
+    lr: float = 1e-4               # constant [Table 8]
+    warmup: int = 0                # steps of linear warm-up; none in the paper
+    beta1: float = 0.9             # AdamW [Table 8]
+    beta2: float = 0.999           # AdamW [Table 8]
+    weight_decay: float = 0.0      # [Table 8]
+    clip: float = 1.0              # largest gradient norm [released code]
+    ema: float = 0.9999            # decay, warmed up [SiT]
+    # ---- logs ----
+    log_every: int = 100           # steps between lines of metrics.jsonl
+    save_every: int = 10_000       # steps between checkpoints
+    keep: int = 3                  # numbered checkpoints that stay, at least 2
+    grid_every: int = 10_000       # steps between pictures of samples; 0 for none
+    grid_cfg: float = 2.0          # guidance scale of the second row of those pictures
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.out = self.out or f"runs/diffusion-{self.preset.replace(',', '-')}"
+        path_coefficients(torch.zeros(1), self.path)                                        # these raise ValueError
+        sample_times([], self.times)
+        if self.cache_dtype not in ("float16", "float32"):
+            raise UserError(f"--cache-dtype {self.cache_dtype}: choose float16 or float32")
+        if self.keep < 2:
+            raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
+        if min(self.batch_size, self.accumulate, self.log_every, self.save_every) < 1:
+            raise UserError("--batch-size, --accumulate, --log-every and --save-every must be at least 1")
+
+
+# The scale of a run. The first is the default.
+PRESETS = {
+    "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=6000, batch_size=64, lr=1e-3,
+                   warmup=100, ema=0.998, log_every=50, save_every=1000, grid_every=2000),
+    "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500, ema=0.9995,
+                    save_every=2000, grid_every=2000),
+    "sit-s": SIZES["S"], "sit-b": SIZES["B"],
+    "sit-l": SIZES["L"] | dict(steps=400_000),                                              # [Sec. 4.1, ablations]
+    "sit-xl": SIZES["XL"],                                                                  # [Table 8]
+}
+FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "skip_corrupt", "log_every",
+        "save_every", "keep", "grid_every", "grid_cfg"}
+
+
+# ------------------------------------------------ the cache of latents ------------------------------------------------
+
+SHARD_IMAGES = 8192     # at 128 x 32 latents, two flips, float16: 134 MB a shard, 157 shards for ImageNet
+
+
+def cache_key(config, tokenizer, dataset):
+    """A hash of all that the cached latents depend on: encoder weights, normalisation, images, preprocessing."""
+    parts = [common.fingerprint(tokenizer.encoder), float(tokenizer.latent_mean), float(tokenizer.latent_std),
+             dataset.source.fingerprint(), dataset.size, dataset.crop, config.flip, config.cache_images, config.cache_dtype]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class LatentCache(torch.utils.data.Dataset):
+    """Memory-mapped latents. Keys are (epoch, index); items are (float32 (L, C) of unit variance, label int).
+
+    The flip is drawn from (seed, epoch, index), as ImageDataset draws it. Raises UserError for a folder with the latents
+    of another tokenizer, data set or preprocessing.
+    """
+
+    def __init__(self, folder, key, length, flip, seed):
+        self.folder, self.length, self.flip, self.seed = Path(folder), length, flip, seed
+        meta = self.folder / "meta.json"
+        if meta.exists() and json.loads(meta.read_text()).get("key") != key:
+            raise UserError(f"{folder} holds latents of another tokenizer, data set or preprocessing; delete it, or choose "
+                            f"another --out")
+        self.shards = None
+
+    def shard_paths(self, shard):
+        return self.folder / f"latents_{shard:05d}.npy", self.folder / f"labels_{shard:05d}.npy"
+
+    @torch.no_grad()
+    def build(self, key, tokenizer, dataset, dtype, batch_size, workers, rank, world, device):
+        """Encode what is not there yet; whole shards appear by renaming, so an interruption costs one shard at most."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            common.atomic_write(self.folder / "meta.json", lambda p: p.write_text(json.dumps({"key": key})))
+        count = -(-self.length // SHARD_IMAGES)
+        todo = [s for s in range(rank, count, world) if not all(path.exists() for path in self.shard_paths(s))]
+        images_left = sum(min(SHARD_IMAGES, self.length - s * SHARD_IMAGES) for s in todo)
+        with tqdm(total=images_left, desc="encoding", unit="img", disable=rank > 0 or not todo) as bar:
+            for shard in todo:
+                indices = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, self.length))
+                batches = [[(0, i) for i in indices[a:a + batch_size]] for a in range(0, len(indices), batch_size)]
+                latents, labels = [], []
+                for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                                         collate_fn=collate):
+                    if isinstance(batch, UserError):
+                        raise batch
+                    images = to_float(batch[0].to(device))
+                    views = [images, images.flip(-1)] if self.flip else [images]
+                    z = torch.stack([tokenizer.encode(view, normalize=True) for view in views], 1)     # (B, views, L, C)
+                    latents.append(z.to(getattr(torch, dtype)).cpu().numpy())
+                    labels.append(batch[1].numpy())
+                    bar.update(len(images))
+                paths = self.shard_paths(shard)
+                for path, array in zip(paths, (np.concatenate(latents), np.concatenate(labels))):
+                    common.atomic_write(path, lambda p: common.save_npy(p, array))
+        if world > 1:
+            dist.barrier()
+
+    def open(self):
+        """Map the shards; only what is read comes into memory, and the system may drop it again."""
+        count = -(-self.length // SHARD_IMAGES)
+        self.shards = [[np.load(path, mmap_mode="r") for path in self.shard_paths(s)] for s in range(count)]
+
+    def __getitem__(self, key):
+        epoch, index = key
+        latents, labels = self.shards[index // SHARD_IMAGES]
+        place = index % SHARD_IMAGES
+        view = int(self.flip and sample_rng(self.seed, "flip", epoch, index).random() < 0.5)
+        return torch.from_numpy(latents[place, view].astype(np.float32)), int(labels[place])
+
+
+# ------------------------------------------------ training ------------------------------------------------
+
+def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, world, rank, device):
+    """Train from `step` to config.steps; checkpoints, logs and pictures on the way.
+
+    train_set gives latents (a LatentCache), or images, which are then encoded in the loop.
+    """
+    out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
+    batches = GlobalBatches(train_set.length, config.batch_size, step, config.steps, config.seed, rank, world,
+                            config.accumulate)
+    workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
+    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                                              pin_memory=device.type == "cuda"))
+    wrapped = torch.compile(model) if config.compile else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+    healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
+    by_time = torch.zeros(2, TIME_BINS, device=device)      # sums of losses, counts
+    clock, logged = time.perf_counter(), step
+    bar = tqdm(total=config.steps, initial=step, desc="diffusion", disable=rank > 0, mininterval=1.0)
+    while step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        for micro, positions in enumerate(batches.positions()):
+            batch = next(loader)
+            if isinstance(batch, UserError):
+                raise batch
+            x, y = (part.to(device, non_blocking=True) for part in batch)
+            if not config.cache:
+                with torch.no_grad():
+                    x = tokenizer.encode(to_float(x), normalize=True)
+            # Everything random comes from (seed, step, global sample index), never from the process.
+            rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
+            t = sample_times(rngs, config.times).to(device)                                 # (B,) in [0, 1]
+            noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
+            y = drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes else torch.zeros_like(y)
+            x_t, v = interpolate(x, torch.from_numpy(noise).to(device), t, config.path)     # (B, L, C) each
+
+            partial = micro + 1 < config.accumulate and world > 1   # DDP averages gradients at the last micro-batch only
+            with wrapped.no_sync() if partial else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    prediction = wrapped(x_t, t, y)
+                losses = flow_matching_loss(prediction, v)                                  # (B,): |v_theta - v|^2
+                (losses.mean() / config.accumulate).backward()
+            bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            by_time.index_add_(1, bins, torch.stack((losses.detach(), torch.ones_like(losses))))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        healthy *= (losses.detach().sum() + grad_norm).isfinite()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+
+        saving = step % config.save_every == 0 or step == config.steps
+        if step % config.log_every == 0 or saving:
+            values = common.all_mean(torch.cat((by_time.flatten(), healthy[None])), world).tolist()
+            sums, counts, ok = values[:TIME_BINS], values[TIME_BINS:-1], values[-1]
+            if ok < 1:
+                raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
+                                f"nothing was overwritten: the checkpoints in {out} are good. Try a lower --lr, a longer "
+                                f"--warmup or --dtype float32")
+            rate = (step - logged) * config.batch_size / (time.perf_counter() - clock)
+            record = {"step": step, "loss": sum(sums) / sum(counts),
+                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],       # tenths of t, data first
+                      "grad_norm": float(grad_norm), "lr": group["lr"], "latents_per_second": rate}
+            by_time.zero_()
+            clock, logged = time.perf_counter(), step
+            if rank == 0:
+                common.append_metrics(out, record)
+                bar.set_postfix({"loss": f"{record['loss']:.4f}", "img/s": f"{rate:.0f}"}, refresh=False)
+        bar.update()
+        if rank == 0 and config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+            save_grid(config, ema.model, tokenizer, out / f"grid_{step:07d}.png", device)
+        if saving:
+            save(config, step, model, ema, optimizer, tokenizer_state, rank, world)
+    bar.close()
+
+
+def save(config, step, model, ema, optimizer, tokenizer_state, rank, world):
+    """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file."""
+    if rank == 0:
+        state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config), "model": model.state_dict(),
+                 "ema": ema.model.state_dict(), "ema_updates": ema.updates, "optimizer": optimizer.state_dict(),
+                 "rng": torch.get_rng_state(), "tokenizer": tokenizer_state}
+        common.save_checkpoint(config.out, state, config.keep)
+    if world > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
+    """A PNG of EMA samples, one class a column: without guidance, and guided by grid_cfg. Euler, 50 steps: quick."""
+    y = torch.arange(columns, device=device) % max(1, config.num_classes)
+    noise = [sample_rng(config.seed, "grid", 0, i).standard_normal((config.num_latents, config.latent_dim), np.float32)
+             for i in range(columns)]
+    noise, rows = torch.from_numpy(np.stack(noise)).to(device), {}
+    for scale in (1.0, config.grid_cfg) if config.num_classes else (1.0,):
+        x = euler(guided_velocity(model, y, scale), noise, steps)
+        rows[f"guidance {scale:g}"] = to_uint8(tokenizer.decode(x, normalized=True))
+    sheet = common.image_grid(list(rows.values()), list(rows))
+    common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
+
+
+def load_diffusion(path, device="cpu"):
+    """(SiT with the EMA weights, its tokenizer, config dict) from a checkpoint of this script, both in eval mode."""
+    state = common.load_checkpoint(path)
+    if state.get("kind") != "diffusion":
+        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
+    names = {field.name for field in dataclasses.fields(SiTConfig)}
+    try:
+        model = SiT(SiTConfig(**{k: v for k, v in state["config"].items() if k in names}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path} has a config this version cannot build: {e}") from e
+    common.load_weights(model, state["ema"], path)
+    tokenizer = tokenizer_of(state["tokenizer"], path)
+    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"]
+
+
+# ------------------------------------------------ main ------------------------------------------------
+
+def main(argv=None):
+    """Run the command line (argv without the program's name; None: sys.argv)."""
+    config = common.parse_config(Config, PRESETS, list(PRESETS), __doc__, argv,
+                                 hidden=("num_latents", "latent_dim", "num_classes"))
+    if not config.tokenizer:
+        raise UserError("which tokenizer? Give --tokenizer RUN_FOLDER_OR_CHECKPOINT of train_tokenizer.py")
+    rank, world, device = common.start_processes(config.device)
+    if config.batch_size % (world * config.accumulate):
+        raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
+                        f"{config.accumulate} accumulation steps")
+    source = common.load_checkpoint(config.tokenizer)
+    tokenizer = tokenizer_of(source, config.tokenizer).to(device)
+    tokenizer_state = {k: source[k] for k in ("kind", "stage", "step", "config", "ema")}
+    config.data = config.data or source["config"]["data"]
+    # The cache holds both flips of an image itself, so its images come unflipped.
+    train_set = build_dataset(config.data, "train", tokenizer.config.image_size, config.data_root,
+                              config.flip and not config.cache, "center", config.seed, config.skip_corrupt)
+
+    # ---- what the tokenizer and the data fix ----
+    N = (tokenizer.config.image_size // tokenizer.config.patch_size) ** 2
+    config.num_latents = tokenizer.config.num_latents if tokenizer.config.learnable_latents else N
+    config.latent_dim = tokenizer.config.latent_dim
+    config.num_classes = 0 if config.unconditional or not train_set.classes else len(train_set.classes)
+
+    out = Path(config.out)
+    torch.manual_seed(config.seed)
+    model, step = SiT(config).to(device), 0
+    ema = common.EMA(model, config.ema)
+    # One group: Table 8 has no weight decay, so there is nothing to exempt from it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+                                  weight_decay=config.weight_decay, fused=device.type != "mps")
+    state = common.find_checkpoint(out)
+    if state is not None:
+        common.check_same_config(state["config"], config, FREE, out)
+        if any(not torch.equal(v, state["tokenizer"]["ema"].get(k, torch.empty(0))) for k, v in source["ema"].items()):
+            raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
+        step = state["step"]
+        common.load_weights(model, state["model"], out)
+        common.load_weights(ema.model, state["ema"], out)
+        ema.updates = state["ema_updates"]
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+    common.check_same_step(step, out, world, device)
+    if config.cache:
+        length = min(config.cache_images or train_set.length or 0, train_set.length or config.cache_images)
+        if length == 0:
+            raise UserError(f"--data {config.data} is endless: say with --cache-images how many to encode, or --no-cache")
+        key = cache_key(config, tokenizer, train_set)
+        cache = LatentCache(out / "latents", key, length, config.flip, config.seed)
+        workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
+        cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), workers, rank, world, device)
+        cache.open()
+        skipped, train_set = train_set.skipped, cache
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        common.atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        common.cut_metrics(out, step)
+        print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        if config.cache and skipped:
+            print(f"passed over unreadable images {int(skipped)} times")
+        print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "
+              f"{out}/ at step {step} of {config.steps}", flush=True)
+    train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, world, rank, device)
+    if rank == 0:
+        records = common.read_metrics(out)
+        curves = {"loss": [(r["step"], r["loss"]) for r in records]}
+        for b in (0, TIME_BINS // 2, TIME_BINS - 1):
+            curves[f"loss for t in [{b / TIME_BINS:g}, {(b + 1) / TIME_BINS:g})"] = [
+                (r["step"], r["loss_t"][b]) for r in records if r["loss_t"][b] is not None]
+        common.plot_curves(curves).save(out / "loss.png")
+        print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_*.png")
+
+
+if __name__ == "__main__":
+    common.run(main)
