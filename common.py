@@ -3,6 +3,7 @@
 Helpers only: each is called by the scripts and none calls back. The training loops themselves stand in the scripts.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -31,7 +32,7 @@ def run(main):
     status = 0
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:                # OSError: a full disk, a file where a folder should be, ...
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
@@ -98,14 +99,18 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
                {"type": field.type, "metavar": field.type.__name__.upper()}
-        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} (default {field.default!r})".replace(
-            "%", "%%"), **kind)
+        default = f"default {field.default!r}"
+        if (small := presets[base[0]].get(field.name, field.default)) != field.default:
+            default += f"; {base[0]}: {small!r}"
+        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} ({default})".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     names = [name.strip() for name in given.get("preset", base[0]).split(",")]
     if unknown := [name for name in names if name not in presets]:
         raise UserError(f"unknown preset {', '.join(unknown)}; there are: {', '.join(presets)}")
     if names[0] not in base:
         names.insert(0, base[0])
+    if second := [name for name in names[1:] if name in base]:
+        raise UserError(f"preset {second[0]} fixes the scale of a run: it stands first, and alone of its kind")
     values = {}
     for name in names:
         values |= presets[name]
@@ -155,6 +160,16 @@ def start_processes(device="auto"):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank, world):
+    """What stands in this block rank 0 does before the others, so that a download happens once."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
 
 
 def all_mean(values, world):
@@ -212,8 +227,8 @@ def atomic_write(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e}") from e
+    except (OSError, RuntimeError) as e:             # torch.save says RuntimeError when the disk is full
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full?") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -226,7 +241,8 @@ def save_npy(path, array):
 
 def numbered_checkpoints(out):
     """The step_*.pt files of a run, newest step first (by number: the largest file may be a broken one)."""
-    return sorted(Path(out).glob("step_*.pt"), key=lambda p: int(p.stem.split("_")[1]), reverse=True)
+    files = [path for path in Path(out).glob("step_*.pt") if path.stem[5:].isdigit()]
+    return sorted(files, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
 def save_checkpoint(out, state, keep):
@@ -246,7 +262,7 @@ def save_checkpoint(out, state, keep):
             shutil.copyfile(numbered, path)
 
     atomic_write(out / "last.pt", link)
-    for old in numbered_checkpoints(out)[keep:]:
+    for old in (*numbered_checkpoints(out)[keep:], *out.glob(".*.pt.*.tmp")):       # .tmp: a killed process's debris
         old.unlink()
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import tarfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,9 @@ def read_npz(path):
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
     if labels.shape != (len(images),):
         raise UserError(f"{path}: arr_1 has shape {labels.shape}, it should hold one label for {len(images)} images")
+    if labels.dtype.kind not in "iuf" or (labels != labels.astype(np.int64)).any() or labels.min() < -1:
+        raise UserError(f"{path}: arr_1 is {labels.dtype}, it should hold class numbers from 0 on")
+    labels = labels.astype(np.int64)                                               # some writers leave floats
     return Arrays(images, labels, [str(i) for i in range(labels.max() + 1)] or None)
 
 
@@ -155,9 +159,11 @@ def read_cifar10(split, root):
         else:
             if not archive.exists():
                 download(CIFAR10_URL, archive, md5=CIFAR10_MD5)
+            elif hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
+                raise UserError(f"{archive} is not CIFAR-10's binary version (MD5 {CIFAR10_MD5}); delete it")
             with tarfile.open(archive) as tar:
                 records = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
-    except (OSError, KeyError, EOFError, tarfile.TarError) as e:
+    except (OSError, KeyError, EOFError, zlib.error, tarfile.TarError) as e:
         raise UserError(f"cannot read CIFAR-10 under {root}: {e}; delete what is there to download it again") from e
     records = np.frombuffer(b"".join(records), np.uint8)
     if len(records) == 0 or len(records) % 3073:
@@ -199,24 +205,22 @@ class Folder:
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder (nor one of: shapes, cifar10, a .npz file)")
-        names = ["train"] if split == "train" else ["val", "test", "validation"]
-        inside = next((root / name for name in names if (root / name).is_dir()), None)
-        if inside is None and (root / "train").is_dir():
-            inside = root / "train"
-        if inside is None or (split != "train" and inside.name == "train"):
-            if split != "train":
-                print(f"note: {root} has no val/ or test/ folder: test figures below are on training images")
-        root = inside or root
-        self.files = sorted(
-            Path(folder, name)
-            for folder, _, files in os.walk(root, followlinks=True) for name in files
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
-        if not self.files:
-            raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, nested folders too)")
-        parts = [file.relative_to(root).parts for file in self.files]
-        self.classes = sorted({p[0] for p in parts if len(p) > 1}) or None
-        number = {name: i for i, name in enumerate(self.classes or [])}
-        self.labels = [number[p[0]] if len(p) > 1 else -1 for p in parts]
+        train = root / "train" if (root / "train").is_dir() else root
+        held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
+        if train == root and held_out is not None:
+            raise UserError(f"{root} has {held_out.name}/ but no train/: give --data {held_out} to use it alone")
+        if split == "test" and held_out is None and os.environ.get("RANK", "0") == "0":
+            print(f"note: {root} has no val/ or test/ folder: test figures below are on training images")
+        self.files = _image_files(train)
+        # Class numbers are the training folder's in both splits, or a class missing from val/ would shift the others.
+        self.classes = sorted({parts[0] for file in self.files if len(parts := file.relative_to(train).parts) > 1}) or None
+        number, folder = {name: i for i, name in enumerate(self.classes or [])}, train
+        if split == "test" and held_out is not None:
+            self.files, folder = _image_files(held_out), held_out
+        names = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in self.files]
+        if unknown := set(names) - set(number) - {None}:
+            raise UserError(f"{folder} has classes that {train} lacks: {', '.join(sorted(unknown)[:5])}")
+        self.labels = [-1 if name is None else number[name] for name in names]
         self.length = len(self.files)
 
     def fingerprint(self):
@@ -232,6 +236,18 @@ class Folder:
                 return to_rgb(ImageOps.exif_transpose(image)), self.labels[index]
         except Exception as e:   # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error, ...
             raise UserError(f"cannot read image {path}: {e}; mend or delete it, or pass --skip-corrupt") from e
+
+
+def _image_files(root):
+    """All image files below a folder, sorted. Raises UserError when there is none or a sub-folder cannot be read."""
+    def stop(error):
+        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True, onerror=stop)
+                   for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+    if not files:
+        raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, nested folders too)")
+    return files
 
 
 def to_rgb(image):
@@ -251,6 +267,10 @@ def to_rgb(image):
 def resize_short_side(image, size):
     """Scale a PIL image so that its short side has `size` px, as ADM does: halve by box filter while that leaves at
     least `size`, then bicubic. The box steps keep the result free of aliasing and are fast."""
+    if max(image.size) > 8 * min(image.size):     # a thin strip, scaled up whole, could take gigabytes: keep its middle
+        width, height = (min(side, 8 * min(image.size)) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -375,11 +395,17 @@ class GlobalBatches:
         return epoch, int(self.order[place])
 
 
-def first_images(dataset, count, batch_size=250):
-    """The first `count` images of a data set (fewer if it is smaller) in batches of (uint8 (B, 3, H, W), labels)."""
-    count = count if dataset.length is None else min(count, dataset.length)
-    for start in range(0, count, batch_size):
-        batch = collate([dataset[0, i] for i in range(start, min(start + batch_size, count))])
+def some_images(dataset, count, batch_size=250):
+    """`count` images of a data set (fewer if it is smaller), always the same, in batches of (uint8 (B, 3, H, W), labels).
+
+    From a fixed shuffle: the files of a folder are sorted by class, and its first thousand may be one class.
+    """
+    if dataset.length is None:
+        indices = range(count)
+    else:
+        indices = sample_rng(0, "some-images", 0, 0).permutation(dataset.length)[:count].tolist()
+    for start in range(0, len(indices), batch_size):
+        batch = collate([dataset[0, i] for i in indices[start:start + batch_size]])
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data import GlobalBatches, build_dataset, collate, first_images, read_npz, to_float
+from data import GlobalBatches, build_dataset, collate, some_images, read_npz, to_float
 
 
 def small_classifier(num_classes):
@@ -87,7 +87,7 @@ def generation(args, device):
     labels = torch.from_numpy(samples.labels)
     result = {"samples": len(labels), "assigned_to_requested_class": accuracy(
                   model, zip(pictures.split(250), labels.split(250)), device),
-              "classifier_test_accuracy": accuracy(model, first_images(test_set, args.test_images), device),
+              "classifier_test_accuracy": accuracy(model, some_images(test_set, args.test_images), device),
               "protocol": f"{len(labels)} samples of {args.samples} at {size} px; small convolutional classifier trained for "
                           f"{args.classifier_steps} steps of 64 on {args.data}, tested on up to {args.test_images} of its "
                           f"test images; float32"}

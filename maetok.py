@@ -6,7 +6,7 @@
 A plain autoencoder. Three things make it MAETok: the latents come from *learnable* tokens that read the image through
 attention, 40-60 % of the patches are hidden from the encoder while it trains, and shallow auxiliary decoders must
 predict features (HOG, DINOv2, SigLIP) of the hidden patches from the latents alone. `MAETok.forward` at the end of
-this file is Fig. 3; everything above it are its parts, in the order of use.
+this file is Fig. 3; everything above it is its parts, in the order of use.
 
 Shape legend, the same in every file:
     B batch · N image patches · L latent tokens · T all tokens of a transformer · D width · C latent channels
@@ -54,6 +54,12 @@ class MAETokConfig:
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
 
     def __post_init__(self):
+        for name in ("image_size", "patch_size", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio",
+                     "num_latents", "latent_dim"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
+        if min(self.aux_depth, self.aux_width, self.aux_heads, self.layer_scale) < 0:
+            raise ValueError("aux_depth, aux_width, aux_heads and layer_scale cannot be negative")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         for width, heads in ((self.width, self.heads), (self.aux_width or self.width, self.aux_heads or self.heads)):
@@ -208,14 +214,14 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.scale1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.scale2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.layer_scale1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.layer_scale2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(modulation_dim, 4 * width)) if modulation_dim else None
 
     def forward(self, x, rope, latents):
         if self.modulation is None:
-            x = x + self.scale1(self.attn(self.norm1(x), rope))
-            return x + self.scale2(self.mlp(self.norm2(x)))
+            x = x + self.layer_scale1(self.attn(self.norm1(x), rope))
+            return x + self.layer_scale2(self.mlp(self.norm2(x)))
         shift1, scale1, shift2, scale2 = self.modulation(latents).chunk(4, dim=-1)          # each (B, L, D)
         x = x + self.attn(modulate_latent_tokens(self.norm1(x), shift1, scale1), rope)
         return x + self.mlp(modulate_latent_tokens(self.norm2(x), shift2, scale2))
@@ -380,8 +386,8 @@ class MAETok(nn.Module):
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith(("_token", "_tokens", "_positions", ".table")):
-                # As large as a projected latent. At the usual 0.02 the decoder sees L latents that it cannot tell apart
-                # until the positions have grown: a run of 600 steps on shapes stayed 0.8 dB behind [ours].
+                # As large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot tell apart
+                # until the positions have grown, and small runs lose much of their time to that [ours].
                 nn.init.normal_(parameter)
 
     @staticmethod
@@ -471,9 +477,10 @@ def masked_feature_loss(prediction, target, mask, kind="mse"):
 
 
 def kl_divergence(posterior):
-    """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C), averaged over its elements: float32 scalar.
+    """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C): summed over L and C, mean over B. Float32 scalar.
 
-    [Table 1a's VAE; the weight 1e-6 is the released configuration's.]
+    [Table 1a's VAE.] A sum, as in latent diffusion's code, which the weight 1e-6 of the released configuration is made for:
+    on the mean over 128 x 32 elements that weight would do nothing at all.
     """
     mean, logvar = posterior.float().chunk(2, dim=-1)
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()

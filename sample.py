@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError, sample_rng
-from data import build_dataset, first_images, to_float, to_uint8
+from data import build_dataset, some_images, to_float, to_uint8
 from maetok import patchify, random_mask, unpatchify
 from sit import euler, euler_maruyama, guided_velocity, heun
 from train_diffusion import load_diffusion
@@ -103,7 +103,7 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     At the noisy end the decoder is shown what it never met in training: a strip is a picture, not a measurement."""
     size, P = tokenizer.config.image_size, tokenizer.config.patch_size
     dataset = build_dataset(config["data"], "test", size, config["data_root"], seed=config["seed"])
-    images = to_float(next(first_images(dataset, columns))[0]).to(device)
+    images = to_float(next(some_images(dataset, columns))[0]).to(device)
     grid = tokenizer.grid(images.shape[-2:])
     rngs = [sample_rng(args.seed, "report-mask", 0, i) for i in range(len(images))]
     mask = random_mask(rngs, grid[0] * grid[1], 0.5, 0.5).to(device)

@@ -85,8 +85,11 @@ class Config(SiTConfig):
             raise UserError(f"--cache-dtype {self.cache_dtype}: choose float16 or float32")
         if self.keep < 2:
             raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
-        if min(self.batch_size, self.accumulate, self.log_every, self.save_every) < 1:
-            raise UserError("--batch-size, --accumulate, --log-every and --save-every must be at least 1")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if min(self.cache_images, self.warmup, self.grid_every) < 0:
+            raise UserError("--cache-images, --warmup and --grid-every cannot be negative")
 
 
 # The scale of a run. The first is the default.
@@ -99,7 +102,7 @@ PRESETS = {
     "sit-l": SIZES["L"] | dict(steps=400_000),                                              # [Sec. 4.1, ablations]
     "sit-xl": SIZES["XL"],                                                                  # [Table 8]
 }
-FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "skip_corrupt", "log_every",
+FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every",
         "save_every", "keep", "grid_every", "grid_cfg"}
 
 
@@ -230,13 +233,14 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
         step += 1
 
         saving = step % config.save_every == 0 or step == config.steps
-        if step % config.log_every == 0 or saving:
+        drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == config.steps)
+        if step % config.log_every == 0 or saving or drawing:
             values = common.all_mean(torch.cat((by_time.flatten(), healthy[None])), world).tolist()
             sums, counts, ok = values[:TIME_BINS], values[TIME_BINS:-1], values[-1]
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
-                                f"nothing was overwritten: the checkpoints in {out} are good. Try a lower --lr, a longer "
-                                f"--warmup or --dtype float32")
+                                f"the checkpoints in {out} are from before that. Try a lower --lr, a longer --warmup or "
+                                f"--dtype float32")
             rate = (step - logged) * config.batch_size / (time.perf_counter() - clock)
             record = {"step": step, "loss": sum(sums) / sum(counts),
                       "loss_t": [s / n if n else None for s, n in zip(sums, counts)],       # tenths of t, data first
@@ -247,7 +251,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                 common.append_metrics(out, record)
                 bar.set_postfix({"loss": f"{record['loss']:.4f}", "img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
-        if rank == 0 and config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+        if rank == 0 and drawing:
             save_grid(config, ema.model, tokenizer, out / f"grid_{step:07d}.png", device)
         if saving:
             save(config, step, model, ema, optimizer, tokenizer_state, rank, world)
@@ -308,11 +312,15 @@ def main(argv=None):
                         f"{config.accumulate} accumulation steps")
     source = common.load_checkpoint(config.tokenizer)
     tokenizer = tokenizer_of(source, config.tokenizer).to(device)
-    tokenizer_state = {k: source[k] for k in ("kind", "stage", "step", "config", "ema")}
+    if not source["measured"]:
+        raise UserError(f"{config.tokenizer} is from the middle of a training stage: the mean and std of its latents, without "
+                        f"which diffusion fails, are measured at the end; finish that run first")
+    tokenizer_state = {k: source[k] for k in ("kind", "stage", "step", "measured", "config", "ema")}
     config.data = config.data or source["config"]["data"]
     # The cache holds both flips of an image itself, so its images come unflipped.
-    train_set = build_dataset(config.data, "train", tokenizer.config.image_size, config.data_root,
-                              config.flip and not config.cache, "center", config.seed, config.skip_corrupt)
+    with common.rank_zero_first(rank, world):
+        train_set = build_dataset(config.data, "train", tokenizer.config.image_size, config.data_root,
+                                  config.flip and not config.cache, "center", config.seed, config.skip_corrupt)
 
     # ---- what the tokenizer and the data fix ----
     N = (tokenizer.config.image_size // tokenizer.config.patch_size) ** 2

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError, sample_rng
-from data import GlobalBatches, build_dataset, collate, first_images, to_float, to_uint8
+from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
 from maetok import MAETok, MAETokConfig, kl_divergence, masked_feature_loss, patchify, random_mask, unpatchify
 
@@ -83,7 +84,7 @@ class Config(MAETokConfig):
     log_every: int = 100           # steps between lines of metrics.jsonl
     save_every: int = 5000         # steps between checkpoints
     keep: int = 3                  # numbered checkpoints that stay, at least 2
-    grid_every: int = 2000         # steps between pictures; 0 for none
+    grid_every: int = 500          # steps between pictures; 0 for none
     eval_images: int = 1000        # test images for PSNR at the end of each stage
     latent_images: int = 10_000    # training images for the latents' mean and standard deviation
 
@@ -94,7 +95,13 @@ class Config(MAETokConfig):
             raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there is: hog")
         self.aux_targets = {"hog": hog_dim(self.patch_size, self.hog_cell)} if names else {}
         self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
-        random_mask([], 1, self.mask_low, self.mask_high)                                   # checks the range
+        random_mask([], 1, self.mask_low, self.mask_high)                                   # these check the ranges
+        random_mask([], 1, self.stage2_mask, self.stage2_mask)
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_images", "latent_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if min(self.stage2_steps, self.grid_every, self.warmup, self.stage2_warmup) < 0:
+            raise UserError("--stage2-steps, --grid-every, --warmup and --stage2-warmup cannot be negative")
         for name, value, choices in (("stage", self.stage, ("both", "1", "2")), ("crop", self.crop, ("center", "random")),
                                      ("aux-loss", self.aux_loss, ("mse", "cosine")),
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
@@ -102,8 +109,6 @@ class Config(MAETokConfig):
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
         if self.keep < 2:
             raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
-        if min(self.batch_size, self.accumulate, self.log_every, self.save_every) < 1:
-            raise UserError("--batch-size, --accumulate, --log-every and --save-every must be at least 1")
 
 
 # The scale of a run. The first is the default.
@@ -111,11 +116,11 @@ SCALES = {
     "shapes": dict(data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3, decoder_depth=3,
                    num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4, flip=False, steps=4000, batch_size=32, lr=3e-3,
                    warmup=100, ema=0.998, stage2_steps=3000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
-                   log_every=50, save_every=500, grid_every=1000),
+                   log_every=50, save_every=500),
     "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3, decoder_depth=3,
                     num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=40_000, batch_size=64, lr=3e-3,
                     warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=100,
-                    log_every=50, save_every=500, grid_every=1000),
+                    log_every=50, save_every=500),
     "maetok-b-256": dict(),                                                                 # Table 7: the defaults
     "maetok-b-512": dict(image_size=512),                                                   # Table 7
     # What the released code does instead, as far as one value can say it (README, "Paper, released code and ...").
@@ -142,8 +147,7 @@ ABLATIONS = {
 }
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
-FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root", "skip_corrupt",
-        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
+FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
 
 
 # ------------------------------------------------ schedules and draws ------------------------------------------------
@@ -231,6 +235,7 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                 draws = [rng.standard_normal(latent_shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
                 noise = torch.from_numpy(np.stack(draws)).to(device)                        # (B, L, C)
             targets = compute_targets(config, images) if stage == 1 else {}                 # y^j, (B, N, D_j)
+            where = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
 
             # DDP averages gradients over processes at the last micro-batch only.
             partial = micro + 1 < config.accumulate and world > 1
@@ -239,7 +244,7 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                     output = wrapped(images, mask, noise)
                 terms = {"recon": F.mse_loss(output.reconstruction.float(), images)}
                 for name, target in targets.items():
-                    terms[name] = masked_feature_loss(output.aux[name], target, mask, config.aux_loss)
+                    terms[name] = masked_feature_loss(output.aux[name], target, where, config.aux_loss)
                 if noise is not None:
                     terms["kl"] = kl_divergence(output.posterior)
                 # L = L_recon (+ lambda_1 L_percep + lambda_2 L_adv) [Eq. 6] + L_mask [Eq. 8]; a KL-VAE adds its KL.
@@ -258,14 +263,15 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
         step += 1
 
         saving = step % config.save_every == 0 or step == last
-        if step % config.log_every == 0 or saving:
+        drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == last)
+        if step % config.log_every == 0 or saving or drawing:
             # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
             values = torch.stack([totals[name] / seen for name in totals] + [healthy])
             *values, ok = common.all_mean(values, world).tolist()
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
-                                f"nothing was overwritten: the checkpoints in {out} are good. Try a lower --lr, a longer "
-                                f"--warmup or --dtype float32")
+                                f"the checkpoints in {out} are from before that. Try a lower --lr, a longer --warmup or "
+                                f"--dtype float32")
             rate = seen * len(positions) * world / (time.perf_counter() - clock)
             record = {"step": step, "stage": stage, **dict(zip(totals, values)), "grad_norm": float(grad_norm), "lr": lr,
                       "mask": (low + high) / 2, "images_per_second": rate}
@@ -275,18 +281,21 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                 bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values()) if n in ("recon", "hog", "kl")}
                                 | {"img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
-        if rank == 0 and config.grid_every and (step % config.grid_every == 0 or step == last):
+        if rank == 0 and drawing:
             save_grid(config, stage, ema.model, test_set, out / f"grid_{step:07d}.png", device)
-        if saving and step < last:                          # the last one is written by main, with its measurements
+        if saving:
             save(config, stage, step, model, ema, optimizer, rank, world)
     bar.close()
     return step
 
 
-def save(config, stage, step, model, ema, optimizer, rank, world):
-    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails."""
+def save(config, stage, step, model, ema, optimizer, rank, world, measured=False):
+    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails.
+
+    measured: the stage is over and latent_mean and latent_std have been set.
+    """
     if rank == 0:
-        state = {"kind": "tokenizer", "step": step, "stage": stage, "config": dataclasses.asdict(config),
+        state = {"kind": "tokenizer", "step": step, "stage": stage, "measured": measured, "config": dataclasses.asdict(config),
                  "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
                  "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         common.save_checkpoint(config.out, state, config.keep)
@@ -301,7 +310,7 @@ def psnr(images, reconstruction):
 
     Both are rounded to the 256 levels of a saved image first.
     """
-    a, b = to_uint8(images).double() / 255, to_uint8(reconstruction).double() / 255
+    a, b = to_uint8(images).cpu().double() / 255, to_uint8(reconstruction).cpu().double() / 255
     return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
@@ -317,18 +326,20 @@ def evaluate(config, model, dataset, device):
     Returns {"psnr": dB, "hog_loss": Eq. 8 at half of the patches hidden, "hog_constant": the same loss of the best constant
     prediction (the mean target over the same hidden patches, so no constant can do better)}.
     """
-    psnrs, losses, hidden = [], {}, {}
-    for number, (images, _) in enumerate(first_images(dataset, config.eval_images, batch_size=eval_batch(config))):
+    psnrs, losses, hidden, seen = [], {}, {}, 0
+    ratio = 0.5 if config.mask_high > 0 else 0.0
+    for images, _ in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
         images = to_float(images).to(device)
         psnrs.append(psnr(images, model.decode(model.encode(images), images.shape[-2:])))
         if model.aux_decoders:
             N = patchify(images, config.patch_size).shape[1]
-            mask = random_mask(step_rngs(config, "eval-mask", number, range(len(images))), N, 0.5, 0.5).to(device)
-            output = model(images, mask)
+            rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))
+            mask, seen = random_mask(rngs, N, ratio, ratio).to(device), seen + len(images)
+            output, where = model(images, mask), mask if ratio else torch.ones_like(mask)
             for name, target in compute_targets(config, images).items():
                 losses.setdefault(name, []).append(
-                    masked_feature_loss(output.aux[name], target, mask, config.aux_loss) * len(images))
-                hidden.setdefault(name, []).append(target[mask])
+                    masked_feature_loss(output.aux[name], target, where, config.aux_loss) * len(images))
+                hidden.setdefault(name, []).append(target[where])
     psnrs = torch.cat(psnrs)
     result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
     for name in losses:
@@ -346,8 +357,8 @@ def evaluate(config, model, dataset, device):
 def measure_latents(config, model, dataset, device):
     """Set the model's latent_mean and latent_std, one scalar each, over `latent_images` clean training images."""
     n, total, squares = 0, 0.0, 0.0
-    for images, _ in first_images(dataset, config.latent_images, batch_size=eval_batch(config)):
-        h = model.encode(to_float(images).to(device)).double()
+    for images, _ in some_images(dataset, config.latent_images, batch_size=eval_batch(config)):
+        h = model.encode(to_float(images).to(device)).cpu().double()
         n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
     model.latent_mean.fill_(total / n)
     model.latent_std.fill_(math.sqrt(max(squares / n - (total / n) ** 2, 1e-12)))
@@ -356,17 +367,16 @@ def measure_latents(config, model, dataset, device):
 @torch.inference_mode()
 def save_grid(config, stage, model, dataset, path, device, count=8):
     """A PNG of test images: input, masked input, reconstructions, and HOG target and prediction drawn as strokes."""
-    images = to_float(next(first_images(dataset, count))[0]).to(device)
+    images = to_float(next(some_images(dataset, count))[0]).to(device)
     P = config.patch_size
     grid = model.grid(images.shape[-2:])
-    show = lambda x: to_uint8(x)
-    rows = {"input": show(images)}
+    rows = {"input": to_uint8(images)}
     if stage == 1 and config.mask_high > 0:
         mask = random_mask(step_rngs(config, "grid-mask", 0, range(len(images))), grid[0] * grid[1], 0.5, 0.5).to(device)
         output = model(images, mask)
-        rows["masked input"] = show(unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
-        rows["reconstruction\nof the masked input"] = show(output.reconstruction)
-    rows["reconstruction"] = show(model.decode(model.encode(images), images.shape[-2:]))
+        rows["masked input"] = to_uint8(unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
+        rows["reconstruction\nof the masked input"] = to_uint8(output.reconstruction)
+    rows["reconstruction"] = to_uint8(model.decode(model.encode(images), images.shape[-2:]))
     if stage == 1 and "hog" in model.aux_decoders:
         predicted = (output if config.mask_high > 0 else model(images)).aux["hog"]
         cell = max(8, 96 // (images.shape[-1] // config.hog_cell))
@@ -379,7 +389,8 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
 def load_tokenizer(path, device="cpu"):
     """The trained tokenizer in a checkpoint or run folder of this script: MAETok with the EMA weights, in eval mode.
 
-    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std. Raises UserError.
+    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint from the middle
+    of a stage has none yet, which a warning says. Raises UserError.
     """
     return tokenizer_of(common.load_checkpoint(path), path).to(device)
 
@@ -396,7 +407,29 @@ def tokenizer_of(state, path):
     if state["stage"] == 2:
         model.freeze_encoder()                                                              # drops the auxiliary decoders
     common.load_weights(model, state["ema"], path)
+    if not state["measured"]:
+        print(f"warning: {path} is from the middle of training, its latent mean and std are not measured yet: normalised "
+              f"latents are the raw ones", file=sys.stderr)
     return model.eval().requires_grad_(False)
+
+
+def start_from(config, model, path):
+    """Copy the EMA weights of another run's tokenizer into `model`: --init. Auxiliary decoders where the targets agree.
+
+    The sizes of image and auxiliary decoders may differ, anything else must not. Raises UserError.
+    """
+    source = tokenizer_of(common.load_checkpoint(path), path)
+    free = ("image_size", "aux_targets", "aux_depth", "aux_width", "aux_heads")
+    differ = [f"{f.name} {getattr(source.config, f.name)!r} -> {getattr(config, f.name)!r}" for f in
+              dataclasses.fields(MAETokConfig) if f.name not in free
+              and getattr(source.config, f.name) != getattr(config, f.name)]
+    if differ:
+        raise UserError(f"--init {path} holds weights of another model ({'; '.join(differ[:5])}); give the same preset")
+    common.load_weights(model.encoder, source.encoder.state_dict(), path)
+    common.load_weights(model.decoder, source.decoder.state_dict(), path)
+    for name, decoder in source.aux_decoders.items():
+        if name in model.aux_decoders:
+            common.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
 
 
 # ------------------------------------------------ main ------------------------------------------------
@@ -410,29 +443,33 @@ def main(argv=None):
     if config.batch_size % (world * config.accumulate):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
-    train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root, config.flip, config.crop,
-                                         config.seed, config.skip_corrupt) for split in ("train", "test"))
+    with common.rank_zero_first(rank, world):
+        train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root, config.flip,
+                                             config.crop, config.seed, config.skip_corrupt) for split in ("train", "test"))
     out = Path(config.out)
     end = config.steps if config.stage == "1" else config.steps + config.stage2_steps
 
     # ---- the model: new, from --init, or where the last run of this command stopped ----
     torch.manual_seed(config.seed)
-    model, stage, step = MAETok(config), 1, 0
+    model, stage, step, measured = MAETok(config), 1, 0, False
     state = common.find_checkpoint(out)
     if state is not None:
         common.check_same_config(state["config"], config, FREE, out)
-        stage, step = state["stage"], state["step"]
+        stage, step, measured = state["stage"], state["step"], state["measured"]
+        if config.stage == "1" and stage == 2:
+            raise UserError(f"the run in {out} is in stage 2 already; choose another --out for --stage 1")
+        if config.stage == "2" and stage == 1 and not measured:
+            raise UserError(f"stage 1 of the run in {out} is not finished; run it without --stage 2")
+        if config.init and rank == 0:
+            print(f"note: going on with the run in {out}; --init {config.init} is not read again")
         if stage == 2:
             model.freeze_encoder()
         common.load_weights(model, state["model"], out)
     elif config.init:
-        source = common.load_checkpoint(config.init)
-        if source["stage"] == 2 or not config.aux_targets:
-            model.aux_decoders = torch.nn.ModuleDict()
-        common.load_weights(model, source["ema"], config.init)
+        start_from(config, model, config.init)
     if state is None and config.stage == "2":
         if not config.init:
-            raise UserError(f"--stage 2 needs a trained encoder: give --init CHECKPOINT, or an --out with a finished stage 1")
+            raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, or an --out with a finished stage 1")
         step = config.steps
     model.to(device)
     ema = common.EMA(model, config.ema)
@@ -453,13 +490,15 @@ def main(argv=None):
               f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; {out}/ at step {step} of {end}", flush=True)
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
-    while step < end:
-        if stage == 1 and step == config.steps:
+    while step < end or not measured:
+        if stage == 1 and step == config.steps and (measured or state is None and config.stage == "2"):
             # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded.
             model.load_state_dict(ema.model.state_dict())
             model.freeze_encoder()
             stage, ema, optimizer = 2, common.EMA(model, config.ema), build_optimizer(config, model, device)
+            measured = False
         step = train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device)
+        # The stage is saved by now: should a test image be unreadable, only the measurements are to be made again.
         if rank == 0:
             record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
                       **evaluate(config, ema.model, test_set, device)}
@@ -468,7 +507,8 @@ def main(argv=None):
             measure_latents(config, ema.model, train_set, device)
             model.latent_mean.copy_(ema.model.latent_mean)
             model.latent_std.copy_(ema.model.latent_std)
-        save(config, stage, step, model, ema, optimizer, rank, world)
+        measured = True
+        save(config, stage, step, model, ema, optimizer, rank, world, measured)
     if rank == 0:
         records = common.read_metrics(out)
         terms = ("recon", *config.aux_targets, "kl", "lr")

@@ -1,5 +1,6 @@
 """common.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def test_precedence_is_default_preset_command_line():
 @pytest.mark.parametrize("argv, message", [
     (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"), (["--wdth", "3"], "unrecognized"),
     (["--width", "x"], "invalid int"), (["--wid", "3"], "unrecognized"), (["--width", "-1"], "width is negative"),
-    (["--hidden", "3"], "unrecognized")])
+    (["--hidden", "3"], "unrecognized"), (["--preset", "hot,large"], "large fixes the scale"),
+    (["--preset", "small,large"], "large fixes the scale")])
 def test_bad_options_are_one_line(argv, message):
     with pytest.raises(UserError, match=message) as e:
         parse(*argv)
@@ -57,7 +59,7 @@ def test_help_shows_groups_and_the_comments_beside_the_fields(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "first group: --width" in text and "px, 100 % of it (default 8)" in text
+    assert "first group: --width" in text and "px, 100 % of it (default 8; small: 4)" in text
     assert "per step and more (default 0.001)" in text and "second group: --preset" in text
 
 
@@ -93,9 +95,12 @@ def state(step):
 
 def test_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
     assert common.find_checkpoint(tmp_path) is None
+    (tmp_path / "step_best.pt").write_text("a user's own copy")
+    (tmp_path / ".step_0000004.pt.99.tmp").write_text("left by a killed process")
     for step in (5, 10, 100, 1000):
         common.save_checkpoint(tmp_path, state(step), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_0000100.pt", "step_0001000.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_0000100.pt", "step_0001000.pt",
+                                                           "step_best.pt"]
     assert common.find_checkpoint(tmp_path)["step"] == 1000
     (tmp_path / "last.pt").unlink()
     assert common.find_checkpoint(tmp_path)["step"] == 1000
@@ -124,6 +129,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     with pytest.raises(UserError, match="disk full"):
         common.atomic_write(tmp_path / "x", write)
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line():
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(UserError, match="is the disk full") as e:
+        common.atomic_write("/tmp/never-written", lambda path: torch.save(state(1), "/dev/full"))
+    assert "\n" not in str(e.value)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

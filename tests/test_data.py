@@ -1,17 +1,17 @@
 """data.py: every kind of source, broken files, preprocessing, and samples that depend on (seed, epoch, index) alone."""
-import os
+import hashlib
 import shutil
 import tarfile
-from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data
 from common import UserError
-from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate, first_images,
-                  random_crop, read_npz, to_float, to_rgb, to_uint8)
+from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate, some_images,
+                  random_crop, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
 
 
 def photo(width, height, seed=0):
@@ -94,9 +94,7 @@ def test_folder_layout_classes_and_modes(folder):
     assert (items["b/clear.png"][0] == 255).all() and (items["b/sixteen.png"][0] == 255).all()
     grey = items["a/deep/grey.JPEG"][0]
     assert torch.equal(grey[0], grey[1])
-    upright = torch.rot90(items["b/rotated.png"][0], -1, (1, 2))                      # EXIF 6 is stored on its side
-    assert not torch.equal(upright, items["b/rotated.png"][0])
-    whole = center_crop(photo(40, 30).rotate(-90, expand=True), 30)
+    whole = center_crop(photo(40, 30).rotate(-90, expand=True), 30)                   # EXIF 6 is stored on its side
     assert np.array_equal(items["b/rotated.png"][0].permute(1, 2, 0).numpy(), np.asarray(whole))
 
 
@@ -105,6 +103,18 @@ def test_flat_folder_has_no_classes_and_serves_both_splits(tmp_path, capsys):
     dataset = build_dataset(str(tmp_path), "test", 16)
     assert dataset.classes is None and dataset[0, 0][1] == -1
     assert "training images" in capsys.readouterr().out
+
+
+def test_class_numbers_are_those_of_the_training_folder(folder):
+    shutil.rmtree(folder / "val/a")
+    assert build_dataset(str(folder), "test", 16)[0, 0][1] == 1                       # b, though it is alone in val/
+    (folder / "val/new").mkdir()
+    photo(20, 20).save(folder / "val/new/x.png")
+    with pytest.raises(UserError, match="has classes that .* lacks: new"):
+        build_dataset(str(folder), "test", 16)
+    shutil.rmtree(folder / "train")
+    with pytest.raises(UserError, match="val/ but no train/"):
+        build_dataset(str(folder), "train", 16)
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
@@ -137,12 +147,15 @@ def test_npz_in_adm_layout(tmp_path):
     assert dataset.length == 5 and dataset[0, 3][1] == 3
     assert np.array_equal(array(dataset, 3), images[3].transpose(2, 0, 1))
     np.savez(tmp_path / "y.npz", images)
-    assert read_npz(tmp_path / "y.npz")[0][1] == -1
+    assert read_npz(tmp_path / "y.npz")[0][1] == -1 and read_npz(tmp_path / "y.npz").classes is None
+    np.savez(tmp_path / "z.npz", images, np.arange(5.0))
+    assert read_npz(tmp_path / "z.npz").labels.dtype == np.int64
 
 
 @pytest.mark.parametrize("content, message", [
     (dict(images=np.zeros(3)), "no array 'arr_0'"), (dict(arr_0=np.zeros((2, 4, 4, 3))), "should be uint8"),
-    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "one label"), (None, "cannot read")])
+    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "one label"),
+    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array(["cat"])), "class numbers"), (None, "cannot read")])
 def test_bad_npz_is_refused(tmp_path, content, message):
     path = tmp_path / "bad.npz"
     path.write_bytes(b"PK junk") if content is None else np.savez(path, **content)
@@ -151,7 +164,7 @@ def test_bad_npz_is_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_cifar10_binary_layout(tmp_path, packed):
+def test_cifar10_binary_layout(tmp_path, packed, monkeypatch):
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     records = rng.integers(0, 256, (6, 4, 3073), np.uint8)
@@ -162,6 +175,9 @@ def test_cifar10_binary_layout(tmp_path, packed):
         with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
             tar.add(folder, "cifar-10-batches-bin")
         shutil.rmtree(folder)
+        with pytest.raises(UserError, match="is not CIFAR-10's binary version"):
+            build_dataset("cifar10", "train", 32, data_root=str(tmp_path))
+        monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest())
     train, test = (build_dataset("cifar10", split, 32, data_root=str(tmp_path)) for split in ("train", "test"))
     assert (train.length, test.length, train.classes) == (20, 4, CIFAR10_CLASSES)
     image, label = train[0, 4 * 2 + 3]                                                # the third file's last record
@@ -185,6 +201,7 @@ def test_center_crop_follows_adm():
     oracle = photo(50, 40).resize((30, 24), Image.BICUBIC).crop((3, 0, 27, 24))
     assert np.array_equal(np.asarray(center_crop(photo(50, 40), 24)), np.asarray(oracle))
     assert center_crop(photo(7, 300), 16).size == (16, 16)                                      # enlarged if it must be
+    assert resize_short_side(photo(1, 3000), 256).size == (256, 2048)                           # not to 256 x 768,000
 
 
 def test_random_crop_stays_within_its_range():
@@ -239,10 +256,17 @@ def test_global_batches_are_the_same_images_for_any_split():
     assert list(GlobalBatches(None, 4, 3, 4)) == [[(0, 12), (0, 13), (0, 14), (0, 15)]]
 
 
-def test_first_images_stops_at_the_end_of_the_data(tmp_path):
+def test_some_images_are_of_all_classes_and_end_with_the_data(folder, tmp_path):
+    for i in range(60):                                        # files are sorted by class: 30 of a, then 32 of b
+        photo(20, 20, i).save(folder / f"val/{'ab'[i // 30]}/{i}.png")
+    dataset = build_dataset(str(folder), "test", 16)
+    first, again = ([labels.tolist() for _, labels in some_images(dataset, 20, 8)] for _ in range(2))
+    assert first == again and [len(labels) for labels in first] == [8, 8, 4]
+    assert 4 < sum(sum(first, [])) < 16
+
     np.savez(tmp_path / "x.npz", np.zeros((5, 8, 8, 3), np.uint8))
     dataset = build_dataset(str(tmp_path / "x.npz"), "test", 8)
-    assert [len(images) for images, _ in first_images(dataset, 1000, batch_size=2)] == [2, 2, 1]
+    assert [len(images) for images, _ in some_images(dataset, 1000, batch_size=2)] == [2, 2, 1]
 
 
 def test_a_folder_of_nothing_but_broken_files_ends(tmp_path):

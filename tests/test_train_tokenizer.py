@@ -17,7 +17,7 @@ import common
 import train_tokenizer as trainer
 from common import UserError
 from data import Shapes
-from maetok import MAETok, MAETokConfig
+from maetok import MAETok
 from train_tokenizer import ABLATIONS, PRESETS, SCALES, Config
 
 TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth 1 "
@@ -134,6 +134,38 @@ def test_stage_2_alone_from_a_checkpoint(tmp_path):
     assert [r["stage"] for r in common.read_metrics(tmp_path / "two") if "loss" in r] == [2] * 4
     with pytest.raises(UserError, match="give --init"):
         train(tmp_path / "three", "--stage", "2")
+    with pytest.raises(UserError, match="is in stage 2 already"):
+        train(tmp_path / "two", "--stage", "1", "--init", str(tmp_path / "one"))
+    # A finished tokenizer can start a new stage 1 too, and one with other targets.
+    train(tmp_path / "four", "--stage", "1", "--init", str(tmp_path / "two"))
+    train(tmp_path / "five", "--stage", "2", "--init", str(tmp_path / "one"), "--targets", "")
+    (tmp_path / "one/step_0000006.pt").unlink()
+    os.replace(tmp_path / "one/step_0000005.pt", tmp_path / "one/last.pt")
+    with pytest.raises(UserError, match="is not finished"):
+        train(tmp_path / "one", "--stage", "2")
+
+
+def test_without_masking_the_auxiliary_decoders_learn_from_all_patches(tmp_path):
+    state = train(tmp_path, "--preset", "no-mask", "--stage", "1")
+    assert all(r["hog"] > 0 for r in common.read_metrics(tmp_path) if "hog" in r)
+    torch.manual_seed(0)
+    fresh = MAETok(Config(**state["config"] | {"aux_targets": {}})).state_dict()
+    assert not torch.equal(state["model"]["aux_decoders.hog.head.weight"], fresh["aux_decoders.hog.head.weight"])
+
+
+def test_measurements_are_made_again_when_they_were_cut_short(tmp_path, monkeypatch, capsys):
+    def unreadable(*args):
+        raise UserError("a test image is broken")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="broken"):
+        patch.setattr(trainer, "evaluate", unreadable)
+        train(tmp_path)
+    assert common.load_checkpoint(tmp_path)["step"] == 6                # stage 1 is safe
+    trainer.load_tokenizer(tmp_path)
+    assert "not measured yet" in capsys.readouterr().err
+    state = train(tmp_path)
+    assert state["step"] == 10 and state["measured"]
+    assert [r["step"] for r in common.read_metrics(tmp_path) if "event" in r] == [6, 10]
 
 
 def test_saved_tokenizer_offers_normalised_latents(tmp_path):
@@ -282,11 +314,15 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
 
 # ------------------------------------------------ bad input ------------------------------------------------
 
-def test_bad_input_is_one_line_and_exit_status_2(tmp_path):
-    process = run(command(tmp_path / "run", "--data", tmp_path / "nowhere"))
-    assert process.returncode == 2
-    assert process.stderr.strip().splitlines() == [
-        f"error: --data {tmp_path / 'nowhere'}: no such folder (nor one of: shapes, cifar10, a .npz file)"]
+@pytest.mark.parametrize("options, message", [
+    (["--data", "nowhere"], "--data nowhere: no such folder (nor one of: shapes, cifar10, a .npz file)"),
+    (["--preset", "tiny"], "unknown preset tiny; there are: "), (["--image-size", "30"], "is not a multiple of patch_size"),
+    (["--accumulate", "3"], "not divisible by"), (["--out", "a-file"], "a-file")])
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path, options, message):
+    (tmp_path / "a-file").write_text("in the way")
+    process = run(command("run", *options), cwd=tmp_path)
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
 def test_every_kind_of_bad_input_is_named(tmp_path):
@@ -309,6 +345,10 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
         ("which images", ["--preset", "maetok-b-256"]),
         ("no checkpoint at", ["--init", tmp_path / "nowhere"]),
         ("choose both or 1 or 2", ["--stage", "3"]),
+        ("--steps must be at least 1", ["--steps", "-1"]),
+        ("--eval-images must be at least 1", ["--eval-images", "0"]),
+        ("mask ratios", ["--stage2-mask", "1.5"]),
+        ("weights of another model", ["--heads", "1", "--stage", "2", "--init", tmp_path / "run"]),
         ("--device tpu", ["--device", "tpu"]),
     ]
     for message, options in cases:
@@ -322,7 +362,3 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
 def test_cuda_bfloat16_and_compile(tmp_path):
     state = train(tmp_path, "--device", "cuda", "--dtype", "bfloat16", "--compile")
     assert state["step"] == 10 and np.isfinite(losses(tmp_path)).all()
-
-
-def test_config_keeps_the_model_apart_from_the_run():
-    assert MAETokConfig(aux_targets={"hog": 108}).aux_depth == Config(**SCALES["maetok-b-256"]).aux_depth
