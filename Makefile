@@ -1,12 +1,18 @@
 # Two commands for a fresh machine with Python >= 3.10. PYTHON=... chooses another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes of one thread each: on two cores that is faster than one process of two threads, and the same run.
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 
 .PHONY: demo test
 
-# Two processes of one thread each: on two cores they are faster than one process of two threads, and it is the same run.
+# The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 demo: .venv/runtime
-	$(BIN)/torchrun --standalone --nproc-per-node=2 train_tokenizer.py --out runs/demo
+	$(TORCHRUN) train_tokenizer.py --out runs/demo/tokenizer
+	$(TORCHRUN) train_diffusion.py --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
+	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --report runs/demo/report.png
+	$(TORCHRUN) sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --num-images 1000 --out runs/demo/samples.npz
+	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests
