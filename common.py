@@ -1,6 +1,8 @@
-"""What the scripts must do identically: configuration, random streams, processes, EMA, checkpoints, logs, pictures.
+"""What the scripts must do identically: configuration, random streams, processes, EMA, checkpoints, logs,
+pictures.
 
-Helpers only: each is called by the scripts and none calls back. The training loops themselves stand in the scripts.
+Helpers only: each is called by the scripts and none calls back.
+The training loops themselves stand in the scripts.
 """
 import argparse
 import contextlib
@@ -24,15 +26,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 class UserError(ValueError):
-    """Something the user can mend. Shown as one line, exit status 2; the message says what is wrong and what to do."""
+    """Something the user can mend. Shown as one line, exit status 2;
+    the message says what is wrong and what to do."""
 
 
 def run(main):
-    """Call main() as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Call main() as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130.
+    """
     status = 0
     try:
         main()
-    except (UserError, OSError) as e:                # OSError: a full disk, a file where a folder should be, ...
+    except (UserError, OSError) as e:             # OSError: a full disk, a file where a folder should be, ...
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
@@ -45,7 +49,7 @@ def run(main):
         os._exit(status) if dist.is_initialized() else sys.exit(status)
 
 
-# ------------------------------------------------ configuration ------------------------------------------------
+# ---------------------------------------------- configuration ----------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, exit status 2."""
@@ -57,8 +61,8 @@ class OneLineParser(argparse.ArgumentParser):
 def _comments(config_class):
     """Read groups and help texts off a config dataclass's own source: {field: (group, help)}.
 
-    A line `# ---- title ----` opens a group; the comment behind a field, and comment lines right under it, are its help.
-    So what a reader sees beside the field and what --help prints cannot drift apart.
+    A line `# ---- title ----` opens a group; the comment behind a field, and comment lines right under it,
+    are its help. So what a reader sees beside the field and what --help prints cannot drift apart.
     """
     found = {}
     for cls in reversed(config_class.__mro__[:-1]):
@@ -79,17 +83,21 @@ def _comments(config_class):
 def parse_config(config_class, presets, base, description, argv=None, hidden=()):
     """Build a config from the command line. Precedence: the class's defaults < presets < options.
 
-    presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is not in `base`
-    (the presets that fix a scale; the first of them is the default), that default comes before it.
-    hidden: fields that get no option because the script sets them, as are those that are no int, float, str or bool.
+    presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is
+    not in `base` (the presets that fix a scale; the first of them is the default),
+    that default comes before it.
+    hidden: fields that get no option because the script sets them, as are those that are no int, float,
+    str or bool.
     Raises UserError for unknown options, presets and values.
     """
-    description += (f"\nDefaults below are the paper's or those of the source named with them; `--preset` (default "
-                    f"{base[0]}) changes many at once.\nScales: {', '.join(base)}.\nVariants to join to a scale: "
+    description += (f"\nDefaults below are the paper's or those of the source named with them; "
+                    f"`--preset` (default {base[0]}) changes many at once.\nScales: {', '.join(base)}.\n"
+                    f"Variants to join to a scale: "
                     f"{', '.join(name for name in presets if name not in base)}.")
-    parser = OneLineParser(description=description, usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
-                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description,
+                           usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
+                           allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
@@ -102,7 +110,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
         default = f"default {field.default!r}"
         if (small := presets[base[0]].get(field.name, field.default)) != field.default:
             default += f"; {base[0]}: {small!r}"
-        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} ({default})".replace("%", "%%"), **kind)
+        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} ({default})".replace("%", "%%"),
+                           **kind)
     given = vars(parser.parse_args(argv))
     names = [name.strip() for name in given.get("preset", base[0]).split(",")]
     if unknown := [name for name in names if name not in presets]:
@@ -110,7 +119,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
     if names[0] not in base:
         names.insert(0, base[0])
     if second := [name for name in names[1:] if name in base]:
-        raise UserError(f"preset {second[0]} fixes the scale of a run: it stands first, and alone of its kind")
+        raise UserError(f"preset {second[0]} fixes the scale of a run: "
+                        "it stands first, and alone of its kind")
     values = {}
     for name in names:
         values |= presets[name]
@@ -122,13 +132,15 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
         raise UserError(str(e)) from e
 
 
-# ------------------------------------------------ random streams ------------------------------------------------
+# ---------------------------------------------- random streams ----------------------------------------------
 
 def sample_rng(seed, stream, major, minor):
-    """A numpy Generator for one purpose and one sample: a function of (seed, stream, major, minor) and nothing else.
+    """A numpy Generator for one purpose and one sample:
+    a function of (seed, stream, major, minor) and nothing else.
 
-    Philox is counter-based: the seed and the stream's name make the key, major and minor (step and position, or epoch
-    and index) the upper words of the counter, so no two streams overlap and starting one costs microseconds.
+    Philox is counter-based: the seed and the stream's name make the key, major and minor (step and position,
+    or epoch and index) the upper words of the counter, so no two streams overlap and
+    starting one costs microseconds.
     """
     return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(stream.encode())],
                                                 counter=[0, 0, minor, major]))
@@ -145,18 +157,21 @@ def start_processes(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no CUDA GPU; use --device cpu or install a CUDA build of torch")
+        raise UserError("--device cuda: this torch sees no CUDA GPU; "
+                        "use --device cpu or install a CUDA build of torch")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
     if device not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or mps")
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(k, d))
+                          for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU: torchrun --nproc-per-node is larger than the "
-                            f"{torch.cuda.device_count()} GPUs here")
+            raise UserError(f"process {local} of this machine has no GPU: "
+                            f"torchrun --nproc-per-node is larger than the {torch.cuda.device_count()} GPUs "
+                            "here")
         torch.cuda.set_device(local)
-        torch.backends.cuda.matmul.allow_tf32 = True      # float32 products outside autocast at 10 mantissa bits
+        torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast at 10 mantissa bits
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
@@ -194,8 +209,8 @@ def autocast_dtype(name, device):
 class EMA:
     """Exponential moving average of a model's weights: ema += (1 - decay) * (weights - ema), buffers copied.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random start for
-    tens of thousands of steps. By step 90,000 the two are the same.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
+    start for tens of thousands of steps. By step 90,000 the two are the same.
     """
 
     def __init__(self, model, decay):
@@ -219,7 +234,7 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-# ------------------------------------------------ checkpoints ------------------------------------------------
+# ----------------------------------------------- checkpoints -----------------------------------------------
 
 def atomic_write(path, write):
     """Call write(temporary path), then rename it to `path`: a reader or a crash never meets half a file."""
@@ -246,10 +261,11 @@ def numbered_checkpoints(out):
 
 
 def save_checkpoint(out, state, keep):
-    """Write `state` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and out/last.pt.
+    """Write `state` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and
+    out/last.pt.
 
-    Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep` numbered files
-    stay. Whenever a crash comes, the last whole checkpoint is there under one of the names.
+    Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
+    numbered files stay. Whenever a crash comes, the last whole checkpoint is there under one of the names.
     """
     out = Path(out)
     numbered = out / f"step_{state['step']:07d}.pt"
@@ -262,12 +278,14 @@ def save_checkpoint(out, state, keep):
             shutil.copyfile(numbered, path)
 
     atomic_write(out / "last.pt", link)
-    for old in (*numbered_checkpoints(out)[keep:], *out.glob(".*.pt.*.tmp")):       # .tmp: a killed process's debris
+    # .tmp: a killed process's debris
+    for old in (*numbered_checkpoints(out)[keep:], *out.glob(".*.pt.*.tmp")):
         old.unlink()
 
 
 def load_checkpoint(path):
-    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU. Raises UserError if it is not a whole one."""
+    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU.
+    Raises UserError if it is not a whole one."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
@@ -278,7 +296,8 @@ def load_checkpoint(path):
         return state if isinstance(state, dict) and "config" in state else _not_ours(path)
     except UserError:
         raise
-    except Exception as e:       # torch.load raises RuntimeError, EOFError, UnpicklingError, ... by where it was cut
+    # torch.load raises RuntimeError, EOFError, UnpicklingError, ... by where it was cut
+    except Exception as e:
         raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}); use another one") from e
 
 
@@ -287,7 +306,8 @@ def _not_ours(path):
 
 
 def find_checkpoint(out):
-    """The newest whole checkpoint of a run, or None if it has none yet. A damaged one is passed over with a warning."""
+    """The newest whole checkpoint of a run, or None if it has none yet.
+    A damaged one is passed over with a warning."""
     candidates = [p for p in (Path(out) / "last.pt", *numbered_checkpoints(out)) if p.exists()]
     for path in candidates:
         try:
@@ -295,7 +315,8 @@ def find_checkpoint(out):
         except UserError as e:
             print(f"warning: {e}; trying the one before", file=sys.stderr, flush=True)
     if candidates:
-        raise UserError(f"none of the {len(candidates)} checkpoints in {out} can be read; delete them to start anew")
+        raise UserError(f"none of the {len(candidates)} checkpoints in {out} can be read; "
+                        "delete them to start anew")
     return None
 
 
@@ -309,7 +330,8 @@ def load_weights(model, state, path):
 
 
 def check_same_config(saved, config, free, path):
-    """Refuse to go on with a run under another configuration; fields in `free` may change. Raises UserError."""
+    """Refuse to go on with a run under another configuration; fields in `free` may change.
+    Raises UserError."""
     now = dataclasses.asdict(config)
     changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
                if k not in free and saved.get(k) != now.get(k)]
@@ -324,7 +346,8 @@ def check_same_step(step, out, world, device):
         steps = torch.tensor([step, -step], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps[0] != -steps[1]:
-            raise UserError(f"the processes found different checkpoints: {out} must be one folder that all nodes share")
+            raise UserError(f"the processes found different checkpoints: "
+                            f"{out} must be one folder that all nodes share")
 
 
 # ------------------------------------------------ logs ------------------------------------------------
@@ -349,17 +372,20 @@ def read_metrics(out):
 def cut_metrics(out, step):
     """Drop the records after `step`: a resumed run will write them again."""
     records = [r for r in read_metrics(out) if r["step"] <= step]
-    atomic_write(Path(out) / "metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
+    atomic_write(Path(out) / "metrics.jsonl",
+                 lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
 
 
 # ------------------------------------------------ pictures ------------------------------------------------
 
 def image_grid(rows, titles, cell=96, title_width=150):
-    """Rows of images under one another, a title before each. rows: lists of PIL images, or uint8 (n, 3, H, W) tensors.
+    """Rows of images under one another, a title before each.
+    rows: lists of PIL images, or uint8 (n, 3, H, W) tensors.
 
     Images are brought to `cell` px by nearest neighbour when they are smaller, so that pixels stay pixels.
     """
-    rows = [[Image.fromarray(i.permute(1, 2, 0).numpy()) for i in row.cpu()] if isinstance(row, torch.Tensor) else row
+    rows = [[Image.fromarray(i.permute(1, 2, 0).numpy()) for i in row.cpu()]
+            if isinstance(row, torch.Tensor) else row
             for row in rows]
     height = [max(cell, row[0].height if row else 0) for row in rows]
     width = max((max(cell, i.width) for row in rows for i in row), default=cell)
@@ -378,7 +404,8 @@ def image_grid(rows, titles, cell=96, title_width=150):
 
 
 def plot_curves(curves, width=900, height=220):
-    """One panel a curve, log scale where the values call for it. curves: title -> [(x, y), ...]; empty ones are left out.
+    """One panel a curve, log scale where the values call for it.
+    curves: title -> [(x, y), ...]; empty ones are left out.
 
     Returns a PIL image."""
     curves = {title: list(zip(*points)) for title, points in curves.items() if points}
@@ -386,7 +413,8 @@ def plot_curves(curves, width=900, height=220):
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for panel, (title, (xs, ys)) in enumerate(curves.items()):
         left, right, top, bottom = 70, width - 20, panel * height + 28, (panel + 1) * height - 26
-        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4      # a rate that falls to nothing reads better linearly
+        # a rate that falls to nothing reads better linearly
+        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
         values = [math.log10(y) for y in ys] if log else list(ys)
         low, high = min(values), max(values)
         high += 1e-9 + (high == low)
@@ -399,8 +427,10 @@ def plot_curves(curves, width=900, height=220):
             draw.text((4, y - 8), f"{10 ** value if log else value:.4g}", fill="black", font=font)
             draw.line((left, y, right, y), fill="lightgrey")
             x = left + share * (right - left)
-            draw.text((x - 20 * share, bottom + 4), f"{first + share * (last - first):.0f}", fill="black", font=font)
-        points = [(left + (x - first) / (last - first) * (right - left), bottom - (v - low) / (high - low) * (bottom - top))
+            draw.text((x - 20 * share, bottom + 4), f"{first + share * (last - first):.0f}", fill="black",
+                      font=font)
+        points = [(left + (x - first) / (last - first) * (right - left),
+                   bottom - (v - low) / (high - low) * (bottom - top))
                   for x, v in zip(xs, values)]
         draw.line(points if len(points) > 1 else points * 2, fill="steelblue", width=2)
     return sheet

@@ -1,8 +1,10 @@
 """Images for all four scripts: one function, build_dataset, and four kinds of source.
 
-    --data shapes       ten classes drawn on the fly, no files; endless train set, disjoint test set (the default)
+    --data shapes       ten classes drawn on the fly, no files; endless train set, disjoint test set
+                        (the default)
     --data cifar10      the binary archive, found under --data-root or downloaded once
-    --data DIR          ImageFolder layout (train/ and val/ or test/ inside, or not), nested, or flat without classes
+    --data DIR          ImageFolder layout (train/ and val/ or test/ inside, or not), nested,
+                        or flat without classes
     --data FILE.npz     ADM's layout: arr_0 uint8 (n, H, W, 3), optional arr_1 labels
 
 A sample is a function of (seed, epoch, index) alone: workers, ranks and restarts cannot change it.
@@ -36,7 +38,7 @@ def _circle(radius=1.0, centre=(0.0, 0.0), points=48):
 
 
 def _regular(points, radii=(1.0,)):
-    angle = np.arange(points) * 2 * np.pi / points - np.pi / 2                     # the first corner points up
+    angle = np.arange(points) * 2 * np.pi / points - np.pi / 2                    # the first corner points up
     radius = np.resize(radii, points)
     return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1)
 
@@ -47,19 +49,20 @@ def _heart():
     return np.stack((16 * np.sin(t) ** 3, -y - 2.5), -1) / 18.2          # within the unit circle
 
 
-# Class name -> outline, and hole (drawn in the background colour). In units of the shape's radius, y downwards; every
-# outline lies within the unit circle, so no rotation pushes a shape out of the picture.
+# Class name -> outline, and hole (drawn in the background colour). In units of the shape's radius, y
+# downwards; every outline lies within the unit circle, so no rotation pushes a shape out of the picture.
 SHAPES = {
     "circle": (_circle(0.9), None),
     "square": (0.7 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
     "triangle": (_regular(3), None),
     "star": (_regular(10, (1.0, 0.42)), None),
-    "plus": (0.95 * np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1), (-.33, 1),
-                              (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]), None),
+    "plus": (0.95 * np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
+                              (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]), None),
     "ring": (_circle(0.95), _circle(0.55)),
     "heart": (_heart(), None),
     "moon": (_circle(0.95), _circle(0.8, (0.5, -0.15))),
-    "arrow": (np.array([(0, -1), (.8, -.05), (.3, -.05), (.3, .95), (-.3, .95), (-.3, -.05), (-.8, -.05)]), None),
+    "arrow": (np.array([(0, -1), (.8, -.05), (.3, -.05), (.3, .95), (-.3, .95), (-.3, -.05), (-.8, -.05)]),
+              None),
     "hourglass": (0.76 * np.array([(-.85, -1), (.85, -1), (.12, 0), (.85, 1), (-.85, 1), (-.12, 0)]), None),
 }
 
@@ -67,9 +70,9 @@ SHAPES = {
 class Shapes:
     """The embedded data set: one flat-coloured shape on a flat background, antialiased, any size.
 
-    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours are drawn without
-    regard to the class and either may be the brighter, so that no fixed set of pixel weights can tell the classes apart.
-    Sample i has class i mod 10. Train and test images come from different random streams.
+    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours are drawn
+    without regard to the class and either may be the brighter, so that no fixed set of pixel weights can tell
+    the classes apart. Sample i has class i mod 10. Train and test images come from different random streams.
     """
     classes = list(SHAPES)
 
@@ -90,7 +93,7 @@ class Shapes:
             if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
                 break
         radius = rng.uniform(0.28, 0.40)
-        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.46 - radius)             # all of the shape stays inside
+        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.46 - radius)         # all of the shape stays inside
         angle = np.deg2rad(rng.uniform(-20, 20))
         rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         oversampling = 4 if self.size <= 128 else 2
@@ -101,7 +104,7 @@ class Shapes:
             if outline is not None:
                 points = (outline @ rotation * radius + centre) * scale - 0.5
                 draw.polygon([tuple(p) for p in points.tolist()], fill=value)
-        coverage = coverage.reduce(oversampling)                                   # box filter
+        coverage = coverage.reduce(oversampling)                               # box filter
         image = Image.new("RGB", coverage.size, tuple(background.tolist()))
         image.paste(tuple(colour.tolist()), mask=coverage)
         return image, label
@@ -133,11 +136,13 @@ def read_npz(path):
     except UserError:
         raise
     except Exception as e:   # zipfile, zlib, numpy and the OS each have their own for a broken file
-        raise UserError(f"cannot read {path}: {e}; it should be an .npz file as numpy.savez writes them") from e
+        raise UserError(f"cannot read {path}: {e}; "
+                        "it should be an .npz file as numpy.savez writes them") from e
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
     if labels.shape != (len(images),):
-        raise UserError(f"{path}: arr_1 has shape {labels.shape}, it should hold one label for {len(images)} images")
+        raise UserError(f"{path}: arr_1 has shape {labels.shape}, "
+                        f"it should hold one label for {len(images)} images")
     if labels.dtype.kind not in "iuf" or (labels != labels.astype(np.int64)).any() or labels.min() < -1:
         raise UserError(f"{path}: arr_1 is {labels.dtype}, it should hold class numbers from 0 on")
     labels = labels.astype(np.int64)                                               # some writers leave floats
@@ -147,8 +152,9 @@ def read_npz(path):
 def read_cifar10(split, root):
     """CIFAR-10 from its binary archive as Arrays, downloaded to `root` if it is not there. Raises UserError.
 
-    A record is 3073 bytes: the label, then 32 x 32 values of red, of green, of blue. Read from the archive or from the
-    unpacked folder cifar-10-batches-bin. (The pickled "python version" would run code from the file.)
+    A record is 3073 bytes: the label, then 32 x 32 values of red, of green, of blue. Read from the archive or
+    from the unpacked folder cifar-10-batches-bin. (The pickled "python version"
+    would run code from the file.)
     """
     root = Path(root)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
@@ -164,12 +170,14 @@ def read_cifar10(split, root):
             with tarfile.open(archive) as tar:
                 records = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
     except (OSError, KeyError, EOFError, zlib.error, tarfile.TarError) as e:
-        raise UserError(f"cannot read CIFAR-10 under {root}: {e}; delete what is there to download it again") from e
+        raise UserError(f"cannot read CIFAR-10 under {root}: {e}; "
+                        "delete what is there to download it again") from e
     records = np.frombuffer(b"".join(records), np.uint8)
     if len(records) == 0 or len(records) % 3073:
         raise UserError(f"CIFAR-10 under {root} is cut short; delete it to download it again")
     records = records.reshape(-1, 3073)
-    return Arrays(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int), CIFAR10_CLASSES)
+    return Arrays(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int),
+                  CIFAR10_CLASSES)
 
 
 def download(url, path, md5):
@@ -197,8 +205,8 @@ def download(url, path, md5):
 class Folder:
     """Images in a folder. The first level of sub-folders names the classes; none: a flat folder, labels -1.
 
-    ImageNet's train/ and val/ (or test/, validation/) are found by name. A folder without them serves as both splits:
-    then test figures are figures on training images, and a line says so.
+    ImageNet's train/ and val/ (or test/, validation/) are found by name. A folder without them serves as both
+    splits: then test figures are figures on training images, and a line says so.
     """
 
     def __init__(self, root, split):
@@ -206,14 +214,18 @@ class Folder:
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder (nor one of: shapes, cifar10, a .npz file)")
         train = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
+        held_out = next((root / name for name in ("val", "test", "validation")
+                         if (root / name).is_dir()), None)
         if train == root and held_out is not None:
-            raise UserError(f"{root} has {held_out.name}/ but no train/: give --data {held_out} to use it alone")
+            raise UserError(f"{root} has {held_out.name}/ but no train/: "
+                            f"give --data {held_out} to use it alone")
         if split == "test" and held_out is None and os.environ.get("RANK", "0") == "0":
             print(f"note: {root} has no val/ or test/ folder: test figures below are on training images")
         self.files = _image_files(train)
-        # Class numbers are the training folder's in both splits, or a class missing from val/ would shift the others.
-        self.classes = sorted({parts[0] for file in self.files if len(parts := file.relative_to(train).parts) > 1}) or None
+        # Class numbers are the training folder's in both splits,
+        # or a class missing from val/ would shift the others.
+        self.classes = sorted({parts[0] for file in self.files
+                               if len(parts := file.relative_to(train).parts) > 1}) or None
         number, folder = {name: i for i, name in enumerate(self.classes or [])}, train
         if split == "test" and held_out is not None:
             self.files, folder = _image_files(held_out), held_out
@@ -234,19 +246,24 @@ class Folder:
         try:
             with Image.open(path) as image:
                 return to_rgb(ImageOps.exif_transpose(image)), self.labels[index]
-        except Exception as e:   # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error, ...
-            raise UserError(f"cannot read image {path}: {e}; mend or delete it, or pass --skip-corrupt") from e
+        # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error, ...
+        except Exception as e:
+            raise UserError(f"cannot read image {path}: {e}; "
+                            "mend or delete it, or pass --skip-corrupt") from e
 
 
 def _image_files(root):
-    """All image files below a folder, sorted. Raises UserError when there is none or a sub-folder cannot be read."""
+    """All image files below a folder, sorted.
+    Raises UserError when there is none or a sub-folder cannot be read."""
     def stop(error):
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
 
     files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True, onerror=stop)
-                   for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+                   for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES
+                   and not name.startswith("."))
     if not files:
-        raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, nested folders too)")
+        raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, "
+                        "nested folders too)")
     return files
 
 
@@ -262,12 +279,14 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ------------------------------------------------ preprocessing ------------------------------------------------
+# ---------------------------------------------- preprocessing ----------------------------------------------
 
 def resize_short_side(image, size):
-    """Scale a PIL image so that its short side has `size` px, as ADM does: halve by box filter while that leaves at
+    """Scale a PIL image so that its short side has `size` px, as ADM does:
+    halve by box filter while that leaves at
     least `size`, then bicubic. The box steps keep the result free of aliasing and are fast."""
-    if max(image.size) > 8 * min(image.size):     # a thin strip, scaled up whole, could take gigabytes: keep its middle
+    # a thin strip, scaled up whole, could take gigabytes: keep its middle
+    if max(image.size) > 8 * min(image.size):
         width, height = (min(side, 8 * min(image.size)) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -278,7 +297,8 @@ def resize_short_side(image, size):
 
 
 def center_crop(image, size):
-    """ADM's preprocessing [Table 7 "center crop"]: short side to `size`, then the middle square. PIL in, PIL out."""
+    """ADM's preprocessing [Table 7 "center crop"]: short side to `size`, then the middle square.
+    PIL in, PIL out."""
     image = resize_short_side(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -297,16 +317,18 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """Float in [-1, 1] -> uint8, clamped, rounded to nearest. (Some tools truncate instead; that is half a level off.)"""
+    """Float in [-1, 1] -> uint8, clamped, rounded to nearest.
+    (Some tools truncate instead; that is half a level off.)"""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """A source with cropping and flips. Keys are (epoch, index); items are (uint8 (3, size, size), label int).
+    """A source with cropping and flips. Keys are (epoch, index);
+    items are (uint8 (3, size, size), label int).
 
-    With skip_corrupt a file that cannot be read is replaced by the next one in the list and counted in `skipped`
-    (shared with the loader's workers). Without it the item *is* a UserError, which `collate` hands on: raising in a
-    worker would bury the message in a traceback.
+    With skip_corrupt a file that cannot be read is replaced by the next one in the list and counted in
+    `skipped` (shared with the loader's workers). Without it the item *is* a UserError, which `collate` hands
+    on: raising in a worker would bury the message in a traceback.
     """
 
     def __init__(self, source, size, flip=False, crop="center", seed=0, skip_corrupt=False):
@@ -325,7 +347,8 @@ class ImageDataset(torch.utils.data.Dataset):
                     return e
                 self.skipped += 1
         else:
-            return UserError(f"100 unreadable images in a row from number {index} on: is this the right folder?")
+            return UserError(f"100 unreadable images in a row from number {index} on: "
+                             "is this the right folder?")
         rng = sample_rng(self.seed, "augment", epoch, index)
         image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
         if self.flip and rng.random() < 0.5:
@@ -334,7 +357,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """A list of dataset items -> (uint8 (B, 3, H, W), labels (B,) int64), or the first UserError among them."""
+    """A list of dataset items -> (uint8 (B, 3, H, W), labels (B,) int64), or the first UserError among them.
+    """
     for item in items:
         if isinstance(item, UserError):
             return item
@@ -362,11 +386,13 @@ def build_dataset(data, split, size, data_root="data", flip=False, crop="center"
 
 
 class GlobalBatches:
-    """This process's share of every global batch: yields lists of (epoch, index) keys, one list a forward pass.
+    """This process's share of every global batch: yields lists of (epoch, index) keys,
+    one list a forward pass.
 
-    Position p = step * batch_size + i of the run, i in [0, batch_size), shows image p mod n of epoch p // n in an order
-    shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous share of i, so the global batch is the same
-    set of images for any number of processes and accumulation steps, and a run can start at any step.
+    Position p = step * batch_size + i of the run, i in [0, batch_size), shows image p mod n of epoch p // n
+    in an order shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous share of i, so the
+    global batch is the same set of images for any number of processes and accumulation steps,
+    and a run can start at any step.
     """
 
     def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1, accumulate=1):
@@ -391,12 +417,14 @@ class GlobalBatches:
             return 0, position
         epoch, place = divmod(position, self.length)
         if epoch != self.epoch:
-            self.order, self.epoch = sample_rng(self.seed, "epoch-order", epoch, 0).permutation(self.length), epoch
+            self.order, self.epoch = (
+                sample_rng(self.seed, "epoch-order", epoch, 0).permutation(self.length), epoch)
         return epoch, int(self.order[place])
 
 
 def some_images(dataset, count, batch_size=250):
-    """`count` images of a data set (fewer if it is smaller), always the same, in batches of (uint8 (B, 3, H, W), labels).
+    """`count` images of a data set (fewer if it is smaller), always the same,
+    in batches of (uint8 (B, 3, H, W), labels).
 
     From a fixed shuffle: the files of a folder are sorted by class, and its first thousand may be one class.
     """

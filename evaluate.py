@@ -3,8 +3,8 @@
     python sample.py --ckpt RUN --cfg 2 --num 1000 --out samples.npz
     python evaluate.py generation samples.npz --data shapes       # are the samples of the class asked for?
 
-So far: generation, by a small classifier trained on the labelled real images, for data sets on which the FID network has
-nothing to say. FID and the other measures of the paper are not in yet.
+So far: generation, by a small classifier trained on the labelled real images, for data sets on which the FID
+network has nothing to say. FID and the other measures of the paper are not in yet.
 """
 import argparse
 import hashlib
@@ -22,7 +22,8 @@ from data import GlobalBatches, build_dataset, collate, some_images, read_npz, t
 
 
 def small_classifier(num_classes):
-    """A plain convolutional network for images of 16 px or more: (B, 3, H, W) float in [-1, 1] -> (B, num_classes) logits.
+    """A plain convolutional network for images of 16 px or more: (B, 3, H, W) float in [-1,
+    1] -> (B, num_classes) logits.
 
     The last but one output, 128 values a image after global average pooling, can serve as a feature. [ours]
     """
@@ -34,12 +35,14 @@ def small_classifier(num_classes):
 
 
 def train_classifier(train_set, device, steps=1500, batch_size=64, seed=0):
-    """Train small_classifier on a labelled ImageDataset: AdamW, 1e-3 falling linearly to 0, cross-entropy. In eval mode."""
+    """Train small_classifier on a labelled ImageDataset: AdamW, 1e-3 falling linearly to 0, cross-entropy.
+    In eval mode."""
     torch.manual_seed(seed)
     model = small_classifier(len(train_set.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     batches = GlobalBatches(train_set.length, batch_size, 0, steps, seed)
-    bar = tqdm(torch.utils.data.DataLoader(train_set, batch_sampler=batches, collate_fn=collate), desc="classifier")
+    bar = tqdm(torch.utils.data.DataLoader(train_set, batch_sampler=batches, collate_fn=collate),
+               desc="classifier")
     for step, batch in enumerate(bar):
         if isinstance(batch, UserError):
             raise batch
@@ -59,20 +62,26 @@ def accuracy(model, batches, device):
 
 
 def generation(args, device):
-    """The share of samples that a classifier trained on real images assigns to the class they were asked for."""
+    """The share of samples that a classifier trained on real images assigns to the class they were asked for.
+    """
     samples = read_npz(args.samples)
     if samples.classes is None:
-        raise UserError(f"{args.samples} has no labels (arr_1): nothing says which class a sample should be of")
+        raise UserError(f"{args.samples} has no labels (arr_1): "
+                        "nothing says which class a sample should be of")
     size = samples.images.shape[1]
     if samples.images.shape[2] != size:
-        raise UserError(f"{args.samples} holds images of {size} x {samples.images.shape[2]} px; they should be square")
-    train_set, test_set = (build_dataset(args.data, split, size, args.data_root, flip=True) for split in ("train", "test"))
+        raise UserError(f"{args.samples} holds images of {size} x {samples.images.shape[2]} px; "
+                        "they should be square")
+    train_set, test_set = (build_dataset(args.data, split, size, args.data_root, flip=True)
+                           for split in ("train", "test"))
     if not train_set.classes:
         raise UserError(f"--data {args.data} has no classes to train a classifier on")
     if samples.labels.max() >= len(train_set.classes):
-        raise UserError(f"{args.samples} has class {samples.labels.max()}, --data {args.data} only 0..{len(train_set.classes) - 1}")
+        raise UserError(f"{args.samples} has class {samples.labels.max()}, "
+                        f"--data {args.data} only 0..{len(train_set.classes) - 1}")
     # The classifier depends on data and steps alone: it is trained once and kept.
-    key = hashlib.sha256(json.dumps([train_set.source.fingerprint(), size, args.classifier_steps]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(
+        [train_set.source.fingerprint(), size, args.classifier_steps]).encode()).hexdigest()
     cached = Path(args.cache) / f"classifier_{key[:16]}.pt"
     if cached.exists():
         model = small_classifier(len(train_set.classes))
@@ -88,9 +97,9 @@ def generation(args, device):
     result = {"samples": len(labels), "assigned_to_requested_class": accuracy(
                   model, zip(pictures.split(250), labels.split(250)), device),
               "classifier_test_accuracy": accuracy(model, some_images(test_set, args.test_images), device),
-              "protocol": f"{len(labels)} samples of {args.samples} at {size} px; small convolutional classifier trained for "
-                          f"{args.classifier_steps} steps of 64 on {args.data}, tested on up to {args.test_images} of its "
-                          f"test images; float32"}
+              "protocol": f"{len(labels)} samples of {args.samples} at {size} px; "
+                          f"small convolutional classifier trained for {args.classifier_steps} steps of 64 "
+                          f"on {args.data}, tested on up to {args.test_images} of its test images; float32"}
     for name, value in result.items():
         print(f"{name:30} {value if not isinstance(value, float) else round(value, 4)}")
     out = Path(args.json or f"{args.samples}.json")
@@ -105,9 +114,12 @@ def main(argv=None):
     add("samples", help=".npz of sample.py: arr_0 images, arr_1 labels")
     add("--data", required=True, help="the labelled real images: shapes, cifar10, a folder or an .npz file")
     add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
-    add("--classifier-steps", type=int, default=1500, help="of the classifier's training, 64 images each (default 1500)")
-    add("--test-images", type=int, default=2000, help="real test images for the classifier's own accuracy (default 2000)")
-    add("--cache", default="runs/cache", help="folder where the trained classifier is kept (default runs/cache)")
+    add("--classifier-steps", type=int, default=1500,
+        help="of the classifier's training, 64 images each (default 1500)")
+    add("--test-images", type=int, default=2000,
+        help="real test images for the classifier's own accuracy (default 2000)")
+    add("--cache", default="runs/cache",
+        help="folder where the trained classifier is kept (default runs/cache)")
     add("--json", help="where to write the result (default: SAMPLES.json)")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)

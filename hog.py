@@ -1,12 +1,12 @@
-"""Histograms of oriented gradients (HOG), the hand-made target of the hidden patches.      [Sec. 3.2, Eq. 8, Table 1b]
+"""Histograms of oriented gradients (HOG), target of the hidden patches.        [Sec. 3.2, Eq. 8, Table 1b]
 
 The recipe is MaskFeat's (Wei et al. 2022), which the paper takes over:
 
-    image --Sobel--> (gx, gy) --> magnitude and unsigned orientation --> 9 hard orientation bins, Gaussian-weighted
+    image --Sobel--> (gx, gy) --> magnitude, unsigned orientation --> 9 hard bins, Gaussian-weighted
           --sum over 8x8-px cells--> L2-normalise each cell's 9 bins --> gather the cells of each patch
 
-It differs from scikit-image's `hog` in keeping the colour channels apart, smoothing the gradient with Sobel, and
-normalising cell by cell instead of over overlapping blocks of cells.
+It differs from scikit-image's `hog` in keeping the colour channels apart, smoothing the gradient with Sobel,
+and normalising cell by cell instead of over overlapping blocks of cells.
 """
 import math
 
@@ -19,13 +19,15 @@ CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time
 
 
 def sobel(images):
-    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy), reflect padding of 1 px.
+    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy),
+    reflect padding of 1 px.
 
-    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus right, gy is above minus below.
+    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus right,
+    gy is above minus below.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, C, H+2, W+2)
-    # Separable: difference along one axis, [1, 2, 1] along the other. Slices stream through the cache; a 3-channel
-    # convolution is several times slower here.
+    # Separable: difference along one axis, [1, 2, 1] along the other. Slices stream through the cache; a
+    # 3-channel convolution is several times slower here.
     difference = x[..., :-2] - x[..., 2:]                           # (B, C, H+2, W)
     gx = (difference[..., :-2, :] + difference[..., 2:, :]).add_(difference[..., 1:-1, :], alpha=2)
     difference = x[..., :-2, :] - x[..., 2:, :]                     # (B, C, H, W+2)
@@ -34,7 +36,8 @@ def sobel(images):
 
 
 def gaussian_window(cell_size):
-    """(2*cell, 2*cell) float32 window of sigma = cell_size, sum 1: 16 x 16 with sigma 8 for the usual cell.  [MaskFeat]"""
+    """(2*cell, 2*cell) float32 window of sigma = cell_size, sum 1: 16 x 16 with sigma 8 for the usual cell.
+    [MaskFeat]"""
     size = 2 * cell_size
     i = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     w = torch.exp(-0.5 * (i / cell_size) ** 2)
@@ -42,7 +45,8 @@ def gaussian_window(cell_size):
 
 
 def hog_dim(patch_size, cell_size=8, bins=9):
-    """Values a patch: 3 colours x bins x cells. 108 for a 16-px patch. Raises ValueError if cells do not fill the patch."""
+    """Values a patch: 3 colours x bins x cells. 108 for a 16-px patch.
+    Raises ValueError if cells do not fill the patch."""
     if cell_size < 1 or patch_size % cell_size:
         raise ValueError(f"HOG cells of {cell_size} px do not fill a patch of {patch_size} px")
     return 3 * bins * (patch_size // cell_size) ** 2
@@ -52,12 +56,14 @@ def hog_dim(patch_size, cell_size=8, bins=9):
 def hog_features(images, patch_size, cell_size=8, bins=9):
     """HOG of every patch, MaskFeat's recipe.
 
-    images: (B, 3, H, W) float in [-1, 1], the model's own input. Each cell is normalised, so contrast and range cancel
-    *except* by rounding: a gradient that lies exactly on the border of two bins may change sides when the same image is
-    given as 0..1 or 0..255, which moves a cell by up to 0.28. Compare features only between images of one range.
-    Computed in float32, also under autocast: bfloat16 puts gradients into wrong bins (rms error 0.019 of 0.333).
-    Returns (B, N, D_hog) float32 in [0, 1]; a patch holds (colour, bin, cell row, cell column) in that order, and every
-    cell has unit norm (0 where the image is flat). D_hog = hog_dim(...).
+    images: (B, 3, H, W) float in [-1, 1], the model's own input. Each cell is normalised, so contrast and
+    range cancel *except* by rounding: a gradient that lies exactly on the border of two bins may change sides
+    when the same image is given as 0..1 or 0..255, which moves a cell by up to 0.28.
+    Compare features only between images of one range.
+    Computed in float32, also under autocast: bfloat16 puts gradients into wrong
+    bins (rms error 0.019 of 0.333).
+    Returns (B, N, D_hog) float32 in [0, 1]; a patch holds (colour, bin, cell row, cell column) in that order,
+    and every cell has unit norm (0 where the image is flat). D_hog = hog_dim(...).
     Raises ValueError when patches do not tile the image or cells do not tile the patch.
     """
     B, C, H, W = images.shape
@@ -66,12 +72,14 @@ def hog_features(images, patch_size, cell_size=8, bins=9):
     dim, c = hog_dim(patch_size, cell_size, bins), cell_size
     group = max(1, CPU_PIXELS // (H * W))
     if images.device.type == "cpu" and B > group:
-        # Groups of images that stay in the cache: one pass over 64 images of 256 px is 9 times slower than 16 over 4.
+        # Groups of images that stay in the cache: one pass over 64 images of 256 px is
+        # 9 times slower than 16 over 4.
         return torch.cat([hog_features(part, patch_size, cell_size, bins) for part in images.split(group)])
-    gx, gy = sobel(images.float())                                                  # (B, 3, H, W)
+    gx, gy = sobel(images.float())                                            # (B, 3, H, W)
     magnitude = torch.hypot(gx, gy)
-    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is counted from the vertical axis.
-    orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()               # whole numbers in [-bins, bins]
+    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is
+    # counted from the vertical axis.
+    orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
     # MaskFeat lays one 16-px window after the other over the image, not one around each cell.
     window = gaussian_window(c).to(images.device).repeat(H // (2 * c) + 1, W // (2 * c) + 1)
@@ -83,7 +91,7 @@ def hog_features(images, patch_size, cell_size=8, bins=9):
     histogram = magnitude.new_zeros(B, C, H // c, W // c, bins)
     histogram.scatter_add_(-1, cells(orientation_bin).long(), cells(magnitude))
     histogram = F.normalize(histogram, dim=-1)
-    g, n = patch_size // c, (H // patch_size, W // patch_size)                      # cells a patch side; patch grid
+    g, n = patch_size // c, (H // patch_size, W // patch_size)                # cells a patch side; patch grid
     histogram = histogram.reshape(B, C, n[0], g, n[1], g, bins)
     return histogram.permute(0, 2, 4, 1, 6, 3, 5).reshape(B, n[0] * n[1], dim)
 
@@ -95,16 +103,18 @@ def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell
     """
     (rows, columns), g, s = grid, patch_size // cell_size, pixels_per_cell
     x = features.detach().float().cpu().reshape(rows, columns, -1, bins, g, g).clamp(min=0).sum(2)
-    x = x.permute(0, 3, 1, 4, 2).reshape(rows * g, columns * g, bins)               # (cell rows, cell columns, bins)
+    x = x.permute(0, 3, 1, 4, 2).reshape(rows * g, columns * g, bins)        # (cell rows, cell columns, bins)
     x = x / x.max().clamp(min=1e-6)
     picture = Image.new("RGB", (columns * g * s, rows * g * s))
     draw = ImageDraw.Draw(picture)
     for i in range(rows * g):
         for j in range(columns * g):
             centre_x, centre_y = (j + 0.5) * s, (i + 0.5) * s
-            for b in x[i, j].argsort().tolist():                                    # weak strokes first, strong on top
-                angle = (b + 0.5) * math.pi / bins                                  # of the gradient, from vertical
-                dx, dy = 0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)    # the edge is at right angles to it
+            for b in x[i, j].argsort().tolist():                           # weak strokes first, strong on top
+                angle = (b + 0.5) * math.pi / bins                            # of the gradient, from vertical
+                # the edge is at right angles to it
+                dx, dy = 0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)
                 grey = int(255 * x[i, j, b].sqrt())
-                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3, max(1, s // 12))
+                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3,
+                          max(1, s // 12))
     return picture

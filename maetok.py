@@ -1,20 +1,20 @@
 """MAETok, the tokenizer: images (B, 3, H, W) <-> latent tokens (B, L, C).        [Sec. 3, Fig. 3]
 
-    image --patch_embed--> x --mask--> [x ; z] --ViT encoder--> h --+--> [e ; h]  --ViT decoder--> pixels    [Eq. 4, 5]
-                                        z: L learnable tokens       +--> [e_j ; h] --aux decoder j--> y_j    [Eq. 7]
+    image --patch_embed--> x --mask--> [x ; z] --encoder--> h --+--> [e ; h] ---decoder---> pixels [Eq. 4, 5]
+                                        z: L learnable tokens   +--> [e_j ; h] --aux decoder j--> y_j  [Eq. 7]
 
-A plain autoencoder. Three things make it MAETok: the latents come from *learnable* tokens that read the image through
-attention, 40-60 % of the patches are hidden from the encoder while it trains, and shallow auxiliary decoders must
-predict features (HOG, DINOv2, SigLIP) of the hidden patches from the latents alone. `MAETok.forward` at the end of
-this file is Fig. 3; everything above it is its parts, in the order of use.
+A plain autoencoder. Three things make it MAETok: the latents come from *learnable* tokens that read the image
+through attention, 40-60 % of the patches are hidden from the encoder while it trains, and shallow auxiliary
+decoders must predict features (HOG, DINOv2, SigLIP) of the hidden patches from the latents alone.
+`MAETok.forward` at the end of this file is Fig. 3; everything above it is its parts, in the order of use.
 
 Shape legend, the same in every file:
     B batch · N image patches · L latent tokens · T all tokens of a transformer · D width · C latent channels
     P patch size · H, W image size in pixels · D_j width of target j · nh heads · hs head size
 The paper writes H for the latent channels; here that is C. Images are RGB floats in [-1, 1].
 
-Provenance tags: [Eq. 7], [Sec. 3.2], [Table 7] the paper (arXiv:2502.03444v2) · [released code] what only the authors'
-code shows · [ours] both are silent.
+Provenance tags: [Eq. 7], [Sec. 3.2], [Table 7] the paper (arXiv:2502.03444v2) · [released code] what only the
+authors' code shows · [ours] both are silent.
 """
 import math
 from dataclasses import dataclass, field
@@ -29,10 +29,12 @@ import torch.nn.functional as F
 class MAETokConfig:
     """Everything that fixes the weights' shapes. The defaults are the paper's tokenizer at 256 px [Table 7].
 
-    Raises ValueError for values that cannot make a model (sides the patch does not divide, odd head sizes, ...).
+    Raises ValueError for values that cannot make a model (sides the patch does not divide,
+    odd head sizes, ...).
     """
     # ---- tokenizer (MAETokConfig in maetok.py) ----
-    image_size: int = 256            # px; what decode() draws when no size is given, and the grid of a position table
+    image_size: int = 256            # px; what decode() draws when no size is given,
+                                     # and the grid of a position table
     patch_size: int = 16             # P, px
     width: int = 768                 # D of encoder and decoder (ViT-B)
     heads: int = 12                  # nh
@@ -41,30 +43,36 @@ class MAETokConfig:
     mlp_ratio: float = 4.0           # hidden width of the MLP / D
     num_latents: int = 128           # L
     latent_dim: int = 32             # C
-    learnable_latents: bool = True   # False: latents are read from the image tokens, L = N [Table 6, Table 13a]
+    learnable_latents: bool = True   # False: latents are read from the image tokens, L = N
+                                     # [Table 6, Table 13a]
     variational: bool = False        # True: KL-VAE, the encoder predicts mean and log-variance [Table 1a]
     rope: str = "axial"              # 2D RoPE on image tokens: axial | mixed (learnable frequencies) | none
-    ape: str = "none"                # learned absolute positions on image tokens: none | encoder | both [Table 13b]
+    ape: str = "none"                # learned absolute positions on image tokens: none | encoder | both
+                                     # [Table 13b]
     aux_targets: dict[str, int] = field(default_factory=dict)   # name -> D_j, e.g. {"hog": 108} [Eq. 7]
     aux_depth: int = 3               # blocks of each auxiliary decoder; 0 is the "linear" row [Table 1d]
-    aux_width: int = 0               # 0: D, "the same design as the main pixel decoder" [Sec. 3.2]; released code: 192
+    aux_width: int = 0               # 0: D, "the same design as the main pixel decoder" [Sec. 3.2];
+                                     # released code: 192
     aux_heads: int = 0               # 0: nh; released code: 3
     class_token: bool = False        # encoder and aux decoders carry a class token [released code]
     layer_scale: float = 0.0         # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio",
-                     "num_latents", "latent_dim"):
+        for name in ("image_size", "patch_size", "width", "heads", "encoder_depth", "decoder_depth",
+                     "mlp_ratio", "num_latents", "latent_dim"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
         if min(self.aux_depth, self.aux_width, self.aux_heads, self.layer_scale) < 0:
             raise ValueError("aux_depth, aux_width, aux_heads and layer_scale cannot be negative")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        for width, heads in ((self.width, self.heads), (self.aux_width or self.width, self.aux_heads or self.heads)):
+            raise ValueError(f"image_size {self.image_size} is not a multiple of "
+                             f"patch_size {self.patch_size}")
+        for width, heads in ((self.width, self.heads),
+                             (self.aux_width or self.width, self.aux_heads or self.heads)):
             if width % heads or (width // heads) % 4:
-                raise ValueError(f"width {width} over {heads} heads: 2D RoPE needs a head size that is a multiple of 4")
+                raise ValueError(f"width {width} over {heads} heads: 2D RoPE needs a head size that is a "
+                                 "multiple of 4")
         if self.rope not in ("axial", "mixed", "none"):
             raise ValueError(f"rope is {self.rope!r}: choose axial, mixed or none")
         if self.ape not in ("none", "encoder", "both"):
@@ -73,17 +81,19 @@ class MAETokConfig:
             raise ValueError("latent_modulation acts on separate latent tokens: it needs learnable_latents")
 
 
-# ------------------------------------------------ patches and masks ------------------------------------------------
+# -------------------------------------------- patches and masks --------------------------------------------
 
 def patchify(images, patch_size):
-    """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c), values in (row, column, channel) order.
+    """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c),
+    values in (row, column, channel) order.
 
     Raises ValueError when the patch does not divide both sides.
     """
     B, c, H, W = images.shape
     P = patch_size
     if H % P or W % P:
-        raise ValueError(f"an image of {H} x {W} px cannot be cut into {P}-px patches: both sides must be multiples")
+        raise ValueError(f"an image of {H} x {W} px cannot be cut into {P}-px patches: "
+                         "both sides must be multiples")
     x = images.reshape(B, c, H // P, P, W // P, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * c)
 
@@ -100,31 +110,34 @@ def random_mask(rngs, num_patches, low=0.4, high=0.6):
     """Choose which patches the encoder does not see: M of [Sec. 3.2].
 
     rngs: one numpy Generator an image, so that an image's mask does not depend on the batch it sits in.
-    low, high: the share of hidden patches is drawn uniformly from [low, high], image by image [ours: the paper only
-    says "40%-60%"; the released code draws one rate a batch from a normal(0.6, 0.25) cut to that range, which the
-    trainer reproduces by passing low = high = that rate].
+    low, high: the share of hidden patches is drawn uniformly from [low, high], image by image [ours: the
+    paper only says "40%-60%"; the released code draws one rate a batch from a normal(0.6, 0.25) cut to that
+    range, which the trainer reproduces by passing low = high = that rate].
     Returns (B, N) bool on the CPU, True = hidden; each row hides ceil(ratio * N) patches [released code].
     """
     if not 0 <= low <= high < 1:
         raise ValueError(f"mask ratios must satisfy 0 <= low <= high < 1, not low={low}, high={high}")
     mask = torch.zeros(len(rngs), num_patches, dtype=torch.bool)
     for row, rng in zip(mask, rngs):
-        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)   # 1e-9: 0.6 * 10 is 6.000000000000001
+        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)  # 1e-9: 0.6 * 10 is 6.000000000000001
         row[torch.from_numpy(rng.permutation(num_patches)[:hidden])] = True
     return mask
 
 
-# ------------------------------------------------ 2D rotary positions ------------------------------------------------
+# ------------------------------------------- 2D rotary positions -------------------------------------------
 
 class RoPE2D(nn.Module):
-    """Rotation angles of the image tokens; latent and class tokens get angle 0, that is, no rotation.   [Sec. 3.1]
+    """Rotation angles of the image tokens; latent and class tokens get angle 0, that is, no rotation.
+    [Sec. 3.1]
 
     A token at column x, row y turns its i-th pair of query and key channels by  x * f[0, i] + y * f[1, i].
-    axial: the first half of the pairs looks at x alone, the second half at y alone; the same in every layer and head.
+    axial: the first half of the pairs looks at x alone, the second half at y alone;
+    the same in every layer and head.
     mixed: f is learnable, one set a layer and head, started in a random direction for every head (RoPE-Mixed,
-    Heo et al. 2024); what the released weights use. Angles grow with the patch index and know nothing of the image
-    size, which is why the same weights run on any grid [Table 13b].
-    Base frequencies theta: 100 for axial, 10 for mixed, as in Heo et al. [the paper is silent; released code: 10].
+    Heo et al. 2024); what the released weights use. Angles grow with the patch index and know nothing of the
+    image size, which is why the same weights run on any grid [Table 13b].
+    Base frequencies theta: 100 for axial, 10 for mixed, as in Heo et al. [the paper is silent;
+    released code: 10].
     """
 
     def __init__(self, kind, depth, heads, head_size):
@@ -138,10 +151,10 @@ class RoPE2D(nn.Module):
         else:
             magnitude = 10.0 ** (-quarter / (head_size // 4))
             direction = torch.rand(depth, heads, 1) * 2 * math.pi
-            across = direction + math.pi / 2                  # the second half of the pairs looks at a right angle
-            fx = torch.cat((magnitude * direction.cos(), magnitude * across.cos()), -1)     # (depth, nh, hs/2)
+            across = direction + math.pi / 2             # the second half of the pairs looks at a right angle
+            fx = torch.cat((magnitude * direction.cos(), magnitude * across.cos()), -1)    # (depth, nh, hs/2)
             fy = torch.cat((magnitude * direction.sin(), magnitude * across.sin()), -1)
-            self.freqs = nn.Parameter(torch.stack((fx, fy), 1))                             # (depth, 2, nh, hs/2)
+            self.freqs = nn.Parameter(torch.stack((fx, fy), 1))                         # (depth, 2, nh, hs/2)
 
     def forward(self, grid, before, after):
         """grid = (rows, columns) of image tokens; before, after: how many other tokens stand on either side.
@@ -150,24 +163,24 @@ class RoPE2D(nn.Module):
         """
         rows, columns = grid
         index = torch.arange(rows * columns, device=self.freqs.device)
-        x, y = (index % columns)[:, None], (index // columns)[:, None]                      # (N, 1)
+        x, y = (index % columns)[:, None], (index // columns)[:, None]                  # (N, 1)
         f = self.freqs.float()
-        angle = x * f[:, 0, :, None] + y * f[:, 1, :, None]                                 # (depth, nh, N, hs/2)
-        angle = F.pad(angle, (0, 0, before, after))                                         # (depth, nh, T, hs/2)
+        angle = x * f[:, 0, :, None] + y * f[:, 1, :, None]                             # (depth, nh, N, hs/2)
+        angle = F.pad(angle, (0, 0, before, after))                                     # (depth, nh, T, hs/2)
         return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + hs/2) of x (B, nh, T, hs) by the angles; in float32, returned in x's dtype.
 
-    The released code pairs neighbouring channels (2i, 2i+1); the two differ by a fixed shuffle of q's and k's rows.
-    Halves are used here because they are contiguous in memory.
+    The released code pairs neighbouring channels (2i, 2i+1); the two differ by a fixed shuffle of q's and k's
+    rows. Halves are used here because they are contiguous in memory.
     """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-# ------------------------------------------------ transformer ------------------------------------------------
+# ----------------------------------------------- transformer -----------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention; queries and keys of image tokens are rotated by their 2D position."""
@@ -202,9 +215,9 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: LayerNorm (eps 1e-6), attention, MLP with exact GELU, biases everywhere.
 
-    modulation_dim > 0 gives the released decoder's block: its norms have no weights of their own; the raw latents
-    (B, L, C) make shift and scale for the latent tokens instead, x * scale + shift (not 1 + scale), and leave the image
-    tokens alone. The latent tokens are the last L of the sequence.
+    modulation_dim > 0 gives the released decoder's block: its norms have no weights of their own; the raw
+    latents (B, L, C) make shift and scale for the latent tokens instead, x * scale + shift (not 1 + scale),
+    and leave the image tokens alone. The latent tokens are the last L of the sequence.
     """
 
     def __init__(self, width, heads, mlp_ratio, layer_scale=0.0, modulation_dim=0):
@@ -216,7 +229,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.layer_scale1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.layer_scale2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(modulation_dim, 4 * width)) if modulation_dim else None
+        self.modulation = (nn.Sequential(nn.SiLU(), nn.Linear(modulation_dim, 4 * width))
+                           if modulation_dim else None)
 
     def forward(self, x, rope, latents):
         if self.modulation is None:
@@ -234,11 +248,13 @@ def modulate_latent_tokens(x, shift, scale):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks over [other tokens ; image tokens ; latent tokens] and a last LayerNorm: (B, T, D) -> (B, T, D)."""
+    """`depth` blocks over [other tokens ; image tokens ; latent tokens] and a last LayerNorm:
+    (B, T, D) -> (B, T, D)."""
 
     def __init__(self, depth, width, heads, mlp_ratio, rope, layer_scale=0.0, modulation_dim=0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, modulation_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, modulation_dim)
+                                    for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
         self.rope = None if rope == "none" else RoPE2D(rope, depth, heads, width // heads)
 
@@ -247,7 +263,8 @@ class Transformer(nn.Module):
         ropes = [None] * len(self.blocks)
         if self.rope is not None:
             cos, sin = self.rope(grid, before, after=x.shape[1] - before - grid[0] * grid[1])
-            ropes = [(cos[i % len(cos)], sin[i % len(sin)]) for i in range(len(self.blocks))]   # one for all, or each
+            ropes = [(cos[i % len(cos)], sin[i % len(sin)])            # one for all, or each
+                     for i in range(len(self.blocks))]
         for block, rope in zip(self.blocks, ropes):
             x = block(x, rope, latents)
         return self.norm(x)
@@ -261,16 +278,16 @@ class PositionTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(1, grid, grid, width))
 
     def forward(self, grid):
-        table = self.table.permute(0, 3, 1, 2)                                              # (1, D, rows, columns)
+        table = self.table.permute(0, 3, 1, 2)                                         # (1, D, rows, columns)
         if table.shape[-2:] != tuple(grid):
             table = F.interpolate(table.float(), size=grid, mode="bicubic", antialias=True)
-        return table.flatten(2).transpose(1, 2)                                             # (1, N, D)
+        return table.flatten(2).transpose(1, 2)                                        # (1, N, D)
 
 
-# ------------------------------------------------ encoder and decoder ------------------------------------------------
+# ------------------------------------------- encoder and decoder -------------------------------------------
 
 class Encoder(nn.Module):
-    """h = E([x ; z]), the latents being read from the learnable tokens' places alone.                      [Eq. 4]"""
+    """h = E([x ; z]), the latents being read from the learnable tokens' places alone.              [Eq. 4]"""
 
     def __init__(self, config):
         super().__init__()
@@ -293,7 +310,8 @@ class Encoder(nn.Module):
         grid = (H // self.patch_size, W // self.patch_size)
         x = self.patch_embed(patchify(images, self.patch_size))                             # (B, N, D)
         if mask is not None:
-            # Replaced, not dropped as in MAE: the sequence keeps its length and the encoder knows what it misses.
+            # Replaced, not dropped as in MAE: the sequence keeps its length and
+            # the encoder knows what it misses.
             # After patch embedding and before positions, so that a mask token still knows where it is.
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         if self.positions is not None:
@@ -309,11 +327,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """y = D([e ; h]) read from the image tokens' places, then a linear layer to `out_dim` values a patch.  [Eq. 5, 7]
+    """y = D([e ; h]) read from the image tokens' places, then a linear layer to `out_dim` values a patch.
+    [Eq. 5, 7]
 
     The pixel decoder and every auxiliary decoder are this class; they differ in depth and out_dim.
-    e is one learned token repeated N times, told apart by RoPE alone [released code]. N learned tokens, as Eq. 5 could
-    be read, would tie the weights to one image size.
+    e is one learned token repeated N times, told apart by RoPE alone [released code]. N learned tokens, as
+    Eq. 5 could be read, would tie the weights to one image size.
     """
 
     def __init__(self, config, depth, width, heads, out_dim, class_token=False):
@@ -340,7 +359,8 @@ class Decoder(nn.Module):
         if self.learnable_latents:
             x = torch.cat((e, h + self.latent_positions), dim=1)                            # (B, N+L, D)
         else:
-            x = e + h      # latent n belongs to patch n: it sits on the image token itself [ours; Table 13a is silent]
+            # latent n belongs to patch n: it sits on the image token itself [ours; Table 13a is silent]
+            x = e + h
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(B, -1, -1), x), dim=1)
         before = 0 if self.class_token is None else 1
@@ -373,34 +393,39 @@ class MAETok(nn.Module):
         self.aux_decoders = nn.ModuleDict()
         for name, dim in c.aux_targets.items():
             if c.aux_depth == 0:
-                # The "linear" row of Table 1d. One linear layer cannot take L latents to N patches by itself; we put it
-                # on the pixel decoder's image tokens [ours: the paper does not say what it is linear in].
+                # The "linear" row of Table 1d. One linear layer cannot take L latents to N patches by itself;
+                # we put it on the pixel decoder's image tokens [ours: the paper does
+                # not say what it is linear in].
                 self.aux_decoders[name] = nn.Linear(c.width, dim)
             else:
-                self.aux_decoders[name] = Decoder(c, c.aux_depth, c.aux_width or c.width, c.aux_heads or c.heads,
-                                                  out_dim=dim, class_token=c.class_token)
-        # One scalar mean and std over all latents of the training set, measured after training and kept with the
-        # weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
+                self.aux_decoders[name] = Decoder(c, c.aux_depth, c.aux_width or c.width,
+                                                  c.aux_heads or c.heads, out_dim=dim,
+                                                  class_token=c.class_token)
+        # One scalar mean and std over all latents of the training set, measured after training and kept with
+        # the weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_std", torch.ones(()))
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith(("_token", "_tokens", "_positions", ".table")):
-                # As large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot tell apart
-                # until the positions have grown, and small runs lose much of their time to that [ours].
+                # As large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot
+                # tell apart until the positions have grown, and small runs lose
+                # much of their time to that [ours].
                 nn.init.normal_(parameter)
 
     @staticmethod
     def _init_weights(module):
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)              # as MAE (He et al. 2022) [the paper is silent]
+            nn.init.xavier_uniform_(module.weight)             # as MAE (He et al. 2022) [the paper is silent]
             nn.init.zeros_(module.bias)
 
     def grid(self, size):
-        """(H, W) in px -> (rows, columns) of patches. Raises ValueError when the patch does not divide a side."""
+        """(H, W) in px -> (rows, columns) of patches.
+        Raises ValueError when the patch does not divide a side."""
         P = self.config.patch_size
         if size[0] % P or size[1] % P:
-            raise ValueError(f"{size[0]} x {size[1]} px cannot be cut into {P}-px patches: both must be multiples")
+            raise ValueError(f"{size[0]} x {size[1]} px cannot be cut into {P}-px patches: "
+                             "both must be multiples")
         return size[0] // P, size[1] // P
 
     def posterior(self, images, mask=None):
@@ -409,19 +434,22 @@ class MAETok(nn.Module):
         return torch.cat((mean, logvar.clamp(-30, 20)), dim=-1)
 
     def encode(self, images, mask=None, normalize=False):
-        """Images to latents.                                                                                   [Eq. 4]
+        """Images to latents.                                                                          [Eq. 4]
 
-        images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N) bool, True = hidden, or None.
+        images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N) bool, True = hidden,
+        or None.
         normalize: return (h - latent_mean) / latent_std, what a diffusion model is trained on.
         Returns (B, L, C); of a KL-VAE the mean.
         """
-        h = self.posterior(images, mask).chunk(2, dim=-1)[0] if self.config.variational else self.encoder(images, mask)
+        h = (self.posterior(images, mask).chunk(2, dim=-1)[0] if self.config.variational
+             else self.encoder(images, mask))
         return (h - self.latent_mean) / self.latent_std if normalize else h
 
     def decode(self, latents, size=None, normalized=False):
-        """Latents (B, L, C) to images (B, 3, H, W).                                                            [Eq. 5]
+        """Latents (B, L, C) to images (B, 3, H, W).                                                   [Eq. 5]
 
-        size: (H, W) in px, default the square config.image_size. normalized: the latents are encode(normalize=True)'s.
+        size: (H, W) in px, default the square config.image_size.
+        normalized: the latents are encode(normalize=True)'s.
         """
         if normalized:
             latents = latents * self.latent_std + self.latent_mean
@@ -431,8 +459,9 @@ class MAETok(nn.Module):
     def forward(self, images, mask=None, noise=None):
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
-        images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample (None: its
-        mean). The module draws no random numbers itself, so a step can be repeated exactly. Returns MAETokOutput.
+        images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
+        (None: its mean). The module draws no random numbers itself,
+        so a step can be repeated exactly. Returns MAETokOutput.
         """
         grid = self.grid(images.shape[-2:])
         posterior = None
@@ -441,11 +470,11 @@ class MAETok(nn.Module):
             mean, logvar = posterior.chunk(2, dim=-1)
             h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         else:
-            h = self.encoder(images, mask)                                                  # h = E([x ; z])    [Eq. 4]
-        image_tokens = self.decoder.image_tokens(h, grid)                                   # x^ = D([e ; h])   [Eq. 5]
+            h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
+        image_tokens = self.decoder.image_tokens(h, grid)                        # x^ = D([e ; h])   [Eq. 5]
         reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
-        aux = {name: decoder(image_tokens) if self.config.aux_depth == 0 else decoder(h, grid)   # y^j = Dj([ej ; h])
-               for name, decoder in self.aux_decoders.items()}                                   #              [Eq. 7]
+        aux = {name: decoder(image_tokens) if self.config.aux_depth == 0         # y^j = Dj([ej ; h]) [Eq. 7]
+               else decoder(h, grid) for name, decoder in self.aux_decoders.items()}
         return MAETokOutput(reconstruction, h, aux, posterior)
 
     def freeze_encoder(self):
@@ -455,15 +484,16 @@ class MAETok(nn.Module):
         return self
 
 
-# ------------------------------------------------ losses that are part of the method ------------------------------------
+# ------------------------------------ losses that are part of the method ------------------------------------
 
 def masked_feature_loss(prediction, target, mask, kind="mse"):
-    """The loss of one auxiliary target, on hidden patches only.                                                [Eq. 8]
+    """The loss of one auxiliary target, on hidden patches only.                                       [Eq. 8]
 
-    prediction, target: (B, N, D_j); mask: (B, N) bool. kind: "mse", the paper's, or "cosine", the negative cosine that
-    the released code uses for DINOv2 and CLIP. Means over hidden patches of each image, then over images, so that the
-    value does not depend on how a batch is split over processes [Eq. 8 writes a plain sum; a mean keeps the scale
-    independent of size]. An image with nothing hidden contributes 0. Returns a float32 scalar.
+    prediction, target: (B, N, D_j); mask: (B, N) bool. kind: "mse", the paper's, or "cosine", the negative
+    cosine that the released code uses for DINOv2 and CLIP. Means over hidden patches of each image, then over
+    images, so that the value does not depend on how a batch is split over processes [Eq. 8 writes a plain
+    sum; a mean keeps the scale independent of size]. An image with nothing hidden contributes 0.
+    Returns a float32 scalar.
     """
     prediction, target = prediction.float(), target.float()
     if kind == "mse":
@@ -477,10 +507,11 @@ def masked_feature_loss(prediction, target, mask, kind="mse"):
 
 
 def kl_divergence(posterior):
-    """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C): summed over L and C, mean over B. Float32 scalar.
+    """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C): summed over L and C, mean over B.
+    Float32 scalar.
 
-    [Table 1a's VAE.] A sum, as in latent diffusion's code, which the weight 1e-6 of the released configuration is made for:
-    on the mean over 128 x 32 elements that weight would do nothing at all.
+    [Table 1a's VAE.] A sum, as in latent diffusion's code, which the weight 1e-6 of the released
+    configuration is made for: on the mean over 128 x 32 elements that weight would do nothing at all.
     """
     mean, logvar = posterior.float().chunk(2, dim=-1)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()

@@ -1,11 +1,11 @@
-"""Draw images from a trained diffusion model.                                     [Sec. 4.1, Table 8, App. C.2]
+"""Draw images from a trained diffusion model.                                   [Sec. 4.1, Table 8, App. C.2]
 
-    python sample.py --ckpt runs/diffusion-shapes --out samples.png                        # a grid, 8 of each class
-    python sample.py --ckpt RUN --cfg 1.9 --cfg-interval 0 0.75 --out samples.npz          # the paper's setting, 256 px
-    torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz    # for FID
+    python sample.py --ckpt runs/diffusion-shapes --out samples.png                  # a grid, 8 of each class
+    python sample.py --ckpt RUN --cfg 1.9 --cfg-interval 0 0.75 --out samples.npz    # the paper's, 256 px
+    torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz      # for FID
 
-The checkpoint knows its tokenizer; nothing else is needed. Sample i depends on (seed, i) alone, not on the batch size or
-the number of processes (to rounding). Running the same command again goes on where it stopped.
+The checkpoint knows its tokenizer; nothing else is needed. Sample i depends on (seed, i) alone, not on the
+batch size or the number of processes (to rounding). Running the same command again goes on where it stopped.
 """
 import argparse
 import contextlib
@@ -30,34 +30,39 @@ SAMPLERS = ("euler-maruyama", "euler", "heun")
 
 
 def choose_labels(num, classes, num_classes, kind, seed):
-    """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from seed and i)."""
+    """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from
+    seed and i)."""
     if num_classes == 0:
-        return np.zeros(num, np.int64)                                  # the null class of an unconditional model
+        return np.zeros(num, np.int64)                              # the null class of an unconditional model
     classes = np.asarray(classes if classes else range(num_classes))
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(f"--classes must lie in 0..{num_classes - 1}, the classes of this model")
     if kind == "balanced":
         return classes[np.arange(num) % len(classes)]
-    return np.array([classes[sample_rng(seed, "sample-label", 0, i).integers(len(classes))] for i in range(num)])
+    return np.array([classes[sample_rng(seed, "sample-label", 0, i).integers(len(classes))]
+                     for i in range(num)])
 
 
-def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama", steps=250,
-                   path="linear", trajectory=None):
+def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
+                   steps=250, path="linear", trajectory=None):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
     """
     device, shape = next(model.parameters()).device, (model.config.num_latents, model.config.latent_dim)
     rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
-    draw = lambda: torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])).to(device)
+    draw = lambda: torch.from_numpy(
+        np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])).to(device)
     velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval)
     if sampler == "euler-maruyama":
-        return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path, trajectory=trajectory)
+        return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
+                              trajectory=trajectory)
     return {"euler": euler, "heun": heun}[sampler](velocity, draw(), steps, trajectory=trajectory)
 
 
 def write_npz(path, parts, labels):
-    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 labels, streamed from the part files, never all in memory."""
+    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 labels, streamed from the part files,
+    never all in memory."""
     def write(temporary):
         first = np.load(parts[0], mmap_mode="r")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
@@ -72,7 +77,8 @@ def write_npz(path, parts, labels):
 
 
 def write_outputs(outs, parts, labels, size):
-    """Turn the finished part files into what --out asks for, by its ending: .png a grid, .npz ADM's file, else a folder."""
+    """Turn the finished part files into what --out asks for, by its ending: .png a grid, .npz ADM's file,
+    else a folder."""
     for out in outs:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npz":
@@ -82,9 +88,10 @@ def write_outputs(outs, parts, labels, size):
             rows = max(1, len(np.unique(labels)))
             columns = min(16, -(-len(labels) // rows))
             images = np.concatenate([np.load(part) for part in parts])
-            tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns] for label in np.unique(labels)]
-            sheet = common.image_grid(tiles, [str(label) for label in np.unique(labels)], cell=min(96, 3 * size),
-                                      title_width=40)
+            tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns]
+                     for label in np.unique(labels)]
+            sheet = common.image_grid(tiles, [str(label) for label in np.unique(labels)],
+                                      cell=min(96, 3 * size), title_width=40)
             common.atomic_write(out, lambda p: sheet.save(p, "PNG"))
         else:
             out.mkdir(exist_ok=True)
@@ -97,10 +104,12 @@ def write_outputs(outs, parts, labels, size):
 
 
 def save_report(path, model, tokenizer, config, args, device, columns=10):
-    """A contact sheet of the whole pipeline: test images, what the encoder sees of them, their reconstructions; samples by
-    class at several guidance scales from the same noise; and a strip of one trajectory, decoded at 8 of its times.
+    """A contact sheet of the whole pipeline: test images, what the encoder sees of them,
+    their reconstructions; samples by class at several guidance scales from the same noise;
+    and a strip of one trajectory, decoded at 8 of its times.
 
-    At the noisy end the decoder is shown what it never met in training: a strip is a picture, not a measurement."""
+    At the noisy end the decoder is shown what it never met in training: a strip is a picture,
+    not a measurement."""
     size, P = tokenizer.config.image_size, tokenizer.config.patch_size
     dataset = build_dataset(config["data"], "test", size, config["data_root"], seed=config["seed"])
     images = to_float(next(some_images(dataset, columns))[0]).to(device)
@@ -111,14 +120,16 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
         patchify(images, P).masked_fill(mask[..., None], 0), P, grid),
         "reconstruction": tokenizer.decode(tokenizer.encode(images), images.shape[-2:])}
     y = np.arange(columns) % max(1, model.config.num_classes)
-    draw = lambda labels, scale, **kw: sample_latents(model, range(len(labels)), labels, args.seed, scale, args.cfg_interval,
-                                                      args.sampler, args.steps, config["path"], **kw)
+    draw = lambda labels, scale, **kw: sample_latents(model, range(len(labels)), labels, args.seed, scale,
+                                                      args.cfg_interval, args.sampler, args.steps,
+                                                      config["path"], **kw)
     for scale in (1.0, 2.0, 4.0) if model.config.num_classes else (1.0,):
         rows[f"samples by class\nguidance {scale:g}"] = tokenizer.decode(draw(y, scale), normalized=True)
     states = []
     draw(y[-1:], args.cfg, trajectory=states)
     chosen = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(1, 0, 8)]
-    rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True) for _, x in chosen])
+    rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True)
+                                                       for _, x in chosen])
     sheet = common.image_grid([to_uint8(row) for row in rows.values()], list(rows))
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
@@ -129,15 +140,20 @@ def main(argv=None):
                                   allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", required=True, help="run folder or checkpoint of train_diffusion.py")
-    add("--out", nargs="+", default=["samples.png"], help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
+    add("--out", nargs="+", default=["samples.png"],
+        help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
         "layout, FOLDER of PNG files (default samples.png)")
     add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file")
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
-    add("--num", "--num-images", type=int, default=0, help="images in all (default: 8 of each class, 64 without classes)")
+    add("--num", "--num-images", type=int, default=0,
+        help="images in all (default: 8 of each class, 64 without classes)")
     add("--classes", type=int, nargs="+", help="class numbers (default: all)")
-    add("--labels", choices=("balanced", "random"), default="balanced", help="balanced lowers FID by about 0.1 against random")
-    add("--cfg", type=float, default=1.0, help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off)")
-    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times, noise at 1, at which "
+    add("--labels", choices=("balanced", "random"), default="balanced",
+        help="balanced lowers FID by about 0.1 against random")
+    add("--cfg", type=float, default=1.0,
+        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off)")
+    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
     add("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="[Table 8] Euler-Maruyama, the default")
     add("--steps", type=int, default=250, help="[Table 8] (default 250; heun calls the model twice a step)")
@@ -179,24 +195,28 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     if json.loads((folder / "settings.json").read_text()) != settings:
-        raise UserError(f"{folder} holds unfinished samples made with other settings; delete it or choose another --out")
+        raise UserError(f"{folder} holds unfinished samples made with other settings; "
+                        "delete it or choose another --out")
     starts = range(0, num, args.batch_size)
     parts = [folder / f"{start:07d}.npy" for start in starts]
     mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world] if not part.exists()]
-    with tqdm(total=len(mine) * args.batch_size * world, desc="sampling", unit="img", disable=rank > 0) as bar:
+    with tqdm(total=len(mine) * args.batch_size * world, desc="sampling", unit="img",
+              disable=rank > 0) as bar:
         for start, part in mine:
             indices = np.arange(start, min(start + args.batch_size, num))
-            autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+            autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
+                        else contextlib.nullcontext())
             with torch.no_grad(), autocast:
-                z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval, args.sampler,
-                                   args.steps, config["path"])
+                z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval,
+                                   args.sampler, args.steps, config["path"])
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             common.atomic_write(part, lambda p: common.save_npy(p, images))
             bar.update(args.batch_size * world)
     if world > 1:
         dist.barrier()
     if rank == 0:
-        write_outputs(outs, parts, labels, images.shape[1] if mine else np.load(parts[0], mmap_mode="r").shape[1])
+        write_outputs(outs, parts, labels,
+                      images.shape[1] if mine else np.load(parts[0], mmap_mode="r").shape[1])
         for part in parts:
             part.unlink()
         (folder / "settings.json").unlink()

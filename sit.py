@@ -1,16 +1,20 @@
-"""SiT, the diffusion model: noise and a class -> latent tokens (B, L, C).                          [Sec. 4.1, Table 8]
+"""SiT, the diffusion model: noise and a class -> latent tokens (B, L, C).                 [Sec. 4.1, Table 8]
 
-    training   latents x, noise eps, time t --interpolate--> x_t, v;   SiT(x_t, t, class) learns v by squared error
-    sampling   noise x_1 --euler_maruyama, 250 calls of SiT--> x_0, normalised latents --MAETok.decode--> images
+    training   latents x, noise eps, time t --interpolate--> x_t, v;
+               SiT(x_t, t, class) learns v by squared error
+    sampling   noise x_1 --euler_maruyama, 250 calls of SiT--> x_0,
+               normalised latents --MAETok.decode--> images
 
-The architecture and the objective are SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1 on a 1D
-sequence of tokens. In order of use: the transformer, the paths between data and noise, the samplers, guidance.
+The architecture and the objective are SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1
+on a 1D sequence of tokens. In order of use: the transformer, the paths between data and noise,
+the samplers, guidance.
 
 Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1. Samplers go from 1 down to 0.
 
 Shape legend, the same in every file:
     B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
-A label y is an int64 in [0, num_classes]; num_classes itself is the null class, which stands for "no class given".
+A label y is an int64 in [0, num_classes]; num_classes itself is the null class,
+which stands for "no class given".
 
 Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
 [released code] what only the authors' code shows · [ours] all are silent.
@@ -30,13 +34,13 @@ class SiTConfig:
     Raises ValueError for values that cannot make a model.
     """
     # ---- diffusion model (SiTConfig in sit.py) ----
-    num_latents: int = 128           # L, the tokenizer's
-    latent_dim: int = 32             # C, the tokenizer's
-    width: int = 1152                # D [Table 8]
-    heads: int = 16                  # nh [Table 8]
-    depth: int = 28                  # blocks [Table 8]
-    mlp_ratio: float = 4.0           # hidden width of the MLP / D
-    num_classes: int = 1000          # the null class comes on top; 0: unconditional, it is the only one [Table 5]
+    num_latents: int = 128       # L, the tokenizer's
+    latent_dim: int = 32         # C, the tokenizer's
+    width: int = 1152            # D [Table 8]
+    heads: int = 16              # nh [Table 8]
+    depth: int = 28              # blocks [Table 8]
+    mlp_ratio: float = 4.0       # hidden width of the MLP / D
+    num_classes: int = 1000      # the null class comes on top; 0: unconditional, it is the only one [Table 5]
 
     def __post_init__(self):
         for name in ("num_latents", "latent_dim", "width", "heads", "depth", "mlp_ratio"):
@@ -50,7 +54,7 @@ class SiTConfig:
             raise ValueError(f"width {self.width} is odd: positions are pairs of a sine and a cosine")
 
 
-# The sizes of DiT and SiT, to be spread into a config: SiTConfig(**SIZES["L"]).                                   [SiT]
+# The sizes of DiT and SiT, to be spread into a config: SiTConfig(**SIZES["L"]).                         [SiT]
 SIZES = {
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
@@ -59,12 +63,13 @@ SIZES = {
 }
 
 
-# ------------------------------------------------ conditioning ------------------------------------------------
+# ----------------------------------------------- conditioning -----------------------------------------------
 
 def position_table(length, width):
     """Fixed 1D positions [Table 8 "1D sinusoidal"]: (1, L, D) float32.
 
-    Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours, not halves [released code].
+    Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours,
+    not halves [released code].
     """
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)                # (D/2,)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency                          # (L, D/2)
@@ -74,9 +79,10 @@ def position_table(length, width):
 def time_features(t, size=256):
     """t (B,) -> (B, size) float32: the cosines of t * 10000^(-i/(size/2)), then the sines.
 
-    t goes in as it is, in [0, 1]. The frequencies were made for step numbers up to 1000, so only the first few features
-    move much; the weights learned with it leave no choice [released code]. Angles are float32 under any autocast: near
-    t = 1, bfloat16 cannot tell times apart that are 1/256 apart, which is the length of a sampling step.
+    t goes in as it is, in [0, 1]. The frequencies were made for step numbers up to 1000, so only the first
+    few features move much; the weights learned with it leave no choice [released code]. Angles are float32
+    under any autocast: near t = 1, bfloat16 cannot tell times apart that are 1/256 apart,
+    which is the length of a sampling step.
     """
     frequency = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
     angle = t.float()[:, None] * frequency
@@ -105,11 +111,13 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-# ------------------------------------------------ transformer ------------------------------------------------
-# Modules carry the names of the released checkpoints: their weights load as they are, less the stored `pos_embed`.
+# ----------------------------------------------- transformer -----------------------------------------------
+# Modules carry the names of the released checkpoints: their weights load as they are,
+# less the stored `pos_embed`.
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D). Unlike MAETok's decoder, 1 + scale."""
+    """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D).
+    Unlike MAETok's decoder, 1 + scale."""
     return x * (1 + scale) + shift
 
 
@@ -143,7 +151,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block, steered by the condition c: shift and scale after each norm, a gate on each branch (adaLN-zero).
+    """Pre-norm block, steered by the condition c: shift and scale after each norm,
+    a gate on each branch (adaLN-zero).
 
     The layer that makes them starts at zero, so the gates are 0 and a new block returns its input [SiT].
     """
@@ -158,7 +167,8 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         """x (B, L, D), c (B, D) -> (B, L, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)   # each (B, 1, D)
+        # each (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -173,17 +183,18 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)                               # each (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)                         # each (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class SiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class. See SiTConfig for the sizes."""
+    """Velocity of the latents, given their noisy state, the time and the class.
+    See SiTConfig for the sizes."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.x_embedder = nn.Linear(c.latent_dim, c.width)           # patch size 1: a token is a patch [Sec. 4.1]
+        self.x_embedder = nn.Linear(c.latent_dim, c.width)       # patch size 1: a token is a patch [Sec. 4.1]
         self.t_embedder = TimestepEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
         self.register_buffer("pos_embed", position_table(c.num_latents, c.width), persistent=False)
@@ -198,45 +209,54 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(table.weight, std=0.02)
-        # adaLN-zero: blocks start as the identity and the output as 0: the loss starts at E|v|^2 whatever the depth.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
-                      self.final_layer.linear):
+        # adaLN-zero: blocks start as the identity and the output as 0: the loss
+        # starts at E|v|^2 whatever the depth.
+        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
+                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, t, y):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class -> velocity (B, L, C).
+        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1],
+        y (B,) int64 class -> velocity (B, L, C).
 
-        Raises ValueError when x is not (B, num_latents, latent_dim): one token would silently take every position.
+        Raises ValueError when x is not (B, num_latents, latent_dim): one token
+        would silently take every position.
         """
         if x.shape[1:] != (self.config.num_latents, self.config.latent_dim):
-            raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of {self.config.num_latents} tokens "
-                             f"with {self.config.latent_dim} channels")
-        c = self.t_embedder(t) + self.y_embedder(y)                                                 # (B, D)
-        x = self.x_embedder(x) + self.pos_embed                                                     # (B, L, D)
+            raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of "
+                             f"{self.config.num_latents} tokens with {self.config.latent_dim} channels")
+        c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
         for block in self.blocks:
             x = block(x, c)
-        return self.final_layer(x, c)                                                               # (B, L, C)
+        return self.final_layer(x, c)                                                              # (B, L, C)
 
 
 def sit_macs(config):
     """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
 
-    Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not counted:
-    softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in the usual terms.
-    SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and 373.3 "Gflops", 7.7
-    times, and does not say what it counts [Sec. 4.5]; leaving attention's products out gives 57.3 and 456.9, 8.0 times.
+    Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not
+    counted: softmax, norms, GELU, biases, modulation, sums, look-ups.
+    One MAC is two FLOPs in the usual terms.
+    SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and 373.3
+    "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5];
+    leaving attention's products out gives 57.3 and 456.9, 8.0 times.
     """
-    L, C, D, hidden = config.num_latents, config.latent_dim, config.width, int(config.width * config.mlp_ratio)
+    L, C, D, hidden = (config.num_latents, config.latent_dim, config.width,
+                       int(config.width * config.mlp_ratio))
     block = L * (3 * D * D + D * D + 2 * D * hidden)     # qkv, proj, MLP
     block += 2 * L * L * D                               # q k^T and weights v, all heads together
     block += 6 * D * D                                   # adaLN: once a sample, not once a token
-    ends = L * C * D + (256 * D + D * D) + 2 * D * D + L * D * C     # x_embedder, t_embedder, the last adaLN, linear
+    # x_embedder, t_embedder, the last adaLN, linear
+    ends = L * C * D + (256 * D + D * D) + 2 * D * D + L * D * C
     return config.depth * block + ends
 
 
-# ------------------------------------------------ paths and objective ------------------------------------------------
-# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with alpha, sigma = 1, 0 at t = 0 and 0, 1 at t = 1.
-# Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].        [SiT, Sec. 2]
+# ------------------------------------------- paths and objective -------------------------------------------
+# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with
+# alpha, sigma = 1, 0 at t = 0 and 0, 1 at t = 1.
+# Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
+# [SiT, Sec. 2]
 
 def path_coefficients(t, path="linear"):
     """alpha, sigma, alpha', sigma' at times t, a float tensor of any shape: four tensors like t.
@@ -252,21 +272,24 @@ def path_coefficients(t, path="linear"):
 
 
 def interpolate(x, noise, t, path="linear"):
-    """Training's input and target: x, noise (B, L, C) and t (B,) -> state x_t and velocity v, (B, L, C) each."""
+    """Training's input and target: x, noise (B, L, C) and t (B,) -> state x_t and velocity v, (B, L, C) each.
+    """
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t[:, None, None], path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
 def flow_matching_loss(prediction, target):
-    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample, for a trainer to sort by t."""
+    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample,
+    for a trainer to sort by t."""
     return (prediction.float() - target.float()).square().mean((1, 2))
 
 
 def sample_times(rngs, kind="uniform"):
-    """Training times, (B,) float32 on the CPU, from one numpy Generator a sample: independent of batch and process.
+    """Training times, (B,) float32 on the CPU, from one numpy Generator a sample:
+    independent of batch and process.
 
-    kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal", the sigmoid of a
-    standard normal: fewer times near either end [the released code's README]. Raises ValueError for others.
+    kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal", the sigmoid of
+    a standard normal: fewer times near either end [the released code's README]. Raises ValueError for others.
     """
     if kind == "uniform":
         return torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
@@ -276,20 +299,24 @@ def sample_times(rngs, kind="uniform"):
 
 
 def drop_labels(rngs, y, null_class, probability=0.1):
-    """Labels (B,) int64 with some replaced by the null class, so that one model learns both halves of guidance.
+    """Labels (B,) int64 with some replaced by the null class,
+    so that one model learns both halves of guidance.
 
-    rngs: one numpy Generator a sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops them all,
-    which is how an unconditional model is trained [Table 5].
+    rngs: one numpy Generator a sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
+    them all, which is how an unconditional model is trained [Table 5].
     """
     dropped = torch.tensor([rng.random() < probability for rng in rngs], dtype=torch.bool, device=y.device)
     return torch.where(dropped, null_class, y)
 
 
 def split_velocity(v, x, t, path="linear"):
-    """What a velocity says about both ends: the expected data and the expected noise, (B, L, C) each, given x_t.
+    """What a velocity says about both ends: the expected data and the expected noise, (B, L, C) each,
+    given x_t.
 
-    x_t = alpha x + sigma eps and v = alpha' x + sigma' eps: two equations, two unknowns; expectations obey them too.
-    Their determinant  alpha sigma' - alpha' sigma  is 1 on the linear path and pi/2 on the cosine path, never 0.
+    x_t = alpha x + sigma eps and v = alpha' x + sigma' eps: two equations, two unknowns;
+    expectations obey them too.
+    Their determinant  alpha sigma' - alpha' sigma  is 1 on the linear path and pi/2 on the cosine path,
+    never 0.
     v, x: (B, L, C), x being x_t. t: a float or (B,).
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
@@ -299,12 +326,15 @@ def split_velocity(v, x, t, path="linear"):
 
 
 def score_from_velocity(v, x, t, path="linear"):
-    """The score of x_t, the gradient of the logarithm of its density:  s = -E[eps | x_t] / sigma.         [SiT, Sec. 2]
+    """The score of x_t, the gradient of the logarithm of its density:  s = -E[eps | x_t] / sigma.
+    [SiT, Sec. 2]
 
-    For given data, x_t is a Gaussian of deviation sigma, with the score -(x_t - alpha x) / sigma^2 = -eps / sigma; and
-    the score of a mixture is the expectation over its parts. On the linear path that is  -(x_t + (1 - t) v) / t.
-    As t -> 0 it grows like 1/sigma, and at t = 0 there is none: raises ValueError. Samplers need not go there: they use
-    sigma s = -E[eps | x_t],  which is finite at all times.   v, x, t, path: as split_velocity's.
+    For given data, x_t is a Gaussian of deviation sigma, with the score
+    -(x_t - alpha x) / sigma^2 = -eps / sigma; and the score of a mixture is the expectation over its parts.
+    On the linear path that is  -(x_t + (1 - t) v) / t.
+    As t -> 0 it grows like 1/sigma, and at t = 0 there is none: raises ValueError. Samplers need not go
+    there: they use sigma s = -E[eps | x_t],  which is finite at all times.
+    v, x, t, path: as split_velocity's.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
     if (t <= 0).any():
@@ -314,18 +344,20 @@ def score_from_velocity(v, x, t, path="linear"):
 
 # ------------------------------------------------ samplers ------------------------------------------------
 # From noise at t = 1 to data at t = 0. All take
-#   velocity     a callable: state (B, L, C), t (a float) -> (B, L, C) in any float dtype; guided_velocity makes one
+#   velocity     a callable: state (B, L, C), t (a float) -> (B, L, C) in any float dtype;
+#                guided_velocity makes one
 #   x            (B, L, C), standard normal noise
 #   trajectory   a list, to which (t, state) is appended at the start and after every step; None: not kept
-# and return the state at t = 0 in x's dtype. On the way it is float64 [released code]: hundreds of small additions to a
-# 16-bit state would round off most of each.
+# and return the state at t = 0 in x's dtype. On the way it is float64 [released code]: hundreds of small
+# additions to a 16-bit state would round off most of each.
 
 def _state(x):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)     # Apple GPUs have no float64
 
 
 def _times(steps, last=None):
-    """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0 and equal spacing up to it."""
+    """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0
+    and equal spacing up to it."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
     if last is None:
@@ -351,11 +383,13 @@ def euler(velocity, x, steps=250, trajectory=None):
 
 @torch.no_grad()
 def heun(velocity, x, steps=125, trajectory=None):
-    """Heun's method for the ODE dx/dt = v: an Euler step, then again with the mean of the velocities at its two ends.
+    """Heun's method for the ODE dx/dt = v: an Euler step,
+    then again with the mean of the velocities at its two ends.
 
-    An error of second order for 2 * steps - 1 calls: the default costs what 250 Euler steps do. The last step is an
-    Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state for data and
-    would leave half of the noise that is still there. One step of first order among many leaves the whole at second.
+    An error of second order for 2 * steps - 1 calls: the default costs what 250 Euler steps do. The last step
+    is an Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state
+    for data and would leave half of the noise that is still there.
+    One step of first order among many leaves the whole at second.
     """
     dtype, x, times = x.dtype, _state(x), _times(steps)
     _keep(trajectory, 1.0, x, dtype)
@@ -369,18 +403,20 @@ def heun(velocity, x, steps=125, trajectory=None):
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear", generator=None, trajectory=None):
+def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear", generator=None,
+                   trajectory=None):
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
-        dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:  x_t is distributed as the ODE's for any w(t) >= 0 [SiT]
+        dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
+        x_t is distributed as the ODE's for any w(t) >= 0 [SiT]
 
-    w = 2 sigma(t): 2t on the linear path [released code], and its counterpart on the cosine path [ours]. As s is
-    -E[eps|x_t] / sigma, the drift v - sigma s is v + E[eps|x_t], and nothing is divided by a small number.
-    `steps` calls, at linspace(1, last, steps). The step from `last` to 0 adds no noise, since none after it could take
-    that away; it uses the SDE's drift over its whole length, so `last` must be small beside the data's spread
-    [released code].
-    noise: a callable, step 0 ... steps - 2 -> (B, L, C) standard normal, with which each sample can have its own stream
-    and come out the same in any batch. None: torch's, from `generator`.
+    w = 2 sigma(t): 2t on the linear path [released code], and its counterpart on the cosine path [ours]. As s
+    is -E[eps|x_t] / sigma, the drift v - sigma s is v + E[eps|x_t], and nothing is divided by a small number.
+    `steps` calls, at linspace(1, last, steps). The step from `last` to 0 adds no noise, since none after it
+    could take that away; it uses the SDE's drift over its whole length, so `last` must be small beside the
+    data's spread [released code].
+    noise: a callable, step 0 ... steps - 2 -> (B, L, C) standard normal, with which each sample can have its
+    own stream and come out the same in any batch. None: torch's, from `generator`.
     Raises ValueError for steps < 1 or last outside (0, 1).
     """
     if not 0 < last < 1:
@@ -403,12 +439,14 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
 # ------------------------------------------------ guidance ------------------------------------------------
 
 def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0)):
-    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale (c - u), for a span of times.
+    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale (c - u),
+    for a span of times.
 
-    c and u are the velocities with the labels y (B,) and with the null class; all channels are guided [released code].
-    interval: (low, high), both ends included; outside it c is used as it is [App. C.2, after Kynkäänniemi et al. 2024:
-    guiding the noisiest states costs variety]. Where c is used as it is, and at scale 1 everywhere, u is not computed;
-    elsewhere c and u are one batch of 2B.
+    c and u are the velocities with the labels y (B,) and with the null class;
+    all channels are guided [released code].
+    interval: (low, high), both ends included; outside it c is used as it is [App. C.2, after Kynkäänniemi et
+    al. 2024: guiding the noisiest states costs variety]. Where c is used as it is, and at scale 1 everywhere,
+    u is not computed; elsewhere c and u are one batch of 2B.
     SiT-XL's main results: 250 steps, scale 1.9 in [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2].
     The model is called in its weights' dtype; the two velocities are combined in the state's.
     Raises ValueError for an unconditional model with a scale other than 1: its c is u.

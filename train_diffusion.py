@@ -1,13 +1,14 @@
-"""Train SiT on the latents of a frozen tokenizer.                                            [Sec. 4.1, Table 8]
+"""Train SiT on the latents of a frozen tokenizer.                                         [Sec. 4.1, Table 8]
 
-    python train_tokenizer.py && python train_diffusion.py --tokenizer runs/tokenizer-shapes      # laptop, both defaults
+    python train_diffusion.py --tokenizer runs/tokenizer-shapes          # laptop, after train_tokenizer.py
     python train_diffusion.py --preset cifar10 --tokenizer runs/tokenizer-cifar10
-    torchrun --nproc-per-node=8 train_diffusion.py --preset sit-xl --tokenizer RUN --data IMAGENET          # Table 8
+    torchrun --nproc-per-node=8 train_diffusion.py --preset sit-xl --tokenizer RUN --data IMAGENET   # Table 8
 
-The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed in the loop.
-Running the same command again goes on from the last checkpoint, with any number of processes.
+The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed
+in the loop. Running the same command again goes on from the last checkpoint, with any number of processes.
 
-Time: data at t = 0, noise at t = 1, here and in sit.py. Shapes: B batch · L latent tokens · C latent channels.
+Time: data at t = 0, noise at t = 1, here and in sit.py. 
+Shapes: B batch · L latent tokens · C latent channels.
 """
 import contextlib
 import dataclasses
@@ -37,49 +38,53 @@ TIME_BINS = 10
 class Config(SiTConfig):
     """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
     # ---- run ----
-    preset: str = "shapes"         # one or more names joined by commas, later ones win; see PRESETS in this file
-    tokenizer: str = ""            # run folder or checkpoint of train_tokenizer.py
-    out: str = ""                  # folder of the run (default: runs/diffusion-PRESET)
-    seed: int = 0                  # of weights, data order, flips, times, noise and label dropout
-    device: str = "auto"           # auto, cpu, cuda or mps
-    dtype: str = "auto"            # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    compile: bool = False          # torch.compile the model; pays off on GPUs in runs longer than some minutes
-    workers: int = -1              # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    preset: str = "shapes"        # one or more names joined by commas, later ones win;
+                                  # see PRESETS in this file
+    tokenizer: str = ""           # run folder or checkpoint of train_tokenizer.py
+    out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
+    seed: int = 0                 # of weights, data order, flips, times, noise and label dropout
+    device: str = "auto"          # auto, cpu, cuda or mps
+    dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False         # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    workers: int = -1             # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
-    data: str = ""                 # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was trained on)
-    data_root: str = "data"        # where cifar10 is looked for and downloaded to
-    flip: bool = True              # random horizontal flip [Table 8]: both versions of an image are in the cache
-    skip_corrupt: bool = False     # pass over unreadable images and count them, instead of stopping
-    cache: bool = True             # encode all images once, before training; off: in every step
-    cache_images: int = 0          # encode only so many; 0: all. An endless data set needs a number
-    cache_dtype: str = "float16"   # of the cached latents, which have unit variance: float16 or float32
-    unconditional: bool = False    # forget the classes [Table 5]
+    data: str = ""                # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was
+                                  # trained on)
+    data_root: str = "data"       # where cifar10 is looked for and downloaded to
+    flip: bool = True             # random horizontal flip [Table 8]: both versions of an image are in the
+                                  # cache
+    skip_corrupt: bool = False    # pass over unreadable images and count them, instead of stopping
+    cache: bool = True            # encode all images once, before training; off: in every step
+    cache_images: int = 0         # encode only so many; 0: all. An endless data set needs a number
+    cache_dtype: str = "float16"  # of the cached latents, which have unit variance: float16 or float32
+    unconditional: bool = False   # forget the classes [Table 5]
     # ---- objective ----
-    path: str = "linear"           # linear or cosine interpolant between data and noise; see sit.py
-    times: str = "uniform"         # uniform ("original setting" [Sec. 4.1]) or logit-normal [released code's README]
-    label_dropout: float = 0.1     # share of labels replaced by the null class, for guidance [SiT]
+    path: str = "linear"          # linear or cosine interpolant between data and noise; see sit.py
+    times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
+                                  # [released code's README]
+    label_dropout: float = 0.1    # share of labels replaced by the null class, for guidance [SiT]
     # ---- optimisation ----
-    steps: int = 4_000_000         # [Table 8]; SiT-L in the ablations: 400,000
-    batch_size: int = 256          # latents a step over all processes [Table 8]
-    accumulate: int = 1            # forward passes a step, when a share of the batch does not fit a device
-    lr: float = 1e-4               # constant [Table 8]
-    warmup: int = 0                # steps of linear warm-up; none in the paper
-    beta1: float = 0.9             # AdamW [Table 8]
-    beta2: float = 0.999           # AdamW [Table 8]
-    weight_decay: float = 0.0      # [Table 8]
-    clip: float = 1.0              # largest gradient norm [released code]
-    ema: float = 0.9999            # decay, warmed up [SiT]
+    steps: int = 4_000_000        # [Table 8]; SiT-L in the ablations: 400,000
+    batch_size: int = 256         # latents a step over all processes [Table 8]
+    accumulate: int = 1           # forward passes a step, when a share of the batch does not fit a device
+    lr: float = 1e-4              # constant [Table 8]
+    warmup: int = 0               # steps of linear warm-up; none in the paper
+    beta1: float = 0.9            # AdamW [Table 8]
+    beta2: float = 0.999          # AdamW [Table 8]
+    weight_decay: float = 0.0     # [Table 8]
+    clip: float = 1.0             # largest gradient norm [released code]
+    ema: float = 0.9999           # decay, warmed up [SiT]
     # ---- logs ----
-    log_every: int = 100           # steps between lines of metrics.jsonl
-    save_every: int = 10_000       # steps between checkpoints
-    keep: int = 3                  # numbered checkpoints that stay, at least 2
-    grid_every: int = 10_000       # steps between pictures of samples; 0 for none
-    grid_cfg: float = 2.0          # guidance scale of the second row of those pictures
+    log_every: int = 100          # steps between lines of metrics.jsonl
+    save_every: int = 10_000      # steps between checkpoints
+    keep: int = 3                 # numbered checkpoints that stay, at least 2
+    grid_every: int = 10_000      # steps between pictures of samples; 0 for none
+    grid_cfg: float = 2.0         # guidance scale of the second row of those pictures
 
     def __post_init__(self):
         super().__post_init__()
         self.out = self.out or f"runs/diffusion-{self.preset.replace(',', '-')}"
-        path_coefficients(torch.zeros(1), self.path)                                        # these raise ValueError
+        path_coefficients(torch.zeros(1), self.path)                                  # these raise ValueError
         sample_times([], self.times)
         if self.cache_dtype not in ("float16", "float32"):
             raise UserError(f"--cache-dtype {self.cache_dtype}: choose float16 or float32")
@@ -94,43 +99,45 @@ class Config(SiTConfig):
 
 # The scale of a run. The first is the default.
 PRESETS = {
-    "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=6000, batch_size=64, lr=1e-3,
-                   warmup=100, ema=0.998, log_every=50, save_every=1000, grid_every=2000),
-    "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500, ema=0.9995,
-                    save_every=2000, grid_every=2000),
+    "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=6000, batch_size=64,
+                   lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=1000, grid_every=2000),
+    "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
+                    ema=0.9995, save_every=2000, grid_every=2000),
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],
-    "sit-l": SIZES["L"] | dict(steps=400_000),                                              # [Sec. 4.1, ablations]
-    "sit-xl": SIZES["XL"],                                                                  # [Table 8]
+    "sit-l": SIZES["L"] | dict(steps=400_000),                                         # [Sec. 4.1, ablations]
+    "sit-xl": SIZES["XL"],                                                             # [Table 8]
 }
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every",
         "save_every", "keep", "grid_every", "grid_cfg"}
 
 
-# ------------------------------------------------ the cache of latents ------------------------------------------------
+# ------------------------------------------- the cache of latents -------------------------------------------
 
 SHARD_IMAGES = 8192     # at 128 x 32 latents, two flips, float16: 134 MB a shard, 157 shards for ImageNet
 
 
 def cache_key(config, tokenizer, dataset):
-    """A hash of all that the cached latents depend on: encoder weights, normalisation, images, preprocessing."""
+    """A hash of all that the cached latents depend on: encoder weights, normalisation, images, preprocessing.
+    """
     parts = [common.fingerprint(tokenizer.encoder), float(tokenizer.latent_mean), float(tokenizer.latent_std),
-             dataset.source.fingerprint(), dataset.size, dataset.crop, config.flip, config.cache_images, config.cache_dtype]
+             dataset.source.fingerprint(), dataset.size, dataset.crop, config.flip, config.cache_images,
+             config.cache_dtype]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class LatentCache(torch.utils.data.Dataset):
     """Memory-mapped latents. Keys are (epoch, index); items are (float32 (L, C) of unit variance, label int).
 
-    The flip is drawn from (seed, epoch, index), as ImageDataset draws it. Raises UserError for a folder with the latents
-    of another tokenizer, data set or preprocessing.
+    The flip is drawn from (seed, epoch, index), as ImageDataset draws it. Raises UserError for a folder with
+    the latents of another tokenizer, data set or preprocessing.
     """
 
     def __init__(self, folder, key, length, flip, seed):
         self.folder, self.length, self.flip, self.seed = Path(folder), length, flip, seed
         meta = self.folder / "meta.json"
         if meta.exists() and json.loads(meta.read_text()).get("key") != key:
-            raise UserError(f"{folder} holds latents of another tokenizer, data set or preprocessing; delete it, or choose "
-                            f"another --out")
+            raise UserError(f"{folder} holds latents of another tokenizer, data set or preprocessing; "
+                            "delete it, or choose another --out")
         self.shards = None
 
     def shard_paths(self, shard):
@@ -138,17 +145,20 @@ class LatentCache(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def build(self, key, tokenizer, dataset, dtype, batch_size, workers, rank, world, device):
-        """Encode what is not there yet; whole shards appear by renaming, so an interruption costs one shard at most."""
+        """Encode what is not there yet; whole shards appear by renaming,
+        so an interruption costs one shard at most."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             common.atomic_write(self.folder / "meta.json", lambda p: p.write_text(json.dumps({"key": key})))
         count = -(-self.length // SHARD_IMAGES)
-        todo = [s for s in range(rank, count, world) if not all(path.exists() for path in self.shard_paths(s))]
+        todo = [s for s in range(rank, count, world)
+                if not all(path.exists() for path in self.shard_paths(s))]
         images_left = sum(min(SHARD_IMAGES, self.length - s * SHARD_IMAGES) for s in todo)
         with tqdm(total=images_left, desc="encoding", unit="img", disable=rank > 0 or not todo) as bar:
             for shard in todo:
                 indices = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, self.length))
-                batches = [[(0, i) for i in indices[a:a + batch_size]] for a in range(0, len(indices), batch_size)]
+                batches = [[(0, i) for i in indices[a:a + batch_size]]
+                           for a in range(0, len(indices), batch_size)]
                 latents, labels = [], []
                 for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                                                          collate_fn=collate):
@@ -156,7 +166,8 @@ class LatentCache(torch.utils.data.Dataset):
                         raise batch
                     images = to_float(batch[0].to(device))
                     views = [images, images.flip(-1)] if self.flip else [images]
-                    z = torch.stack([tokenizer.encode(view, normalize=True) for view in views], 1)     # (B, views, L, C)
+                    z = torch.stack([tokenizer.encode(view, normalize=True)
+                                     for view in views], 1)                             # (B, views, L, C)
                     latents.append(z.to(getattr(torch, dtype)).cpu().numpy())
                     labels.append(batch[1].numpy())
                     bar.update(len(images))
@@ -190,11 +201,12 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
     batches = GlobalBatches(train_set.length, config.batch_size, step, config.steps, config.seed, rank, world,
                             config.accumulate)
     workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                              pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
+                                              collate_fn=collate, pin_memory=device.type == "cuda"))
     wrapped = torch.compile(model) if config.compile else model
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(wrapped,
+                                          device_ids=[device.index] if device.type == "cuda" else None)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     by_time = torch.zeros(2, TIME_BINS, device=device)      # sums of losses, counts
     clock, logged = time.perf_counter(), step
@@ -214,14 +226,16 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
             t = sample_times(rngs, config.times).to(device)                                 # (B,) in [0, 1]
             noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
-            y = drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes else torch.zeros_like(y)
+            y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
+                 else torch.zeros_like(y))
             x_t, v = interpolate(x, torch.from_numpy(noise).to(device), t, config.path)     # (B, L, C) each
 
-            partial = micro + 1 < config.accumulate and world > 1   # DDP averages gradients at the last micro-batch only
+            # DDP averages gradients at the last micro-batch only
+            partial = micro + 1 < config.accumulate and world > 1
             with wrapped.no_sync() if partial else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     prediction = wrapped(x_t, t, y)
-                losses = flow_matching_loss(prediction, v)                                  # (B,): |v_theta - v|^2
+                losses = flow_matching_loss(prediction, v)                             # (B,): |v_theta - v|^2
                 (losses.mean() / config.accumulate).backward()
             bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             by_time.index_add_(1, bins, torch.stack((losses.detach(), torch.ones_like(losses))))
@@ -238,12 +252,13 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             values = common.all_mean(torch.cat((by_time.flatten(), healthy[None])), world).tolist()
             sums, counts, ok = values[:TIME_BINS], values[TIME_BINS:-1], values[-1]
             if ok < 1:
-                raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
-                                f"the checkpoints in {out} are from before that. Try a lower --lr, a longer --warmup or "
-                                f"--dtype float32")
+                raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
+                                f"{config.log_every} before; the checkpoints in {out} are from before that. "
+                                "Try a lower --lr, a longer --warmup or --dtype float32")
             rate = (step - logged) * config.batch_size / (time.perf_counter() - clock)
             record = {"step": step, "loss": sum(sums) / sum(counts),
-                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],       # tenths of t, data first
+                      # tenths of t, data first
+                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],
                       "grad_norm": float(grad_norm), "lr": group["lr"], "latents_per_second": rate}
             by_time.zero_()
             clock, logged = time.perf_counter(), step
@@ -261,9 +276,10 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
 def save(config, step, model, ema, optimizer, tokenizer_state, rank, world):
     """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file."""
     if rank == 0:
-        state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config), "model": model.state_dict(),
-                 "ema": ema.model.state_dict(), "ema_updates": ema.updates, "optimizer": optimizer.state_dict(),
-                 "rng": torch.get_rng_state(), "tokenizer": tokenizer_state}
+        state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config),
+                 "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
+                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                 "tokenizer": tokenizer_state}
         common.save_checkpoint(config.out, state, config.keep)
     if world > 1:
         dist.barrier()
@@ -271,9 +287,11 @@ def save(config, step, model, ema, optimizer, tokenizer_state, rank, world):
 
 @torch.no_grad()
 def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
-    """A PNG of EMA samples, one class a column: without guidance, and guided by grid_cfg. Euler, 50 steps: quick."""
+    """A PNG of EMA samples, one class a column: without guidance, and guided by grid_cfg.
+    Euler, 50 steps: quick."""
     y = torch.arange(columns, device=device) % max(1, config.num_classes)
-    noise = [sample_rng(config.seed, "grid", 0, i).standard_normal((config.num_latents, config.latent_dim), np.float32)
+    noise = [sample_rng(config.seed, "grid", 0, i).standard_normal(
+             (config.num_latents, config.latent_dim), np.float32)
              for i in range(columns)]
     noise, rows = torch.from_numpy(np.stack(noise)).to(device), {}
     for scale in (1.0, config.grid_cfg) if config.num_classes else (1.0,):
@@ -284,7 +302,8 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
 
 
 def load_diffusion(path, device="cpu"):
-    """(SiT with the EMA weights, its tokenizer, config dict) from a checkpoint of this script, both in eval mode."""
+    """(SiT with the EMA weights, its tokenizer, config dict) from a checkpoint of this script,
+    both in eval mode."""
     state = common.load_checkpoint(path)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
@@ -313,14 +332,16 @@ def main(argv=None):
     source = common.load_checkpoint(config.tokenizer)
     tokenizer = tokenizer_of(source, config.tokenizer).to(device)
     if not source["measured"]:
-        raise UserError(f"{config.tokenizer} is from the middle of a training stage: the mean and std of its latents, without "
-                        f"which diffusion fails, are measured at the end; finish that run first")
+        raise UserError(f"{config.tokenizer} is from the middle of a training stage: "
+                        "the mean and std of its latents, without which diffusion fails, "
+                        "are measured at the end; finish that run first")
     tokenizer_state = {k: source[k] for k in ("kind", "stage", "step", "measured", "config", "ema")}
     config.data = config.data or source["config"]["data"]
     # The cache holds both flips of an image itself, so its images come unflipped.
     with common.rank_zero_first(rank, world):
         train_set = build_dataset(config.data, "train", tokenizer.config.image_size, config.data_root,
-                                  config.flip and not config.cache, "center", config.seed, config.skip_corrupt)
+                                  config.flip and not config.cache, "center", config.seed,
+                                  config.skip_corrupt)
 
     # ---- what the tokenizer and the data fix ----
     N = (tokenizer.config.image_size // tokenizer.config.patch_size) ** 2
@@ -338,7 +359,8 @@ def main(argv=None):
     state = common.find_checkpoint(out)
     if state is not None:
         common.check_same_config(state["config"], config, FREE, out)
-        if any(not torch.equal(v, state["tokenizer"]["ema"].get(k, torch.empty(0))) for k, v in source["ema"].items()):
+        if any(not torch.equal(v, state["tokenizer"]["ema"].get(k, torch.empty(0)))
+               for k, v in source["ema"].items()):
             raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
         step = state["step"]
         common.load_weights(model, state["model"], out)
@@ -350,16 +372,19 @@ def main(argv=None):
     if config.cache:
         length = min(config.cache_images or train_set.length or 0, train_set.length or config.cache_images)
         if length == 0:
-            raise UserError(f"--data {config.data} is endless: say with --cache-images how many to encode, or --no-cache")
+            raise UserError(f"--data {config.data} is endless: say with --cache-images how many to encode, "
+                            "or --no-cache")
         key = cache_key(config, tokenizer, train_set)
         cache = LatentCache(out / "latents", key, length, config.flip, config.seed)
         workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-        cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), workers, rank, world, device)
+        cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), workers, rank,
+                    world, device)
         cache.open()
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        common.atomic_write(out / "config.json",
+                            lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
         common.cut_metrics(out, step)
         print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         if config.cache and skipped:

@@ -1,10 +1,10 @@
-"""Train the tokenizer: stage 1 with masked modelling, stage 2 the pixel decoder alone.   [Sec. 3.2, 3.3, 4.1, Table 7]
+"""Train the tokenizer: masked modelling, then the pixel decoder alone.   [Sec. 3.2, 3.3, 4.1, Table 7]
 
-    python train_tokenizer.py                                     # laptop: embedded shapes, a few minutes on two cores
-    python train_tokenizer.py --preset cifar10                    # CIFAR-10 at 32 px
-    python train_tokenizer.py --preset cifar10,vae --out runs/vae # an ablation row at that scale
-    torchrun --nproc-per-node=8 train_tokenizer.py --preset maetok-b-256 --data /data/imagenet     # the paper, one node
-    torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_tokenizer.py ...
+    python train_tokenizer.py                           # laptop: embedded shapes, a few minutes on two cores
+    python train_tokenizer.py --preset cifar10          # CIFAR-10 at 32 px
+    python train_tokenizer.py --preset cifar10,vae      # an ablation row at that scale
+    # the paper, on one node; with --nnodes and a rendezvous (README) on several:
+    torchrun --nproc-per-node=8 train_tokenizer.py --preset maetok-b-256 --data /data/imagenet
 
 Running the same command again goes on from the last checkpoint, with any number of processes.
 """
@@ -33,60 +33,64 @@ from maetok import MAETok, MAETokConfig, kl_divergence, masked_feature_loss, pat
 
 @dataclass
 class Config(MAETokConfig):
-    """Everything a run depends on. The defaults are the paper's 256-px tokenizer [Table 7]; presets change them."""
+    """Everything a run depends on. The defaults are the paper's 256-px tokenizer [Table 7];
+    presets change them."""
     # ---- run ----
-    preset: str = "shapes"         # one or more names joined by commas, later ones win; see PRESETS in this file
-    out: str = ""                  # folder of the run (default: runs/tokenizer-PRESET)
-    stage: str = "both"            # both, 1 (masked training only) or 2 (decoder only, from --init or a finished stage 1)
-    init: str = ""                 # start from the EMA weights of this checkpoint or run folder
-    seed: int = 0                  # of weights, data order, augmentation, masks and noise
-    device: str = "auto"           # auto, cpu, cuda or mps
-    dtype: str = "auto"            # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    compile: bool = False          # torch.compile the model; pays off on GPUs in runs longer than some minutes
-    workers: int = -1              # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    preset: str = "shapes"       # one or more names joined by commas, later ones win;
+                                 # see PRESETS in this file
+    out: str = ""                # folder of the run (default: runs/tokenizer-PRESET)
+    stage: str = "both"          # both, 1 (masked training only) or 2 (decoder only, from --init or a
+                                 # finished stage 1)
+    init: str = ""               # start from the EMA weights of this checkpoint or run folder
+    seed: int = 0                # of weights, data order, augmentation, masks and noise
+    device: str = "auto"         # auto, cpu, cuda or mps
+    dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    workers: int = -1            # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
-    data: str = ""                 # shapes, cifar10, a folder or an .npz file; see data.py
-    data_root: str = "data"        # where cifar10 is looked for and downloaded to
-    flip: bool = True              # random horizontal flip [Table 7]
-    crop: str = "center"           # center [Table 7] or random, 80-100 % of the short side [released code]
-    skip_corrupt: bool = False     # pass over unreadable images and count them, instead of stopping
+    data: str = ""               # shapes, cifar10, a folder or an .npz file; see data.py
+    data_root: str = "data"      # where cifar10 is looked for and downloaded to
+    flip: bool = True            # random horizontal flip [Table 7]
+    crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
+    skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
     # ---- objective ----
-    targets: str = "hog"           # auxiliary targets, joined by commas; empty for none [Sec. 3.2, Table 1b]
-    aux_loss: str = "mse"          # mse [Eq. 8] or cosine
-    aux_weight: float = 1.0        # of the auxiliary losses; the paper gives none, 1.0 [released code]
-    hog_cell: int = 8              # px [MaskFeat]; small images want smaller cells
-    mask_low: float = 0.4          # smallest share of hidden patches [Sec. 4.1, Table 1c]
-    mask_high: float = 0.6         # largest; 0 for a plain AE
-    mask_draw: str = "uniform"     # uniform, image by image [ours], or normal: one rate a step, normal(0.6, 0.25) cut
-                                   # to [low, high] [released code]
-    kl_weight: float = 1e-6        # of a KL-VAE's divergence [released code]
+    targets: str = "hog"         # auxiliary targets, joined by commas; empty for none [Sec. 3.2, Table 1b]
+    aux_loss: str = "mse"        # mse [Eq. 8] or cosine
+    aux_weight: float = 1.0      # of the auxiliary losses; the paper gives none, 1.0 [released code]
+    hog_cell: int = 8            # px [MaskFeat]; small images want smaller cells
+    mask_low: float = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
+    mask_high: float = 0.6       # largest; 0 for a plain AE
+    mask_draw: str = "uniform"   # uniform, image by image [ours], or normal: one rate a step,
+                                 # normal(0.6, 0.25) cut to [low, high] [released code]
+    kl_weight: float = 1e-6      # of a KL-VAE's divergence [released code]
     # ---- optimisation ----
-    steps: int = 500_000           # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
-    batch_size: int = 512          # images a step over all processes [Table 7]
-    accumulate: int = 1            # forward passes a step, when a share of the batch does not fit a device
-    lr: float = 1e-4               # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
-    lr_start: float = 0.0          # at the first step of the warm-up; released code: 1e-5
-    lr_end: float = 0.0            # at the end of the cosine; released code: 2e-5
-    warmup: int = 10_000           # steps [Table 7]
-    beta1: float = 0.9             # AdamW [Table 7]
-    beta2: float = 0.95            # AdamW [Table 7]
-    weight_decay: float = 1e-4     # [Table 7]; none on norms, biases, tokens, positions [ours, the usual choice]
-    clip: float = 1.0              # largest gradient norm [released code]
-    ema: float = 0.9999            # decay, warmed up [released code]
+    steps: int = 500_000         # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
+    batch_size: int = 512        # images a step over all processes [Table 7]
+    accumulate: int = 1          # forward passes a step, when a share of the batch does not fit a device
+    lr: float = 1e-4             # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
+    lr_start: float = 0.0        # at the first step of the warm-up; released code: 1e-5
+    lr_end: float = 0.0          # at the end of the cosine; released code: 2e-5
+    warmup: int = 10_000         # steps [Table 7]
+    beta1: float = 0.9           # AdamW [Table 7]
+    beta2: float = 0.95          # AdamW [Table 7]
+    weight_decay: float = 1e-4   # [Table 7]; none on norms, biases, tokens, positions
+                                 # [ours, the usual choice]
+    clip: float = 1.0            # largest gradient norm [released code]
+    ema: float = 0.9999          # decay, warmed up [released code]
     # ---- stage 2 ----
-    stage2_steps: int = 50_000     # decoder fine-tuning with the encoder frozen [Sec. 4.1]
-    stage2_mask: float = 0.6       # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
-    stage2_ramp: float = 1.0       # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any, trains on
-                                   # clean images, as Sec. 3.3 has it from the start
-    stage2_lr: float = 1e-4        # peak; the paper is silent
-    stage2_warmup: int = 1000      # steps [ours]
+    stage2_steps: int = 50_000   # decoder fine-tuning with the encoder frozen [Sec. 4.1]
+    stage2_mask: float = 0.6     # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
+    stage2_ramp: float = 1.0     # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any,
+                                 # trains on clean images, as Sec. 3.3 has it from the start
+    stage2_lr: float = 1e-4      # peak; the paper is silent
+    stage2_warmup: int = 1000    # steps [ours]
     # ---- logs ----
-    log_every: int = 100           # steps between lines of metrics.jsonl
-    save_every: int = 5000         # steps between checkpoints
-    keep: int = 3                  # numbered checkpoints that stay, at least 2
-    grid_every: int = 500          # steps between pictures; 0 for none
-    eval_images: int = 1000        # test images for PSNR at the end of each stage
-    latent_images: int = 10_000    # training images for the latents' mean and standard deviation
+    log_every: int = 100         # steps between lines of metrics.jsonl
+    save_every: int = 5000       # steps between checkpoints
+    keep: int = 3                # numbered checkpoints that stay, at least 2
+    grid_every: int = 500        # steps between pictures; 0 for none
+    eval_images: int = 1000      # test images for PSNR at the end of each stage
+    latent_images: int = 10_000  # training images for the latents' mean and standard deviation
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,14 +99,16 @@ class Config(MAETokConfig):
             raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there is: hog")
         self.aux_targets = {"hog": hog_dim(self.patch_size, self.hog_cell)} if names else {}
         self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
-        random_mask([], 1, self.mask_low, self.mask_high)                                   # these check the ranges
+        random_mask([], 1, self.mask_low, self.mask_high)                             # these check the ranges
         random_mask([], 1, self.stage2_mask, self.stage2_mask)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_images", "latent_images"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_images",
+                     "latent_images"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
         if min(self.stage2_steps, self.grid_every, self.warmup, self.stage2_warmup) < 0:
             raise UserError("--stage2-steps, --grid-every, --warmup and --stage2-warmup cannot be negative")
-        for name, value, choices in (("stage", self.stage, ("both", "1", "2")), ("crop", self.crop, ("center", "random")),
+        for name, value, choices in (("stage", self.stage, ("both", "1", "2")),
+                                     ("crop", self.crop, ("center", "random")),
                                      ("aux-loss", self.aux_loss, ("mse", "cosine")),
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
@@ -113,30 +119,34 @@ class Config(MAETokConfig):
 
 # The scale of a run. The first is the default.
 SCALES = {
-    "shapes": dict(data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3, decoder_depth=3,
-                   num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4, flip=False, steps=4000, batch_size=32, lr=3e-3,
-                   warmup=100, ema=0.998, stage2_steps=3000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
+    "shapes": dict(data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3,
+                   decoder_depth=3, num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4, flip=False,
+                   steps=4000, batch_size=32, lr=3e-3, warmup=100, ema=0.998, stage2_steps=3000,
+                   stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
                    log_every=50, save_every=500),
-    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3, decoder_depth=3,
-                    num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=40_000, batch_size=64, lr=3e-3,
-                    warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=100,
-                    log_every=50, save_every=500),
-    "maetok-b-256": dict(),                                                                 # Table 7: the defaults
-    "maetok-b-512": dict(image_size=512),                                                   # Table 7
-    # What the released code does instead, as far as one value can say it (README, "Paper, released code and ...").
-    "maetok-b-256-released": dict(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5, latent_modulation=True,
-                                  aux_width=192, aux_heads=3, mask_draw="normal", crop="random", lr=2e-4, lr_start=1e-5,
-                                  lr_end=2e-5, warmup=5004, steps=500_400, weight_decay=0.0),
+    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3,
+                    decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=40_000,
+                    batch_size=64, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
+                    stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500),
+    "maetok-b-256": dict(),                                                            # Table 7: the defaults
+    "maetok-b-512": dict(image_size=512),                                              # Table 7
+    # What the released code does instead, as far as one value can say it
+    # (README, "Paper, released code and ...").
+    "maetok-b-256-released": dict(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5,
+                                  latent_modulation=True, aux_width=192, aux_heads=3, mask_draw="normal",
+                                  crop="random", lr=2e-4, lr_start=1e-5, lr_end=2e-5, warmup=5004,
+                                  steps=500_400, weight_decay=0.0),
 }
-# The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset maetok-b-256,vae --steps 250000.
+# The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset
+# maetok-b-256,vae --steps 250000.
 _NO_MASK, _NO_AUX = dict(mask_low=0.0, mask_high=0.0), dict(targets="")
 ABLATIONS = {
     "ae": _NO_MASK | _NO_AUX,                                    # plain autoencoder [Tables 1a, 6]
     "vae": _NO_MASK | _NO_AUX | dict(variational=True),          # KL-VAE [Table 1a]
     "vae-mask": dict(variational=True),                          # KL-VAE + masked modelling [Table 1a]
     "image-latents": dict(learnable_latents=False),              # no learnable tokens, L = N [Tables 6, 13a]
-    "pixel": _NO_AUX,                                            # masked, pixel decoder only [Table 1b, Table 6 row 4]
-    "no-mask": _NO_MASK,                                         # auxiliary decoders see all patches [Table 6 row 2]
+    "pixel": _NO_AUX,                                   # masked, pixel decoder only [Table 1b, Table 6 row 4]
+    "no-mask": _NO_MASK,                                  # auxiliary decoders see all patches [Table 6 row 2]
     "aux-linear": dict(aux_depth=0), "aux-1": dict(aux_depth=1), "aux-3": dict(aux_depth=3),
     "aux-6": dict(aux_depth=6), "aux-12": dict(aux_depth=12),                               # [Table 1d]
     "mask-0-60": dict(mask_low=0.0, mask_high=0.6), "mask-10-40": dict(mask_low=0.1, mask_high=0.4),
@@ -147,10 +157,11 @@ ABLATIONS = {
 }
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
-FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
+FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root",
+        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
 
 
-# ------------------------------------------------ schedules and draws ------------------------------------------------
+# ------------------------------------------- schedules and draws -------------------------------------------
 
 def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0):
     """Linear warm-up to `peak`, then half a cosine down to `end` at `steps` [Table 7]."""
@@ -163,7 +174,8 @@ def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0):
 def mask_range(config, stage, step):
     """(low, high) share of hidden patches at `step` of `stage`."""
     if stage == 2:
-        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to 0: the ramp ends at the former.
+        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to
+        # 0: the ramp ends at the former.
         ramp = max(1, config.stage2_ramp * config.stage2_steps - 1)
         ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * max(0.0, 1 - step / ramp)
         return ratio, ratio
@@ -186,35 +198,41 @@ def compute_targets(config, images):
 
 
 def build_optimizer(config, model, device):
-    """AdamW with weight decay on matrices of linear layers only: not on norms, biases, tokens, positions, frequencies."""
+    """AdamW with weight decay on matrices of linear layers only: not on norms, biases, tokens, positions,
+    frequencies."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = [p for name, p in trained if p.ndim >= 2 and name.endswith("weight")]
     rest = [p for name, p in trained if not (p.ndim >= 2 and name.endswith("weight"))]
-    return torch.optim.AdamW([dict(params=decay, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)],
+    return torch.optim.AdamW([dict(params=decay, weight_decay=config.weight_decay),
+                              dict(params=rest, weight_decay=0.0)],
                              lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
 
 
 # ------------------------------------------------ one stage ------------------------------------------------
 
 def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device):
-    """Train from global step `step` to the end of `stage`; checkpoints, logs and pictures on the way. Returns the step.
+    """Train from global step `step` to the end of `stage`; checkpoints, logs and pictures on the way.
+    Returns the step.
 
     Steps count through both stages: stage 1 is [0, steps), stage 2 is [steps, steps + stage2_steps).
     """
     first, last = (0, config.steps) if stage == 1 else (config.steps, config.steps + config.stage2_steps)
     out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
-    batches = GlobalBatches(train_set.length, config.batch_size, step, last, config.seed, rank, world, config.accumulate)
+    batches = GlobalBatches(train_set.length, config.batch_size, step, last, config.seed, rank, world,
+                            config.accumulate)
     workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                              pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
+                                              collate_fn=collate, pin_memory=device.type == "cuda"))
     wrapped = torch.compile(model) if config.compile else model
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(wrapped,
+                                          device_ids=[device.index] if device.type == "cuda" else None)
     num_patches = (config.image_size // config.patch_size) ** 2
     latent_shape = (config.num_latents if config.learnable_latents else num_patches, config.latent_dim)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     totals, seen, clock = {}, 0, time.perf_counter()
-    bar = tqdm(total=last - first, initial=step - first, desc=f"stage {stage}", disable=rank > 0, mininterval=1.0)
+    bar = tqdm(total=last - first, initial=step - first, desc=f"stage {stage}", disable=rank > 0,
+               mininterval=1.0)
     while step < last:
         if stage == 1:
             lr = learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end)
@@ -228,14 +246,17 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
             batch = next(loader)
             if isinstance(batch, UserError):
                 raise batch
-            images = to_float(batch[0].to(device, non_blocking=True))                       # (B, 3, H, W) in [-1, 1]
-            mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high).to(device)   # (B, N)
+            images = to_float(batch[0].to(device, non_blocking=True))                # (B, 3, H, W) in [-1, 1]
+            mask = random_mask(step_rngs(config, "mask", step, positions),
+                               num_patches, low, high).to(device)                      # (B, N)
             noise = None
             if config.variational and stage == 1:
-                draws = [rng.standard_normal(latent_shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
-                noise = torch.from_numpy(np.stack(draws)).to(device)                        # (B, L, C)
-            targets = compute_targets(config, images) if stage == 1 else {}                 # y^j, (B, N, D_j)
-            where = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
+                draws = [rng.standard_normal(latent_shape, np.float32)
+                         for rng in step_rngs(config, "noise", step, positions)]
+                noise = torch.from_numpy(np.stack(draws)).to(device)                 # (B, L, C)
+            targets = compute_targets(config, images) if stage == 1 else {}          # y^j, (B, N, D_j)
+            # nothing hidden: Eq. 8 on all patches
+            where = mask if config.mask_high > 0 else torch.ones_like(mask)
 
             # DDP averages gradients over processes at the last micro-batch only.
             partial = micro + 1 < config.accumulate and world > 1
@@ -247,7 +268,8 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                     terms[name] = masked_feature_loss(output.aux[name], target, where, config.aux_loss)
                 if noise is not None:
                     terms["kl"] = kl_divergence(output.posterior)
-                # L = L_recon (+ lambda_1 L_percep + lambda_2 L_adv) [Eq. 6] + L_mask [Eq. 8]; a KL-VAE adds its KL.
+                # L = L_recon (+ lambda_1 L_percep + lambda_2 L_adv) [Eq. 6] + L_mask [Eq. 8];
+                # a KL-VAE adds its KL.
                 loss = terms["recon"]
                 loss = loss + config.aux_weight * sum(terms[name] for name in targets)
                 loss = loss + config.kl_weight * terms.get("kl", 0.0)
@@ -255,7 +277,8 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
             for name, term in (terms | {"loss": loss}).items():
                 totals[name] = totals.get(name, 0) + term.detach()
             seen += 1
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad],
+                                                   config.clip)
         healthy *= (loss.detach() + grad_norm).isfinite()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -269,16 +292,18 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
             values = torch.stack([totals[name] / seen for name in totals] + [healthy])
             *values, ok = common.all_mean(values, world).tolist()
             if ok < 1:
-                raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} before; "
-                                f"the checkpoints in {out} are from before that. Try a lower --lr, a longer --warmup or "
-                                f"--dtype float32")
+                raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
+                                f"{config.log_every} before; the checkpoints in {out} are from before that. "
+                                "Try a lower --lr, a longer --warmup or --dtype float32")
             rate = seen * len(positions) * world / (time.perf_counter() - clock)
-            record = {"step": step, "stage": stage, **dict(zip(totals, values)), "grad_norm": float(grad_norm), "lr": lr,
-                      "mask": (low + high) / 2, "images_per_second": rate}
+            record = {"step": step, "stage": stage, **dict(zip(totals, values)),
+                      "grad_norm": float(grad_norm), "lr": lr, "mask": (low + high) / 2,
+                      "images_per_second": rate}
             totals, seen, clock = {}, 0, time.perf_counter()
             if rank == 0:
                 common.append_metrics(out, record)
-                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values()) if n in ("recon", "hog", "kl")}
+                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values())
+                                 if n in ("recon", "hog", "kl")}
                                 | {"img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
         if rank == 0 and drawing:
@@ -295,15 +320,16 @@ def save(config, stage, step, model, ema, optimizer, rank, world, measured=False
     measured: the stage is over and latent_mean and latent_std have been set.
     """
     if rank == 0:
-        state = {"kind": "tokenizer", "step": step, "stage": stage, "measured": measured, "config": dataclasses.asdict(config),
-                 "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
+        state = {"kind": "tokenizer", "step": step, "stage": stage, "measured": measured,
+                 "config": dataclasses.asdict(config), "model": model.state_dict(),
+                 "ema": ema.model.state_dict(), "ema_updates": ema.updates,
                  "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         common.save_checkpoint(config.out, state, config.keep)
     if world > 1:
         dist.barrier()
 
 
-# ------------------------------------------------ measurements ------------------------------------------------
+# ----------------------------------------------- measurements -----------------------------------------------
 
 def psnr(images, reconstruction):
     """Peak signal-to-noise ratio of each image in dB, data range 1: (B, 3, H, W) floats in [-1, 1] -> (B,).
@@ -315,16 +341,18 @@ def psnr(images, reconstruction):
 
 
 def eval_batch(config):
-    """Images a forward pass outside training: no more than a training step of one process is likely to hold."""
+    """Images a forward pass outside training: no more than a training step of one process is likely to hold.
+    """
     return max(1, min(64, config.batch_size // config.accumulate))
 
 
 @torch.inference_mode()
 def evaluate(config, model, dataset, device):
-    """Numbers on test images: PSNR of unmasked images and, while auxiliary decoders are there, how well they do.
+    """Numbers on test images: PSNR of unmasked images and, while auxiliary decoders are there,
+    how well they do.
 
-    Returns {"psnr": dB, "hog_loss": Eq. 8 at half of the patches hidden, "hog_constant": the same loss of the best constant
-    prediction (the mean target over the same hidden patches, so no constant can do better)}.
+    Returns {"psnr": dB, "hog_loss": Eq. 8 at half of the patches hidden, "hog_constant": the same loss of the
+    best constant prediction (the mean target over the same hidden patches, so no constant can do better)}.
     """
     psnrs, losses, hidden, seen = [], {}, {}, 0
     ratio = 0.5 if config.mask_high > 0 else 0.0
@@ -343,7 +371,7 @@ def evaluate(config, model, dataset, device):
     psnrs = torch.cat(psnrs)
     result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
     for name in losses:
-        y = torch.cat(hidden[name])                                                         # (all hidden patches, D_j)
+        y = torch.cat(hidden[name])                                                # (all hidden patches, D_j)
         # Mean squared error is least at the mean; negative cosine at the mean of the unit vectors.
         constant = y.mean(0) if config.aux_loss == "mse" else F.normalize(y, dim=-1).mean(0)
         everything = torch.ones(1, len(y), dtype=torch.bool, device=device)
@@ -355,7 +383,8 @@ def evaluate(config, model, dataset, device):
 
 @torch.inference_mode()
 def measure_latents(config, model, dataset, device):
-    """Set the model's latent_mean and latent_std, one scalar each, over `latent_images` clean training images."""
+    """Set the model's latent_mean and latent_std, one scalar each,
+    over `latent_images` clean training images."""
     n, total, squares = 0, 0.0, 0.0
     for images, _ in some_images(dataset, config.latent_images, batch_size=eval_batch(config)):
         h = model.encode(to_float(images).to(device)).cpu().double()
@@ -366,31 +395,36 @@ def measure_latents(config, model, dataset, device):
 
 @torch.inference_mode()
 def save_grid(config, stage, model, dataset, path, device, count=8):
-    """A PNG of test images: input, masked input, reconstructions, and HOG target and prediction drawn as strokes."""
+    """A PNG of test images: input, masked input, reconstructions,
+    and HOG target and prediction drawn as strokes."""
     images = to_float(next(some_images(dataset, count))[0]).to(device)
     P = config.patch_size
     grid = model.grid(images.shape[-2:])
     rows = {"input": to_uint8(images)}
     if stage == 1 and config.mask_high > 0:
-        mask = random_mask(step_rngs(config, "grid-mask", 0, range(len(images))), grid[0] * grid[1], 0.5, 0.5).to(device)
+        mask = random_mask(step_rngs(config, "grid-mask", 0, range(len(images))),
+                           grid[0] * grid[1], 0.5, 0.5).to(device)
         output = model(images, mask)
-        rows["masked input"] = to_uint8(unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
+        rows["masked input"] = to_uint8(
+            unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
         rows["reconstruction\nof the masked input"] = to_uint8(output.reconstruction)
     rows["reconstruction"] = to_uint8(model.decode(model.encode(images), images.shape[-2:]))
     if stage == 1 and "hog" in model.aux_decoders:
         predicted = (output if config.mask_high > 0 else model(images)).aux["hog"]
         cell = max(8, 96 // (images.shape[-1] // config.hog_cell))
-        for title, features in (("HOG target", hog_features(images, P, config.hog_cell)), ("HOG predicted", predicted)):
+        for title, features in (("HOG target", hog_features(images, P, config.hog_cell)),
+                                ("HOG predicted", predicted)):
             rows[title] = [hog_picture(f, grid, P, config.hog_cell, pixels_per_cell=cell) for f in features]
     sheet = common.image_grid(list(rows.values()), list(rows))
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
 def load_tokenizer(path, device="cpu"):
-    """The trained tokenizer in a checkpoint or run folder of this script: MAETok with the EMA weights, in eval mode.
+    """The trained tokenizer in a checkpoint or run folder of this script: MAETok with the EMA weights,
+    in eval mode.
 
-    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint from the middle
-    of a stage has none yet, which a warning says. Raises UserError.
+    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
+    from the middle of a stage has none yet, which a warning says. Raises UserError.
     """
     return tokenizer_of(common.load_checkpoint(path), path).to(device)
 
@@ -405,16 +439,18 @@ def tokenizer_of(state, path):
     except (TypeError, ValueError) as e:
         raise UserError(f"{path} has a config this version cannot build: {e}") from e
     if state["stage"] == 2:
-        model.freeze_encoder()                                                              # drops the auxiliary decoders
+        model.freeze_encoder()                                                  # drops the auxiliary decoders
     common.load_weights(model, state["ema"], path)
     if not state["measured"]:
-        print(f"warning: {path} is from the middle of training, its latent mean and std are not measured yet: normalised "
-              f"latents are the raw ones", file=sys.stderr)
+        print(f"warning: {path} is from the middle of training, "
+              "its latent mean and std are not measured yet: normalised latents are the raw ones",
+              file=sys.stderr)
     return model.eval().requires_grad_(False)
 
 
 def start_from(config, model, path):
-    """Copy the EMA weights of another run's tokenizer into `model`: --init. Auxiliary decoders where the targets agree.
+    """Copy the EMA weights of another run's tokenizer into `model`: --init.
+    Auxiliary decoders where the targets agree.
 
     The sizes of image and auxiliary decoders may differ, anything else must not. Raises UserError.
     """
@@ -424,7 +460,8 @@ def start_from(config, model, path):
               dataclasses.fields(MAETokConfig) if f.name not in free
               and getattr(source.config, f.name) != getattr(config, f.name)]
     if differ:
-        raise UserError(f"--init {path} holds weights of another model ({'; '.join(differ[:5])}); give the same preset")
+        raise UserError(f"--init {path} holds weights of another model ({'; '.join(differ[:5])}); "
+                        "give the same preset")
     common.load_weights(model.encoder, source.encoder.state_dict(), path)
     common.load_weights(model.decoder, source.decoder.state_dict(), path)
     for name, decoder in source.aux_decoders.items():
@@ -444,8 +481,9 @@ def main(argv=None):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
     with common.rank_zero_first(rank, world):
-        train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root, config.flip,
-                                             config.crop, config.seed, config.skip_corrupt) for split in ("train", "test"))
+        train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root,
+                                             config.flip, config.crop, config.seed, config.skip_corrupt)
+                               for split in ("train", "test"))
     out = Path(config.out)
     end = config.steps if config.stage == "1" else config.steps + config.stage2_steps
 
@@ -469,7 +507,8 @@ def main(argv=None):
         start_from(config, model, config.init)
     if state is None and config.stage == "2":
         if not config.init:
-            raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, or an --out with a finished stage 1")
+            raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, "
+                            "or an --out with a finished stage 1")
         step = config.steps
     model.to(device)
     ema = common.EMA(model, config.ema)
@@ -482,23 +521,28 @@ def main(argv=None):
     common.check_same_step(step, out, world, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        common.atomic_write(out / "config.json",
+                            lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
         common.cut_metrics(out, step)
         print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
         count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
-              f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; {out}/ at step {step} of {end}", flush=True)
+              f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; "
+              f"{out}/ at step {step} of {end}", flush=True)
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
     while step < end or not measured:
         if stage == 1 and step == config.steps and (measured or state is None and config.stage == "2"):
-            # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded.
+            # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen
+            # and whose latents are decoded.
             model.load_state_dict(ema.model.state_dict())
             model.freeze_encoder()
             stage, ema, optimizer = 2, common.EMA(model, config.ema), build_optimizer(config, model, device)
             measured = False
-        step = train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device)
-        # The stage is saved by now: should a test image be unreadable, only the measurements are to be made again.
+        step = train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank,
+                           device)
+        # The stage is saved by now: should a test image be unreadable,
+        # only the measurements are to be made again.
         if rank == 0:
             record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
                       **evaluate(config, ema.model, test_set, device)}
@@ -512,7 +556,8 @@ def main(argv=None):
     if rank == 0:
         records = common.read_metrics(out)
         terms = ("recon", *config.aux_targets, "kl", "lr")
-        common.plot_curves({n: [(r["step"], r[n]) for r in records if n in r] for n in terms}).save(out / "loss.png")
+        common.plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
+                            for n in terms}).save(out / "loss.png")
         if train_set.skipped + test_set.skipped:
             print(f"passed over unreadable images {int(train_set.skipped + test_set.skipped)} times")
         print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_{step:07d}.png")

@@ -41,13 +41,14 @@ def test_precedence_is_default_preset_command_line():
     assert parse() == Example(width=4)
     assert parse("--preset", "large") == Example(width=64, fast=True, preset="large")
     assert parse("--preset", "large,hot", "--width", "5", "--no-fast") == Example(5, 0.5, "large,hot", False)
-    assert parse("--preset", "hot") == Example(4, 0.5, "small,hot")                  # a variant alone joins the default scale
+    assert parse("--preset", "hot") == Example(4, 0.5, "small,hot")  # a variant alone joins the default scale
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"), (["--wdth", "3"], "unrecognized"),
-    (["--width", "x"], "invalid int"), (["--wid", "3"], "unrecognized"), (["--width", "-1"], "width is negative"),
-    (["--hidden", "3"], "unrecognized"), (["--preset", "hot,large"], "large fixes the scale"),
+    (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"),
+    (["--wdth", "3"], "unrecognized"), (["--width", "x"], "invalid int"), (["--wid", "3"], "unrecognized"),
+    (["--width", "-1"], "width is negative"), (["--hidden", "3"], "unrecognized"),
+    (["--preset", "hot,large"], "large fixes the scale"),
     (["--preset", "small,large"], "large fixes the scale")])
 def test_bad_options_are_one_line(argv, message):
     with pytest.raises(UserError, match=message) as e:
@@ -87,7 +88,7 @@ def test_ema_follows_its_closed_form_and_warms_up():
     assert ema.model.running_mean.item() == 4.0 and not ema.model.weight.requires_grad
 
 
-# ------------------------------------------------ checkpoints ------------------------------------------------
+# ----------------------------------------------- checkpoints -----------------------------------------------
 
 def state(step):
     return {"step": step, "config": {"a": 1}, "model": {"w": torch.full((1000,), float(step))}}
@@ -145,7 +146,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="no 'config'"):
         common.load_checkpoint(tmp_path / "list.pt")
-    torch.save({"config": np.random.default_rng()}, tmp_path / "code.pt")       # would need to run code to load
+    torch.save({"config": np.random.default_rng()}, tmp_path / "code.pt")     # would need to run code to load
     with pytest.raises(UserError, match="damaged or no checkpoint"):
         common.load_checkpoint(tmp_path / "code.pt")
 

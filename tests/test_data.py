@@ -1,4 +1,5 @@
-"""data.py: every kind of source, broken files, preprocessing, and samples that depend on (seed, epoch, index) alone."""
+"""data.py: every kind of source, broken files, preprocessing,
+and samples that depend on (seed, epoch, index) alone."""
 import hashlib
 import shutil
 import tarfile
@@ -10,8 +11,8 @@ from PIL import Image
 
 import data
 from common import UserError
-from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate, some_images,
-                  random_crop, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
+from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate,
+                  some_images, random_crop, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
 
 
 def photo(width, height, seed=0):
@@ -47,8 +48,8 @@ def test_shapes_are_whole_antialiased_and_visible():
     for i in range(200):
         image = np.asarray(source[i][0], int).reshape(32, 32, 3)
         edge = np.concatenate((image[0], image[-1], image[:, 0], image[:, -1]))
-        assert (edge == edge[0]).all()                                                # the frame is background
-        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 4                       # more than two flat colours
+        assert (edge == edge[0]).all()                                            # the frame is background
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 4                   # more than two flat colours
         contrast = np.abs((image - edge[0]) @ (0.299, 0.587, 0.114)).max()
         assert contrast > 45
 
@@ -57,7 +58,8 @@ def test_shapes_are_whole_antialiased_and_visible():
 
 @pytest.fixture
 def folder(tmp_path):
-    """An ImageFolder with the files that trip loaders: grey, CMYK, palette, alpha, 16 bit, EXIF-rotated, WebP, nested."""
+    """An ImageFolder with the files that trip loaders: grey, CMYK, palette, alpha, 16 bit, EXIF-rotated,
+    WebP, nested."""
     root = tmp_path / "images"
     (root / "train/a/deep").mkdir(parents=True)
     (root / "train/b").mkdir()
@@ -94,7 +96,7 @@ def test_folder_layout_classes_and_modes(folder):
     assert (items["b/clear.png"][0] == 255).all() and (items["b/sixteen.png"][0] == 255).all()
     grey = items["a/deep/grey.JPEG"][0]
     assert torch.equal(grey[0], grey[1])
-    whole = center_crop(photo(40, 30).rotate(-90, expand=True), 30)                   # EXIF 6 is stored on its side
+    whole = center_crop(photo(40, 30).rotate(-90, expand=True), 30)             # EXIF 6 is stored on its side
     assert np.array_equal(items["b/rotated.png"][0].permute(1, 2, 0).numpy(), np.asarray(whole))
 
 
@@ -107,7 +109,7 @@ def test_flat_folder_has_no_classes_and_serves_both_splits(tmp_path, capsys):
 
 def test_class_numbers_are_those_of_the_training_folder(folder):
     shutil.rmtree(folder / "val/a")
-    assert build_dataset(str(folder), "test", 16)[0, 0][1] == 1                       # b, though it is alone in val/
+    assert build_dataset(str(folder), "test", 16)[0, 0][1] == 1                # b, though it is alone in val/
     (folder / "val/new").mkdir()
     photo(20, 20).save(folder / "val/new/x.png")
     with pytest.raises(UserError, match="has classes that .* lacks: new"):
@@ -131,11 +133,12 @@ def test_corrupt_file_is_named_or_skipped_and_counted(folder):
     strict = build_dataset(str(folder), "train", 16)
     error = collate([strict[0, index]])
     assert isinstance(error, UserError) and str(path) in str(error) and "--skip-corrupt" in str(error)
-    loader = torch.utils.data.DataLoader(build_dataset(str(folder), "train", 16, skip_corrupt=True), num_workers=1,
-                                         batch_sampler=[[(0, i) for i in range(8)]], collate_fn=collate)
+    loader = torch.utils.data.DataLoader(build_dataset(str(folder), "train", 16, skip_corrupt=True),
+                                         num_workers=1, batch_sampler=[[(0, i) for i in range(8)]],
+                                         collate_fn=collate)
     images, labels = next(iter(loader))
-    assert len(images) == 8 and loader.dataset.skipped == 1                           # counted across processes
-    assert torch.equal(images[index], images[index + 1])                              # its neighbour stands in
+    assert len(images) == 8 and loader.dataset.skipped == 1                         # counted across processes
+    assert torch.equal(images[index], images[index + 1])                            # its neighbour stands in
 
 
 # ------------------------------------------------ arrays ------------------------------------------------
@@ -155,7 +158,8 @@ def test_npz_in_adm_layout(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (dict(images=np.zeros(3)), "no array 'arr_0'"), (dict(arr_0=np.zeros((2, 4, 4, 3))), "should be uint8"),
     (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "one label"),
-    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array(["cat"])), "class numbers"), (None, "cannot read")])
+    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array(["cat"])), "class numbers"),
+    (None, "cannot read")])
 def test_bad_npz_is_refused(tmp_path, content, message):
     path = tmp_path / "bad.npz"
     path.write_bytes(b"PK junk") if content is None else np.savez(path, **content)
@@ -177,10 +181,12 @@ def test_cifar10_binary_layout(tmp_path, packed, monkeypatch):
         shutil.rmtree(folder)
         with pytest.raises(UserError, match="is not CIFAR-10's binary version"):
             build_dataset("cifar10", "train", 32, data_root=str(tmp_path))
-        monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest())
-    train, test = (build_dataset("cifar10", split, 32, data_root=str(tmp_path)) for split in ("train", "test"))
+        monkeypatch.setattr(data, "CIFAR10_MD5",
+                            hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest())
+    train, test = (build_dataset("cifar10", split, 32, data_root=str(tmp_path))
+                   for split in ("train", "test"))
     assert (train.length, test.length, train.classes) == (20, 4, CIFAR10_CLASSES)
-    image, label = train[0, 4 * 2 + 3]                                                # the third file's last record
+    image, label = train[0, 4 * 2 + 3]                                          # the third file's last record
     assert label == records[2, 3, 0] and np.array_equal(image.numpy().reshape(-1), records[2, 3, 1:])
 
 
@@ -191,17 +197,19 @@ def test_cifar10_cut_short_is_refused(tmp_path):
         build_dataset("cifar10", "test", 32, data_root=str(tmp_path))
 
 
-# ------------------------------------------------ preprocessing ------------------------------------------------
+# ---------------------------------------------- preprocessing ----------------------------------------------
 
 def test_center_crop_follows_adm():
     image = photo(20, 16)
-    assert np.array_equal(np.asarray(center_crop(image, 16)), np.asarray(image)[:, 2:18])       # no resampling needed
+    # no resampling needed
+    assert np.array_equal(np.asarray(center_crop(image, 16)), np.asarray(image)[:, 2:18])
     halved = np.asarray(photo(32, 32), float).reshape(16, 2, 16, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(center_crop(photo(32, 32), 16)) - halved).max() <= 1               # box filter; two passes round
+    # box filter; two passes round
+    assert np.abs(np.asarray(center_crop(photo(32, 32), 16)) - halved).max() <= 1
     oracle = photo(50, 40).resize((30, 24), Image.BICUBIC).crop((3, 0, 27, 24))
     assert np.array_equal(np.asarray(center_crop(photo(50, 40), 24)), np.asarray(oracle))
-    assert center_crop(photo(7, 300), 16).size == (16, 16)                                      # enlarged if it must be
-    assert resize_short_side(photo(1, 3000), 256).size == (256, 2048)                           # not to 256 x 768,000
+    assert center_crop(photo(7, 300), 16).size == (16, 16)                            # enlarged if it must be
+    assert resize_short_side(photo(1, 3000), 256).size == (256, 2048)                   # not to 256 x 768,000
 
 
 def test_random_crop_stays_within_its_range():
@@ -231,10 +239,12 @@ def test_range_conversion_round_trips_every_level():
 def test_flips_depend_on_seed_epoch_and_index_alone(folder):
     dataset = build_dataset(str(folder), "train", 30, flip=True, seed=1)
     plain = build_dataset(str(folder), "train", 30)
-    flips = [[not np.array_equal(array(dataset, i, epoch), array(plain, i)) for i in range(8)] for epoch in range(8)]
+    flips = [[not np.array_equal(array(dataset, i, epoch), array(plain, i)) for i in range(8)]
+             for epoch in range(8)]
     assert 0.25 < np.mean(flips) < 0.75 and flips[0] != flips[1]
     again = build_dataset(str(folder), "train", 30, flip=True, seed=1)
-    loader = torch.utils.data.DataLoader(again, batch_sampler=[[(1, 5), (0, 2)], [(0, 5)]], num_workers=2, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(again, batch_sampler=[[(1, 5), (0, 2)], [(0, 5)]], num_workers=2,
+                                         collate_fn=collate)
     batches = [images for images, _ in loader]
     assert np.array_equal(batches[0][0].numpy(), array(dataset, 5, 1))
     assert np.array_equal(batches[1][0].numpy(), array(dataset, 5, 0))
@@ -247,17 +257,18 @@ def test_global_batches_are_the_same_images_for_any_split():
     for world, accumulate in ((2, 1), (1, 3), (2, 3)):
         parts = [list(GlobalBatches(100, 12, 0, 20, 5, rank, world, accumulate)) for rank in range(world)]
         for step in range(20):
-            keys = [key for part in parts for micro in part[step * accumulate:(step + 1) * accumulate] for key in micro]
+            keys = [key for part in parts for micro in part[step * accumulate:(step + 1) * accumulate]
+                    for key in micro]
             assert sorted(keys) == sorted(whole[step])
-    assert list(GlobalBatches(100, 12, 7, 20, seed=5)) == whole[7:]                  # a resumed run
+    assert list(GlobalBatches(100, 12, 7, 20, seed=5)) == whole[7:]           # a resumed run
     keys = [key for batch in whole for key in batch]
-    assert sorted(i for e, i in keys if e == 0) == list(range(100))                  # an epoch shows each image once
+    assert sorted(i for e, i in keys if e == 0) == list(range(100))           # an epoch shows each image once
     assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
     assert list(GlobalBatches(None, 4, 3, 4)) == [[(0, 12), (0, 13), (0, 14), (0, 15)]]
 
 
 def test_some_images_are_of_all_classes_and_end_with_the_data(folder, tmp_path):
-    for i in range(60):                                        # files are sorted by class: 30 of a, then 32 of b
+    for i in range(60):                                     # files are sorted by class: 30 of a, then 32 of b
         photo(20, 20, i).save(folder / f"val/{'ab'[i // 30]}/{i}.png")
     dataset = build_dataset(str(folder), "test", 16)
     first, again = ([labels.tolist() for _, labels in some_images(dataset, 20, 8)] for _ in range(2))

@@ -11,12 +11,14 @@ from data import Shapes
 
 def shapes(count, start=0):
     source = Shapes("test", 16, 1)
-    return np.stack([np.array(source[i][0]) for i in range(start, start + count)]), np.arange(start, start + count) % 10
+    return (np.stack([np.array(source[i][0]) for i in range(start, start + count)]),
+            np.arange(start, start + count) % 10)
 
 
 def run(tmp_path, *options):
-    evaluate.main(["generation", str(tmp_path / "s.npz"), "--data", "shapes", "--classifier-steps", "150", "--test-images",
-                   "200", "--cache", str(tmp_path / "cache"), "--device", "cpu", *map(str, options)])
+    evaluate.main(["generation", str(tmp_path / "s.npz"), "--data", "shapes", "--classifier-steps", "150",
+                   "--test-images", "200", "--cache", str(tmp_path / "cache"), "--device", "cpu",
+                   *map(str, options)])
     return json.loads((tmp_path / "s.npz.json").read_text())
 
 
@@ -36,7 +38,8 @@ def test_share_of_the_requested_class(tmp_path, capsys):
 
 def test_bad_input_is_named(tmp_path):
     images, labels = shapes(4)
-    for message, arrays, options in [("has no labels", (images,), []), ("has class 11", (images, labels + 8), []),
+    for message, arrays, options in [("has no labels", (images,), []),
+                                     ("has class 11", (images, labels + 8), []),
                                      ("should be square", (images[:, :8], labels), []),
                                      ("no such folder", (images, labels), ["--data", tmp_path / "nowhere"])]:
         np.savez(tmp_path / "s.npz", *arrays)

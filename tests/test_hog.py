@@ -1,4 +1,5 @@
-"""hog.py against a loop over pixels written from the definition, and scikit-image where the two recipes coincide."""
+"""hog.py against a loop over pixels written from the definition,
+and scikit-image where the two recipes coincide."""
 import math
 
 import numpy as np
@@ -25,7 +26,8 @@ def naive_hog(image, patch, cell=8, bins=9):
                 around = padded[c, y:y + 3, x:x + 3]
                 gx, gy = (around * kernel).sum(), (around * kernel.T).sum()
                 b = math.floor(math.atan2(gx, gy) / math.pi * bins) % bins
-                histogram[c, y // cell, x // cell, b] += math.hypot(gx, gy) * window[y % (2 * cell), x % (2 * cell)]
+                histogram[c, y // cell, x // cell, b] += (
+                    math.hypot(gx, gy) * window[y % (2 * cell), x % (2 * cell)])
     histogram /= np.maximum(np.linalg.norm(histogram, axis=-1, keepdims=True), 1e-12)
     g, features = patch // cell, []
     for row in range(H // patch):
@@ -35,24 +37,27 @@ def naive_hog(image, patch, cell=8, bins=9):
     return np.stack(features)
 
 
-@pytest.mark.parametrize("shape, patch, cell", [((32, 48), 16, 8), ((24, 24), 8, 8), ((16, 16), 8, 4), ((12, 12), 4, 4)])
+@pytest.mark.parametrize("shape, patch, cell",
+                         [((32, 48), 16, 8), ((24, 24), 8, 8), ((16, 16), 8, 4), ((12, 12), 4, 4)])
 def test_equals_the_pixel_loop(shape, patch, cell):
     images = torch.rand(2, 3, *shape) * 2 - 1
     ours = hog_features(images, patch, cell)
     assert ours.dtype == torch.float32 and ours.shape[-1] == hog_dim(patch, cell)
     for image, features in zip(images, ours):
-        np.testing.assert_allclose(features.numpy(), naive_hog(image.double().numpy(), patch, cell), atol=2e-5)
+        np.testing.assert_allclose(features.numpy(), naive_hog(image.double().numpy(), patch, cell),
+                                   atol=2e-5)
 
 
 def test_equals_scikit_image_where_the_recipes_coincide(monkeypatch):
-    # On a sum of a row profile and a column profile Sobel is 4 x the central difference. scikit-image has no Gaussian
-    # window and counts the angle from the other axis (hence the transposed image); the border differs by design.
+    # On a sum of a row profile and a column profile Sobel is 4 x the central difference. scikit-image has no
+    # Gaussian window and counts the angle from the other axis (hence the transposed image);
+    # the border differs by design.
     monkeypatch.setattr(hog, "gaussian_window", lambda cell: torch.ones(2 * cell, 2 * cell))
     rng = np.random.default_rng(0)
     image = rng.normal(size=(40, 1)).cumsum(0) + rng.normal(size=(1, 40)).cumsum(1)
     ours = hog_features(torch.tensor(image).float().expand(1, 3, 40, 40), 8)[0].reshape(5, 5, 3, 9)
-    theirs = skimage_hog(image.T, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(1, 1), block_norm="L2",
-                         feature_vector=False)[:, :, 0, 0].transpose(1, 0, 2)
+    theirs = skimage_hog(image.T, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(1, 1),
+                         block_norm="L2", feature_vector=False)[:, :, 0, 0].transpose(1, 0, 2)
     np.testing.assert_allclose(ours[1:-1, 1:-1, 0].numpy(), theirs[1:-1, 1:-1], atol=1e-4)
 
 
@@ -99,6 +104,7 @@ def test_window_is_the_16_pixel_gaussian():
 def test_picture_strokes_run_along_the_edge():
     image = torch.zeros(1, 3, 8, 8)
     image[..., 4:] = 1                                                 # a vertical edge
-    picture = np.asarray(hog_picture(hog_features(image, 8)[0], (1, 1), 8, pixels_per_cell=48))[..., 0].astype(float)
+    picture = np.asarray(hog_picture(hog_features(image, 8)[0], (1, 1), 8,
+                                     pixels_per_cell=48))[..., 0].astype(float)
     ys, xs = np.nonzero(picture > 100)
     assert np.ptp(ys) > 3 * np.ptp(xs)

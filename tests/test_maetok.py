@@ -1,4 +1,5 @@
-"""maetok.py: the architecture against independent oracles, the paper's counts, and what the method promises."""
+"""maetok.py: the architecture against independent oracles, the paper's counts, and what the method promises.
+"""
 import numpy as np
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from maetok import (MAETok, MAETokConfig, Block, RoPE2D, kl_divergence, masked_feature_loss, patchify,
                     random_mask, rotate, unpatchify)
 
-TINY = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=2, num_latents=5, latent_dim=6,
-            aux_targets={"hog": 27, "anything": 10}, aux_depth=1)
+TINY = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=2, num_latents=5,
+            latent_dim=6, aux_targets={"hog": 27, "anything": 10}, aux_depth=1)
 
 
 def tiny(**changes):
@@ -26,16 +27,16 @@ def parameters(**config):
 
 
 def test_parameter_count_of_the_paper_size():
-    # The paper says 176 M for encoder and decoder, the released checkpoint has 173.9 M; ours, without the released extras
-    # (class token, position table, LayerScale, latent modulation), has 171.6 M.
+    # The paper says 176 M for encoder and decoder, the released checkpoint has 173.9 M; ours, without the
+    # released extras (class token, position table, LayerScale, latent modulation), has 171.6 M.
     assert parameters() == 171_639_584
     assert abs(parameters() / 176e6 - 1) < 0.03
     assert parameters(image_size=512) == parameters()          # nothing depends on the image size
 
 
 def test_parameter_count_of_the_released_variant():
-    # 173,890,592 by the released key list, of which these are stored but never used: the decoder's patch_embed and
-    # pos_embed and its last norm's modulation.
+    # 173,890,592 by the released key list, of which these are stored but never used: the decoder's
+    # patch_embed and pos_embed and its last norm's modulation.
     unused = (3 * 16 * 16 * 768 + 768) + 257 * 768 + (32 * 1536 + 1536)
     ours = parameters(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5, latent_modulation=True)
     assert ours == 173_890_592 - unused
@@ -65,8 +66,10 @@ def test_one_set_of_weights_runs_at_any_size_the_patch_divides():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(image_size=18), "multiple of patch_size"), (dict(patch_size=0), "must be positive"), (dict(heads=0), "positive"), (dict(width=30), "head size"), (dict(rope="sine"), "axial"),
-    (dict(ape="decoder"), "none, encoder or both"), (dict(latent_modulation=True, learnable_latents=False), "learnable")])
+    (dict(image_size=18), "multiple of patch_size"), (dict(patch_size=0), "must be positive"),
+    (dict(heads=0), "positive"), (dict(width=30), "head size"), (dict(rope="sine"), "axial"),
+    (dict(ape="decoder"), "none, encoder or both"),
+    (dict(latent_modulation=True, learnable_latents=False), "learnable")])
 def test_impossible_configurations_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         MAETokConfig(**(TINY | bad))
@@ -82,8 +85,8 @@ def test_patchify_agrees_with_unfold_and_is_invertible():
 
 def test_block_equals_pytorchs_pre_norm_encoder_layer():
     ours = Block(32, 4, 4.0)
-    oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True,
-                                        norm_first=True)
+    oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
+                                        batch_first=True, norm_first=True)
     for p in ours.parameters():
         nn.init.normal_(p, std=0.2)
     pairs = [(oracle.norm1, ours.norm1), (oracle.norm2, ours.norm2), (oracle.linear1, ours.mlp[0]),
@@ -103,7 +106,8 @@ def test_rope_depends_on_relative_position_only(kind):
     rope = RoPE2D(kind, depth=2, heads=3, head_size=16)
     cos, sin = rope((6, 7), before=0, after=0)
     q, k = torch.randn(1, 3, 1, 16).expand(-1, -1, 42, -1), torch.randn(1, 3, 1, 16).expand(-1, -1, 42, -1)
-    scores = (rotate(q, cos[-1], sin[-1]) @ rotate(k, cos[-1], sin[-1]).transpose(-1, -2))[0].reshape(3, 6, 7, 6, 7)
+    scores = (rotate(q, cos[-1], sin[-1])
+              @ rotate(k, cos[-1], sin[-1]).transpose(-1, -2))[0].reshape(3, 6, 7, 6, 7)
     # The same step of (+2 rows, -1 column) from two places gives one score; another step gives another.
     torch.testing.assert_close(scores[:, 1, 3, 3, 2], scores[:, 3, 6, 5, 5], rtol=1e-4, atol=1e-4)
     assert (scores[:, 1, 3, 3, 2] - scores[:, 1, 3, 3, 4]).abs().min() > 1e-3
@@ -114,8 +118,9 @@ def test_rope_rotates_image_tokens_by_the_documented_angles_and_leaves_the_other
     rope = RoPE2D("axial", depth=1, heads=1, head_size=8)
     cos, sin = rope((2, 3), before=1, after=4)
     assert cos.shape == (1, 1, 11, 4)
-    assert torch.equal(cos[0, 0, [0, 7, 8, 9, 10]], torch.ones(5, 4)) and (sin[0, 0, [0, 7, 8, 9, 10]] == 0).all()
-    angle = torch.tensor([2 * 1.0, 2 * 0.1, 1 * 1.0, 1 * 0.1])          # column 2, row 1; frequencies 100^0, 100^-1/2
+    assert (torch.equal(cos[0, 0, [0, 7, 8, 9, 10]], torch.ones(5, 4))
+            and (sin[0, 0, [0, 7, 8, 9, 10]] == 0).all())
+    angle = torch.tensor([2 * 1.0, 2 * 0.1, 1 * 1.0, 1 * 0.1])  # column 2, row 1; frequencies 100^0, 100^-1/2
     torch.testing.assert_close(cos[0, 0, 1 + 5], angle.cos())
     torch.testing.assert_close(sin[0, 0, 1 + 5], angle.sin())
 
@@ -132,8 +137,9 @@ def test_positions_come_from_rope_alone():
     images = torch.randn(1, 3, 16, 16)
     shuffled = unpatchify(patchify(images, 4)[:, torch.randperm(16)], 4, (4, 4))
     same = lambda model: torch.allclose(model.encode(images), model.encode(shuffled), atol=1e-5)
-    assert same(tiny(rope="none"))                                        # without it the encoder sees a bag of patches
-    assert not same(tiny(rope="axial")) and not same(tiny(rope="mixed")) and not same(tiny(rope="none", ape="both"))
+    assert same(tiny(rope="none"))                              # without it the encoder sees a bag of patches
+    assert (not same(tiny(rope="axial")) and not same(tiny(rope="mixed"))
+            and not same(tiny(rope="none", ape="both")))
 
 
 # ------------------------------------------------ masking ------------------------------------------------
@@ -141,9 +147,9 @@ def test_positions_come_from_rope_alone():
 def test_random_mask_hides_the_share_it_was_asked_for():
     mask = random_mask(rngs(500), 64, 0.4, 0.6)
     hidden = mask.sum(1)
-    assert mask.dtype == torch.bool and hidden.min() >= 26 and hidden.max() <= 39           # ceil of 40 % and 60 %
-    assert abs(hidden.float().mean() - 32.5) < 1 and hidden.unique().numel() > 10           # uniform over the range
-    assert (mask.float().mean(0) - 0.5).abs().max() < 0.12                                  # no place is favoured
+    assert mask.dtype == torch.bool and hidden.min() >= 26 and hidden.max() <= 39     # ceil of 40 % and 60 %
+    assert abs(hidden.float().mean() - 32.5) < 1 and hidden.unique().numel() > 10     # uniform over the range
+    assert (mask.float().mean(0) - 0.5).abs().max() < 0.12                            # no place is favoured
     assert (random_mask(rngs(4), 10, 0.6, 0.6).sum(1) == 6).all()
     assert not random_mask(rngs(2), 10, 0.0, 0.0).any()
 
@@ -154,7 +160,8 @@ def test_a_mask_belongs_to_its_sample_not_to_its_batch():
         random_mask(rngs(1), 16, 0.6, 0.4)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(class_token=True, ape="encoder"), dict(learnable_latents=False)])
+@pytest.mark.parametrize("changes",
+                         [{}, dict(class_token=True, ape="encoder"), dict(learnable_latents=False)])
 def test_hidden_patches_do_not_reach_the_latents(changes):
     model = tiny(**changes)
     images, mask = torch.randn(2, 3, 16, 16), random_mask(rngs(2), 16)
@@ -164,7 +171,7 @@ def test_hidden_patches_do_not_reach_the_latents(changes):
     assert not torch.allclose(model.encode(images, mask), model.encode(images))
     with torch.no_grad():
         before = model.encode(images, mask)
-        model.encoder.mask_token += torch.randn(32)                       # replaced by this token, not dropped
+        model.encoder.mask_token += torch.randn(32)                      # replaced by this token, not dropped
     assert not torch.allclose(before, model.encode(images, mask))
 
 
@@ -181,10 +188,11 @@ def test_auxiliary_loss_is_a_mean_over_hidden_patches(kind):
                 values.append(((p - t) ** 2).mean() if kind == "mse" else
                               -(p @ t) / np.linalg.norm(p) / np.linalg.norm(t))
         images.append(np.mean(values))
-    torch.testing.assert_close(masked_feature_loss(prediction, target, mask, kind).item(), float(np.mean(images)),
-                               rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masked_feature_loss(prediction, target, mask, kind).item(),
+                               float(np.mean(images)), rtol=1e-5, atol=1e-6)
     changed = prediction + torch.randn_like(prediction) * ~mask[..., None]
-    assert torch.equal(masked_feature_loss(prediction, target, mask, kind), masked_feature_loss(changed, target, mask, kind))
+    assert torch.equal(masked_feature_loss(prediction, target, mask, kind),
+                       masked_feature_loss(changed, target, mask, kind))
     assert masked_feature_loss(prediction, target, torch.zeros_like(mask), kind) == 0
     with pytest.raises(ValueError):
         masked_feature_loss(prediction, target, mask, "l1")
@@ -217,7 +225,8 @@ def test_kl_vae_samples_with_the_given_noise():
     torch.testing.assert_close(output.latents, mean + torch.exp(logvar / 2) * noise)
     torch.testing.assert_close(model.encode(images), mean)
     oracle = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()),
-                                               torch.distributions.Normal(torch.zeros(()), torch.ones(()))).sum((1, 2)).mean()
+                                               torch.distributions.Normal(torch.zeros(()),
+                                                                          torch.ones(()))).sum((1, 2)).mean()
     torch.testing.assert_close(kl_divergence(output.posterior), oracle)
 
 

@@ -1,4 +1,5 @@
-"""sit.py: the network's structure and counts, the paths, and samplers held against distributions known in closed form.
+"""sit.py: the network's structure and counts, the paths,
+and samplers held against distributions known in closed form.
 
 The oracle of the samplers is data whose velocity can be written down: a Gaussian, and a mixture of four.
 """
@@ -13,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss, guided_velocity,
-                 heun, interpolate, path_coefficients, position_table, sample_times, score_from_velocity, sit_macs,
-                 split_velocity, time_features)
+from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss,
+                 guided_velocity, heun, interpolate, path_coefficients, position_table, sample_times,
+                 score_from_velocity, sit_macs, split_velocity, time_features)
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 PATHS = ("linear", "cosine")
@@ -39,14 +40,14 @@ def rngs(count, seed=0):
     return [np.random.default_rng([seed, i]) for i in range(count)]
 
 
-# ------------------------------------------------ counts and names ------------------------------------------------
+# --------------------------------------------- counts and names ---------------------------------------------
 
 @pytest.mark.parametrize("size, exact, paper", [("XL", 674_853_152, 675e6), ("L", 457_857_056, 458e6),
                                                 ("B", 130_328_096, None), ("S", 32_871_200, None)])
 def test_parameter_counts(size, exact, paper):
     count = sum(p.numel() for p in on_meta(**SIZES[size]).parameters())
     assert count == exact
-    assert paper is None or abs(count / paper - 1) < 1e-3                     # as the paper prints them [Sec. 4.1]
+    assert paper is None or abs(count / paper - 1) < 1e-3                # as the paper prints them [Sec. 4.1]
 
 
 def test_the_default_is_the_papers_xl_and_its_released_list_of_weights():
@@ -63,14 +64,15 @@ def test_the_default_is_the_papers_xl_and_its_released_list_of_weights():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     state = on_meta().state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == expected
-    assert sum(value.numel() for value in state.values()) + 128 * 1152 == 675_000_608     # with its stored pos_embed
+    # with its stored pos_embed
+    assert sum(value.numel() for value in state.values()) + 128 * 1152 == 675_000_608
 
 
 @pytest.mark.parametrize("config", [TINY, dict(num_latents=128), dict(num_latents=1024),
                                     dict(SIZES["S"], mlp_ratio=3.0, num_latents=7, latent_dim=3)])
 def test_macs_agree_with_pytorchs_counter(config):
-    # On the meta device attention falls apart into the matrix products that the counter knows; the fused kernel of the
-    # CPU counts as nothing.
+    # On the meta device attention falls apart into the matrix products that the counter knows; the fused
+    # kernel of the CPU counts as nothing.
     model = on_meta(**config)
     c = model.config
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
@@ -88,13 +90,14 @@ def test_macs_of_the_paper_size():
 
 @pytest.mark.parametrize("bad, message", [
     (dict(width=30), "divided over 4 heads"), (dict(width=33, heads=3), "odd"), (dict(depth=0), "positive"),
-    (dict(latent_dim=-1), "positive"), (dict(mlp_ratio=0.0), "positive"), (dict(num_classes=-1), "unconditional")])
+    (dict(latent_dim=-1), "positive"), (dict(mlp_ratio=0.0), "positive"),
+    (dict(num_classes=-1), "unconditional")])
 def test_impossible_configurations_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         SiTConfig(**(TINY | bad))
 
 
-# ------------------------------------------------ the network ------------------------------------------------
+# ----------------------------------------------- the network -----------------------------------------------
 
 def test_a_new_model_answers_zero_and_its_blocks_are_the_identity():
     model = tiny(random=False)
@@ -103,17 +106,19 @@ def test_a_new_model_answers_zero_and_its_blocks_are_the_identity():
     tokens, c = torch.randn(3, 5, 32), torch.randn(3, 32)
     for block in model.blocks:
         assert torch.equal(block(tokens, c), tokens)
-        assert block.attn(tokens).abs().min() > 0 and block.mlp(tokens).abs().min() > 0     # closed, not empty
+        assert block.attn(tokens).abs().min() > 0 and block.mlp(tokens).abs().min() > 0    # closed, not empty
 
 
 def test_block_equals_pytorchs_pre_norm_encoder_layer_when_gates_are_open():
     ours = Block(32, 4, 4.0)
-    oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation=lambda x: F.gelu(x, approximate="tanh"),
+    oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0,
+                                        activation=lambda x: F.gelu(x, approximate="tanh"),
                                         layer_norm_eps=1e-6, batch_first=True, norm_first=True)
     for p in ours.parameters():
         nn.init.normal_(p, std=0.2)
     nn.init.zeros_(ours.adaLN_modulation[1].weight)
-    ours.adaLN_modulation[1].bias.data = torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(32)   # shift, scale, gate
+    # shift, scale, gate
+    ours.adaLN_modulation[1].bias.data = torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(32)
     for theirs, mine in ((oracle.linear1, ours.mlp.fc1), (oracle.linear2, ours.mlp.fc2),
                          (oracle.self_attn.out_proj, ours.attn.proj)):
         theirs.load_state_dict(mine.state_dict())
@@ -148,7 +153,7 @@ def test_positions_are_interleaved_sines_and_cosines():
     x, t, y = torch.randn(2, 5, 6), torch.rand(2), torch.tensor([1, 2])
     shuffle = torch.tensor([3, 0, 4, 1, 2])
     assert not torch.allclose(model(x[:, shuffle], t, y), model(x, t, y)[:, shuffle], atol=1e-3)
-    model.pos_embed.zero_()                                                   # the table is the only source of order
+    model.pos_embed.zero_()                                            # the table is the only source of order
     torch.testing.assert_close(model(x[:, shuffle], t, y), model(x, t, y)[:, shuffle], rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +164,8 @@ def test_time_features_are_cosines_then_sines_of_unscaled_time():
     for b in range(3):
         for i in (0, 1, 64, 127):
             angle = float(t[b]) * 10000 ** (-i / 128)
-            assert abs(features[b, i] - math.cos(angle)) < 1e-6 and abs(features[b, 128 + i] - math.sin(angle)) < 1e-6
+            assert (abs(features[b, i] - math.cos(angle)) < 1e-6
+                    and abs(features[b, 128 + i] - math.sin(angle)) < 1e-6)
 
 
 def test_time_features_are_float32_under_autocast():
@@ -198,7 +204,7 @@ def test_an_unconditional_model_has_the_null_class_only():
         guided_velocity(model, y, cfg_scale=1.5)
 
 
-# ------------------------------------------------ paths and objective ------------------------------------------------
+# ------------------------------------------- paths and objective -------------------------------------------
 
 @pytest.mark.parametrize("path", PATHS)
 def test_paths_go_from_data_at_0_to_noise_at_1_with_these_derivatives(path):
@@ -206,11 +212,13 @@ def test_paths_go_from_data_at_0_to_noise_at_1_with_these_derivatives(path):
     torch.testing.assert_close(interpolate(x, noise, torch.zeros(2, dtype=torch.float64), path)[0], x)
     torch.testing.assert_close(interpolate(x, noise, torch.ones(2, dtype=torch.float64), path)[0], noise)
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda t: interpolate(x, noise, t, path)[0], t)     # (2, 5, 6, 2)
+    # (2, 5, 6, 2)
+    jacobian = torch.autograd.functional.jacobian(lambda t: interpolate(x, noise, t, path)[0], t)
     derivative = torch.stack([jacobian[b, :, :, b] for b in range(2)])
     torch.testing.assert_close(interpolate(x, noise, t, path)[1], derivative)
     alpha, sigma, *_ = path_coefficients(t, path)
-    torch.testing.assert_close(alpha + sigma if path == "linear" else alpha ** 2 + sigma ** 2, torch.ones_like(t))
+    torch.testing.assert_close(alpha + sigma if path == "linear" else alpha ** 2 + sigma ** 2,
+                               torch.ones_like(t))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -221,17 +229,20 @@ def test_split_velocity_inverts_interpolation(path):
     data, eps = split_velocity(v, state, t, path)
     torch.testing.assert_close(data, x, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(split_velocity(v[1:2], state[1:2], 0.3, path)[1], noise[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(split_velocity(v[1:2], state[1:2], 0.3, path)[1], noise[1:2], rtol=1e-4,
+                               atol=1e-5)
 
 
 class GaussianMixture:
-    """Data from sum_k weights[k] N(means[k], std^2 I) over (B, L, C) = (B, 1, C), and the exact velocity and score."""
+    """Data from sum_k weights[k] N(means[k], std^2 I) over (B, L, C) = (B, 1, C),
+    and the exact velocity and score."""
 
     def __init__(self, weights, means, std, path):
-        self.weights, self.means = torch.tensor(weights).double(), torch.tensor(means).double()     # (K,), (K, C)
+        # (K,), (K, C)
+        self.weights, self.means = torch.tensor(weights).double(), torch.tensor(means).double()
         self.std, self.path = std, path
 
-    def coefficients(self, t):                       # written here again, so that a wrong path cannot hide in both
+    def coefficients(self, t):                  # written here again, so that a wrong path cannot hide in both
         if self.path == "linear":
             return 1 - t, t, -1.0, 1.0
         h = math.pi / 2
@@ -247,10 +258,11 @@ class GaussianMixture:
     def velocity(self, x, t):                        # (B, 1, C) -> (B, 1, C)
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
         variance = (alpha * self.std) ** 2 + sigma ** 2
-        away = x - alpha * self.means                                                               # (B, K, C)
+        away = x - alpha * self.means                                                              # (B, K, C)
         share = torch.softmax(self.weights.log() - away.square().sum(-1) / (2 * variance), -1)[..., None]
-        data = (share * (self.means + alpha * self.std ** 2 / variance * away)).sum(1, keepdim=True)  # E[x | x_t]
-        noise = (share * sigma / variance * away).sum(1, keepdim=True)                                # E[eps | x_t]
+        # E[x | x_t]
+        data = (share * (self.means + alpha * self.std ** 2 / variance * away)).sum(1, keepdim=True)
+        noise = (share * sigma / variance * away).sum(1, keepdim=True)                          # E[eps | x_t]
         return d_alpha * data + d_sigma * noise
 
 
@@ -266,8 +278,9 @@ def test_score_is_the_gradient_of_the_log_density(path, t):
     gradient, = torch.autograd.grad(modes.log_density(x, t).sum(), x)
     score = score_from_velocity(modes.velocity(x, t), x, t, path)
     torch.testing.assert_close(score, gradient)
-    torch.testing.assert_close(score_from_velocity(modes.velocity(x, t), x, torch.full((20,), t).double(), path), score)
-    closed = gaussian(path)                                                   # N(alpha m, alpha^2 s^2 + sigma^2)
+    torch.testing.assert_close(
+        score_from_velocity(modes.velocity(x, t), x, torch.full((20,), t).double(), path), score)
+    closed = gaussian(path)                                                # N(alpha m, alpha^2 s^2 + sigma^2)
     alpha, sigma, *_ = closed.coefficients(t)
     x = x.detach()[..., :1]
     torch.testing.assert_close(score_from_velocity(closed.velocity(x, t), x, t, path),
@@ -295,7 +308,8 @@ def test_loss_is_one_mean_a_sample():
     loss = flow_matching_loss(prediction, target)
     assert loss.shape == (3,) and loss.dtype == torch.float32
     for b in range(3):
-        assert loss[b].item() == pytest.approx(((prediction[b].float() - target[b]).numpy() ** 2).mean(), rel=1e-5)
+        assert loss[b].item() == pytest.approx(((prediction[b].float() - target[b]).numpy() ** 2).mean(),
+                                               rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "logit-normal"])
@@ -306,7 +320,8 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
     normal = scipy.stats.kstest(scipy.special.logit(times.double().numpy()), "norm").pvalue
     good, bad = (uniform, normal) if kind == "uniform" else (normal, uniform)
     assert good > 0.01 and bad < 1e-6
-    assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])       # a sample's time is its generator's alone
+    # a sample's time is its generator's alone
+    assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])
 
 
 def test_dropped_labels_become_the_null_class():
@@ -343,16 +358,17 @@ def test_order_of_the_ode_samplers(sampler, ratio, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name, options", [("euler", {}), ("heun", {}), ("euler_maruyama", dict(steps=500, last=0.01))])
+@pytest.mark.parametrize("name, options",
+                         [("euler", {}), ("heun", {}), ("euler_maruyama", dict(steps=500, last=0.01))])
 def test_samplers_reach_the_mean_and_variance_of_a_gaussian(name, options, path):
     x = torch.randn(20_000, 1, 1, dtype=torch.float64)
     if name == "euler_maruyama":
         options = options | dict(path=path, generator=torch.Generator().manual_seed(1))
     samples = SAMPLERS[name](gaussian(path).velocity, x, **options).flatten().numpy()
-    assert abs(samples.mean() - 1.5) < 0.02                                   # standard error 0.0035
-    assert abs(samples.var() / 0.25 - 1) < 0.05                               # standard error 0.01
+    assert abs(samples.mean() - 1.5) < 0.02                          # standard error 0.0035
+    assert abs(samples.var() / 0.25 - 1) < 0.05                      # standard error 0.01
     assert scipy.stats.kstest((samples[:2000] - samples.mean()) / samples.std(), "norm").pvalue > 0.01
-    if name == "euler_maruyama":                                              # noise is added: x alone does not decide
+    if name == "euler_maruyama":                                     # noise is added: x alone does not decide
         assert abs(np.corrcoef(samples, x.flatten().numpy())[0, 1]) < 0.5
 
 
@@ -392,13 +408,14 @@ def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times():
 
 def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
     calls, asked, states = [], [], []
-    still = lambda x, t: -x / (2 - t)                                         # the drift, (2 - t) v + x, is then 0
+    still = lambda x, t: -x / (2 - t)                                    # the drift, (2 - t) v + x, is then 0
     euler_maruyama(recorded(still, calls), torch.zeros(1, 1, 1), trajectory=states,
                    noise=lambda step: asked.append(step) or torch.ones(1, 1, 1))
     assert len(calls) == 250 and calls[0][1] == 1.0 and calls[-1][1] == pytest.approx(0.04)
     assert asked == list(range(249))
-    values = [x.item() for _, x in states]                                    # 249 times upwards, then not
-    assert all(a < b for a, b in zip(values[:-1], values[1:-1])) and values[-1] == pytest.approx(values[-2], abs=1e-9)
+    values = [x.item() for _, x in states]                               # 249 times upwards, then not
+    assert (all(a < b for a, b in zip(values[:-1], values[1:-1]))
+            and values[-1] == pytest.approx(values[-2], abs=1e-9))
 
 
 def test_ode_samplers_call_at_evenly_spaced_times_from_1():
@@ -422,7 +439,8 @@ def test_time_runs_from_noise_at_1_to_data_at_0(name):
     calls = []
     sample = SAMPLERS[name](recorded(velocity, calls), torch.randn(5, 1, 2), **options)
     assert calls[0][1] == 1.0
-    torch.testing.assert_close(sample, p.expand(5, 1, 2), rtol=0, atol=0.1 if name == "euler_maruyama" else 1e-5)
+    torch.testing.assert_close(sample, p.expand(5, 1, 2), rtol=0,
+                               atol=0.1 if name == "euler_maruyama" else 1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -434,14 +452,15 @@ def test_state_is_float64_and_the_result_has_the_inputs_dtype(name):
         assert all(x.dtype == dtype for _, x in states)
 
 
-@pytest.mark.parametrize("name, times", [("euler", [1, 0.75, 0.5, 0.25, 0]), ("heun", [1, 0.75, 0.5, 0.25, 0]),
-                                         ("euler_maruyama", [1, 0.68, 0.36, 0.04, 0])])
+@pytest.mark.parametrize("name, times",
+                         [("euler", [1, 0.75, 0.5, 0.25, 0]), ("heun", [1, 0.75, 0.5, 0.25, 0]),
+                          ("euler_maruyama", [1, 0.68, 0.36, 0.04, 0])])
 def test_trajectory_holds_every_state_from_noise_to_result(name, times):
     calls, states, x = [], [], torch.randn(2, 1, 3, dtype=torch.float64)
     result = SAMPLERS[name](recorded(gaussian("linear").velocity, calls), x, 4, trajectory=states)
     assert [t for t, _ in states] == pytest.approx(times)
     assert torch.equal(states[0][1], x) and torch.equal(states[-1][1], result)
-    seen = calls[::2] if name == "heun" else calls                            # the state at the start of each step
+    seen = calls[::2] if name == "heun" else calls                       # the state at the start of each step
     assert all(torch.equal(state, at) for (_, state), (at, _) in zip(states, seen))
 
 
@@ -471,7 +490,8 @@ class FakeModel(nn.Module):
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.config, self.weight, self.calls = SiTConfig(**TINY), nn.Parameter(torch.zeros((), dtype=dtype)), []
+        self.config, self.weight, self.calls = (
+            SiTConfig(**TINY), nn.Parameter(torch.zeros((), dtype=dtype)), [])
 
     def forward(self, x, t, y):
         self.calls.append((x, t, y))
@@ -491,7 +511,8 @@ def test_guidance_extrapolates_from_the_null_class_in_one_batch():
     assert y.tolist() == [2, 0, 7, 10, 10, 10]
 
 
-@pytest.mark.parametrize("t, rows", [(0.1999, 3), (0.2, 6), (0.5, 6), (0.75, 6), (0.7501, 3), (1.0, 3), (0.0, 3)])
+@pytest.mark.parametrize("t, rows",
+                         [(0.1999, 3), (0.2, 6), (0.5, 6), (0.75, 6), (0.7501, 3), (1.0, 3), (0.0, 3)])
 def test_the_interval_includes_both_ends_and_saves_the_rest(t, rows):
     model = FakeModel()
     v = guided_velocity(model, Y, 2.0, (0.2, 0.75))(X, t)
@@ -534,13 +555,13 @@ def test_guidance_of_a_real_model_agrees_with_two_separate_passes():
     torch.testing.assert_close(v, u + 1.9 * (c - u), rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------ everything together ------------------------------------------------
+# ------------------------------------------- everything together -------------------------------------------
 
 def test_a_tiny_model_learns_two_classes_and_samples_them():
     # Class 0 is the token pair (2, -2), class 1 is (-2, 2), both with deviation 0.1.
     model = SiT(SiTConfig(num_latents=2, latent_dim=1, width=32, heads=2, depth=1, num_classes=2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses, centre = [], torch.tensor([[2.0, -2.0], [-2.0, 2.0]])[..., None]                        # (2, 2, 1)
+    losses, centre = [], torch.tensor([[2.0, -2.0], [-2.0, 2.0]])[..., None]                       # (2, 2, 1)
     for step in range(400):
         r = rngs(64, seed=step)
         y = torch.tensor([int(rng.integers(2)) for rng in r])
@@ -552,8 +573,8 @@ def test_a_tiny_model_learns_two_classes_and_samples_them():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] > 3 and np.mean(losses[-50:]) < 0.7                      # E|v|^2 = 5 at first; measured: 0.45
+    assert losses[0] > 3 and np.mean(losses[-50:]) < 0.7              # E|v|^2 = 5 at first; measured: 0.45
     y = torch.arange(60) % 2
     for sampler in (euler, euler_maruyama):
         sample = sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 1), 50)
-        assert (sample - centre[y]).abs().mean() < 0.25                       # 0.08 were they perfect; measured: 0.10
+        assert (sample - centre[y]).abs().mean() < 0.25               # 0.08 were they perfect; measured: 0.10

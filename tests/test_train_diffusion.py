@@ -1,4 +1,5 @@
-"""train_diffusion.py and sample.py: the latent cache, exact resumption, process counts, samples that are their own."""
+"""train_diffusion.py and sample.py: the latent cache, exact resumption, process counts,
+samples that are their own."""
 import os
 import signal
 import subprocess
@@ -20,11 +21,12 @@ from data import Shapes, build_dataset, to_float
 from sit import SiTConfig
 from train_diffusion import PRESETS, Config, LatentCache
 
-TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth 1 "
-             "--num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 --stage2-steps 2 --warmup 2 "
-             "--stage2-warmup 1 --log-every 1 --save-every 5 --grid-every 0 --eval-images 16 --latent-images 64 --device cpu")
-TINY = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --warmup 2 --log-every 1 --save-every 5 "
-        "--grid-every 0 --device cpu")
+TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 "
+             "--aux-depth 1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 "
+             "--stage2-steps 2 --warmup 2 --stage2-warmup 1 --log-every 1 --save-every 5 --grid-every 0 "
+             "--eval-images 16 --latent-images 64 --device cpu")
+TINY = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --warmup 2 --log-every 1 "
+        "--save-every 5 --grid-every 0 --device cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,10 @@ def losses(out):
 
 def test_paper_preset_is_table_8():
     config = Config(**PRESETS["sit-xl"])
-    assert (config.width, config.heads, config.depth, config.num_latents, config.latent_dim) == (1152, 16, 28, 128, 32)
-    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.batch_size, config.steps, config.warmup,
-            config.label_dropout, config.ema, config.path, config.times) == (
+    assert (config.width, config.heads, config.depth, config.num_latents,
+            config.latent_dim) == (1152, 16, 28, 128, 32)
+    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.batch_size, config.steps,
+            config.warmup, config.label_dropout, config.ema, config.path, config.times) == (
                 1e-4, 0.0, 0.9, 0.999, 256, 4_000_000, 0, 0.1, 0.9999, "linear", "uniform")
     for name in PRESETS:
         assert isinstance(Config(**PRESETS[name]), SiTConfig)
@@ -84,7 +87,7 @@ def test_cache_holds_the_normalised_latents_of_both_flips(tmp_path, tokenizer):
         plain, flipped = (model.encode(view, normalize=True)[0] for view in (image, image.flip(-1)))
         for epoch in range(4):
             z, label = cache[epoch, index]
-            match = [torch.allclose(z, view, atol=5e-3) for view in (plain, flipped)]       # float16 in the cache
+            match = [torch.allclose(z, view, atol=5e-3) for view in (plain, flipped)]   # float16 in the cache
             assert any(match) and label == index % 10
             seen.add(tuple(match))
     assert {(True, False), (False, True)} <= seen
@@ -96,7 +99,7 @@ def test_cache_is_resumed_shard_by_shard_and_refused_when_stale(tmp_path, tokeni
     files = sorted((tmp_path / "a/latents").glob("*.npy"))
     assert len(files) == 6 and [len(np.load(f)) for f in files] == [16, 16, 8] * 2
     before = {f: f.read_bytes() for f in files}
-    files[1].unlink()                                                                       # as if interrupted there
+    files[1].unlink()                                                                # as if interrupted there
     keep = files[0].stat().st_mtime_ns
     train(tmp_path / "a", tokenizer)
     assert {f: f.read_bytes() for f in files} == before and files[0].stat().st_mtime_ns == keep
@@ -125,7 +128,8 @@ def test_kill_during_extraction_loses_one_shard_at_most(tmp_path, tokenizer):
 
 
 def test_no_cache_trains_on_the_same_latents(tmp_path, tokenizer):
-    np.savez(tmp_path / "x.npz", np.stack([np.array(Shapes("train", 16, 0)[i][0]) for i in range(40)]), np.arange(40) % 10)
+    np.savez(tmp_path / "x.npz", np.stack([np.array(Shapes("train", 16, 0)[i][0]) for i in range(40)]),
+             np.arange(40) % 10)
     options = ["--data", tmp_path / "x.npz", "--cache-images", 0, "--cache-dtype", "float32", "--no-flip"]
     train(tmp_path / "cached", tokenizer, *options)
     train(tmp_path / "live", tokenizer, *options, "--no-cache")
@@ -139,7 +143,7 @@ def test_training_learns_and_logs_the_loss_by_time(tmp_path, tokenizer):
     train(tmp_path, tokenizer, "--steps", 150, "--lr", "2e-3", "--grid-every", 150, "--save-every", 200)
     curve = losses(tmp_path)
     assert np.mean(curve[-20:]) < 0.9 * np.mean(curve[:10])
-    assert 1.5 < curve[0] < 2.5                                     # E|eps - x|^2 of unit-variance data, output still 0
+    assert 1.5 < curve[0] < 2.5                           # E|eps - x|^2 of unit-variance data, output still 0
     record = common.read_metrics(tmp_path)[0]
     assert len(record["loss_t"]) == 10
     assert min(Image.open(tmp_path / "grid_0000150.png").size) > 90 and (tmp_path / "loss.png").exists()
@@ -167,10 +171,12 @@ def test_resuming_is_exact_after_a_kill(tmp_path, tokenizer):
 
 def test_two_processes_equal_one_in_training_and_sampling(tmp_path, tokenizer):
     one = train(tmp_path / "one", tokenizer)
-    two = run("train_diffusion.py", *TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path / "two", launcher=TORCHRUN)
+    two = run("train_diffusion.py", *TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path / "two",
+              launcher=TORCHRUN)
     assert two.returncode == 0, two.stderr
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(train_accumulated(tmp_path, tokenizer)), atol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(train_accumulated(tmp_path, tokenizer)),
+                               atol=1e-4)
     assert one["config"]["num_classes"] == 10
     options = ["--ckpt", tmp_path / "one", "--num-images", 12, "--steps", 5, "--cfg", 2, "--device", "cpu"]
     sample.main([*map(str, options), "--out", str(tmp_path / "a.npz"), "--batch-size", "5"])
@@ -192,7 +198,8 @@ def test_variants_train_and_sample(tmp_path, tokenizer, options):
     state = train(tmp_path, tokenizer, *options, "--grid-every", 10)
     assert np.isfinite(losses(tmp_path)).all()
     assert state["config"]["num_classes"] == (0 if "--unconditional" in options else 10)
-    sample.main(["--ckpt", str(tmp_path), "--num", "3", "--steps", "3", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
+    sample.main(["--ckpt", str(tmp_path), "--num", "3", "--steps", "3", "--out", str(tmp_path / "s.npz"),
+                 "--device", "cpu"])
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 
@@ -228,7 +235,7 @@ def test_outputs_labels_and_classes(tmp_path, diffusion):
     assert names[0] == "000000_class3.png" and len(names) == 6
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / names[1])), file["arr_0"][1])
     assert Image.open(tmp_path / "grid.png").width > 3 * 48
-    assert build_dataset(str(tmp_path / "all.npz"), "test", 16).length == 6               # what it writes it can read
+    assert build_dataset(str(tmp_path / "all.npz"), "test", 16).length == 6       # what it writes it can read
     random = sample.choose_labels(2000, None, 10, "random", 0)
     assert set(random) == set(range(10)) and np.bincount(random).min() > 150
     assert np.array_equal(random[:50], sample.choose_labels(50, None, 10, "random", 0))
@@ -251,7 +258,7 @@ def test_an_interrupted_run_goes_on(tmp_path, diffusion, monkeypatch):
     with pytest.raises(UserError, match="other settings"):
         draw(diffusion, "--num", 8, "--batch-size", 2, "--cfg", 3, "--out", out)
     draw(diffusion, "--num", 8, "--batch-size", 2, "--out", out)
-    assert len(calls) == 5                                                                  # two were not drawn again
+    assert len(calls) == 5                                                          # two were not drawn again
     draw(diffusion, "--num", 8, "--batch-size", 2, "--out", tmp_path / "y.npz")
     assert np.array_equal(np.load(out)["arr_0"], np.load(tmp_path / "y.npz")["arr_0"])
 
@@ -266,17 +273,23 @@ def test_the_checkpoint_knows_its_tokenizer(tmp_path, diffusion, tokenizer):
 
 def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
     (tmp_path / "broken.pt").write_bytes(b"junk")
-    for message, options in [("which tokenizer", ["--tokenizer", ""]), ("no checkpoint at", ["--tokenizer", tmp_path]),
+    for message, options in [("which tokenizer", ["--tokenizer", ""]),
+                             ("no checkpoint at", ["--tokenizer", tmp_path]),
                              ("damaged", ["--tokenizer", tmp_path / "broken.pt"]),
-                             ("not a tokenizer", ["--tokenizer", diffusion]), ("endless", ["--cache-images", 0]),
+                             ("not a tokenizer", ["--tokenizer", diffusion]),
+                             ("endless", ["--cache-images", 0]),
                              ("not divisible by 1 processes x 3", ["--accumulate", 3]),
-                             ("unknown preset", ["--preset", "sit-xxl"]), ("linear or cosine", ["--path", "straight"]),
-                             ("cannot be divided", ["--heads", 3]), ("of another run", ["--depth", 3, "--out", diffusion])]:
+                             ("unknown preset", ["--preset", "sit-xxl"]),
+                             ("linear or cosine", ["--path", "straight"]),
+                             ("cannot be divided", ["--heads", 3]),
+                             ("of another run", ["--depth", 3, "--out", diffusion])]:
         with pytest.raises(UserError, match=message) as e:
             train(tmp_path / "run", tokenizer, *options)
         assert "\n" not in str(e.value)
-    for message, options in [("not a diffusion model", ["--ckpt", tokenizer]), ("must lie in 0..9", ["--classes", 10]),
-                             ("LOW HIGH", ["--cfg-interval", "0.5", "0.2"]), ("invalid choice", ["--sampler", "ddim"]),
+    for message, options in [("not a diffusion model", ["--ckpt", tokenizer]),
+                             ("must lie in 0..9", ["--classes", 10]),
+                             ("LOW HIGH", ["--cfg-interval", "0.5", "0.2"]),
+                             ("invalid choice", ["--sampler", "ddim"]),
                              ("at least 1", ["--steps", 0])]:
         with pytest.raises(UserError, match=message):
             draw(diffusion, *options, "--out", tmp_path / "x.png")

@@ -20,9 +20,10 @@ from data import Shapes
 from maetok import MAETok
 from train_tokenizer import ABLATIONS, PRESETS, SCALES, Config
 
-TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth 1 "
-        "--num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 6 --stage2-steps 4 --warmup 2 --stage2-warmup 1 "
-        "--log-every 1 --save-every 5 --grid-every 0 --eval-images 16 --latent-images 64 --device cpu").split()
+TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
+        "1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 6 --stage2-steps 4 --warmup 2 "
+        "--stage2-warmup 1 --log-every 1 --save-every 5 --grid-every 0 --eval-images 16 --latent-images 64 "
+        "--device cpu").split()
 
 
 def train(out, *options):
@@ -36,7 +37,8 @@ def command(out, *options, launcher=()):
 
 
 def run(argv, **kwargs):
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 
 
 def torchrun(processes):
@@ -54,7 +56,7 @@ def assert_same_weights(a, b):
             assert torch.equal(a[part][name], b[part][name]), f"{part} {name}"
 
 
-# ------------------------------------------------ presets and schedules ------------------------------------------------
+# ------------------------------------------ presets and schedules ------------------------------------------
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_and_runs_its_shapes_on_the_meta_device(name):
@@ -65,17 +67,18 @@ def test_every_preset_builds_and_runs_its_shapes_on_the_meta_device(name):
         output = MAETok(config)(torch.empty(1, 3, size, size), noise=None)
     assert output.reconstruction.shape == (1, 3, size, size)
     N = (size // config.patch_size) ** 2
-    assert output.latents.shape == (1, config.num_latents if config.learnable_latents else N, config.latent_dim)
+    assert output.latents.shape == (1, config.num_latents if config.learnable_latents else N,
+                                    config.latent_dim)
     assert (output.posterior is not None) == name.startswith("vae")
     assert set(output.aux) == (set() if name in ("ae", "vae", "pixel") else {"hog"})
 
 
 def test_paper_presets_are_table_7():
     config = Config(**PRESETS["maetok-b-256"])
-    assert (config.image_size, config.width, config.heads, config.encoder_depth, config.decoder_depth, config.patch_size,
-            config.num_latents, config.latent_dim) == (256, 768, 12, 12, 12, 16, 128, 32)
-    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.batch_size, config.warmup, config.steps,
-            config.stage2_steps) == (1e-4, 1e-4, 0.9, 0.95, 512, 10_000, 500_000, 50_000)
+    assert (config.image_size, config.width, config.heads, config.encoder_depth, config.decoder_depth,
+            config.patch_size, config.num_latents, config.latent_dim) == (256, 768, 12, 12, 12, 16, 128, 32)
+    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.batch_size, config.warmup,
+            config.steps, config.stage2_steps) == (1e-4, 1e-4, 0.9, 0.95, 512, 10_000, 500_000, 50_000)
     assert (config.mask_low, config.mask_high, config.aux_depth, config.rope) == (0.4, 0.6, 3, "axial")
     assert Config(**PRESETS["maetok-b-512"]).image_size == 512
     assert ABLATIONS["mask-0-60"] == dict(mask_low=0.0, mask_high=0.6)
@@ -110,17 +113,19 @@ def test_weight_decay_is_for_matrices_of_linear_layers_only():
     assert rest["weight_decay"] == 0 and len(rest["params"]) + len(linear) == len(list(model.parameters()))
 
 
-# ------------------------------------------------ the two stages ------------------------------------------------
+# ---------------------------------------------- the two stages ----------------------------------------------
 
 def test_stage_2_trains_the_pixel_decoder_on_the_latents_of_stage_1(tmp_path):
     one = train(tmp_path, "--stage", "1")
     assert one["stage"] == 1 and one["step"] == 6 and any(k.startswith("aux_decoders") for k in one["model"])
     two = train(tmp_path)                                            # the same run goes on into stage 2
-    assert two["stage"] == 2 and two["step"] == 10 and not any(k.startswith("aux_decoders") for k in two["model"])
+    assert (two["stage"] == 2 and two["step"] == 10
+            and not any(k.startswith("aux_decoders") for k in two["model"]))
     for part in ("model", "ema"):
         encoder = [k for k in two[part] if k.startswith("encoder.")]
-        assert all(torch.equal(two[part][k], one["ema"][k]) for k in encoder)         # frozen at stage 1's EMA
-    assert any(not torch.equal(two["model"][k], one["ema"][k]) for k in two["model"] if k.startswith("decoder."))
+        assert all(torch.equal(two[part][k], one["ema"][k]) for k in encoder)        # frozen at stage 1's EMA
+    assert any(not torch.equal(two["model"][k], one["ema"][k])
+               for k in two["model"] if k.startswith("decoder."))
     events = [r for r in common.read_metrics(tmp_path) if "event" in r]
     assert [e["stage"] for e in events] == [1, 2] and all(e["psnr"] > 0 for e in events)
     assert events[0]["hog_constant"] > 0 and "hog_loss" not in events[1]
@@ -150,7 +155,8 @@ def test_without_masking_the_auxiliary_decoders_learn_from_all_patches(tmp_path)
     assert all(r["hog"] > 0 for r in common.read_metrics(tmp_path) if "hog" in r)
     torch.manual_seed(0)
     fresh = MAETok(Config(**state["config"] | {"aux_targets": {}})).state_dict()
-    assert not torch.equal(state["model"]["aux_decoders.hog.head.weight"], fresh["aux_decoders.hog.head.weight"])
+    assert not torch.equal(state["model"]["aux_decoders.hog.head.weight"],
+                           fresh["aux_decoders.hog.head.weight"])
 
 
 def test_measurements_are_made_again_when_they_were_cut_short(tmp_path, monkeypatch, capsys):
@@ -171,18 +177,20 @@ def test_measurements_are_made_again_when_they_were_cut_short(tmp_path, monkeypa
 def test_saved_tokenizer_offers_normalised_latents(tmp_path):
     train(tmp_path)
     tokenizer = trainer.load_tokenizer(tmp_path)
-    images = torch.stack([torch.from_numpy(np.array(Shapes("train", 16, 0)[i][0])) for i in range(500)]).permute(0, 3, 1, 2)
+    images = torch.stack([torch.from_numpy(np.array(Shapes("train", 16, 0)[i][0]))
+                          for i in range(500)]).permute(0, 3, 1, 2)
     images = images.float() / 127.5 - 1
     z = tokenizer.encode(images, normalize=True)
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1 and tokenizer.latent_std != 1
-    torch.testing.assert_close(tokenizer.decode(z, normalized=True), tokenizer.decode(tokenizer.encode(images)),
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokenizer.decode(z, normalized=True),
+                               tokenizer.decode(tokenizer.encode(images)), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="no checkpoint at"):
         trainer.load_tokenizer(tmp_path / "nowhere")
 
 
 def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
-    train(tmp_path, "--steps", "60", "--stage2-steps", "20", "--lr", "2e-3", "--grid-every", "40", "--save-every", "100")
+    train(tmp_path, "--steps", "60", "--stage2-steps", "20", "--lr", "2e-3", "--grid-every", "40",
+          "--save-every", "100")
     curve = losses(tmp_path)
     assert np.mean(curve[50:60]) < 0.8 * np.mean(curve[:5])
     for name in ("grid_0000040.png", "grid_0000060.png", "grid_0000080.png", "loss.png"):
@@ -190,10 +198,12 @@ def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 2e-3
 
 
-@pytest.mark.parametrize("options", [["--preset", "ae"], ["--preset", "vae-mask"], ["--preset", "image-latents"],
-                                     ["--preset", "aux-linear"], ["--preset", "ape"], ["--dtype", "bfloat16"],
-                                     ["--aux-loss", "cosine"], ["--rope", "mixed", "--latent-modulation", "--class-token",
-                                      "--layer-scale", "1e-5", "--ape", "encoder", "--mask-draw", "normal"]])
+@pytest.mark.parametrize("options",
+                         [["--preset", "ae"], ["--preset", "vae-mask"], ["--preset", "image-latents"],
+                          ["--preset", "aux-linear"], ["--preset", "ape"], ["--dtype", "bfloat16"],
+                          ["--aux-loss", "cosine"],
+                          ["--rope", "mixed", "--latent-modulation", "--class-token",
+                           "--layer-scale", "1e-5", "--ape", "encoder", "--mask-draw", "normal"]])
 def test_variants_train_through_both_stages(tmp_path, options):
     state = train(tmp_path, *options)
     assert state["step"] == 10 and np.isfinite(losses(tmp_path)).all()
@@ -212,7 +222,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path):
 def test_a_psnr_by_hand():
     a = -torch.ones(2, 3, 4, 4)
     b = a.clone()
-    b[1] += 2 * 51 / 255                                             # 51 of 255 levels: 20 log10(5) = 13.98 dB
+    b[1] += 2 * 51 / 255                                            # 51 of 255 levels: 20 log10(5) = 13.98 dB
     values = trainer.psnr(a, b)
     assert values[0] >= 99 and abs(values[1] - 13.979) < 0.001
 
@@ -222,15 +232,18 @@ def test_a_psnr_by_hand():
 def test_ten_steps_equal_five_a_kill_and_five_bit_for_bit(tmp_path):
     options = ["--steps", "10", "--stage", "1"]
     assert run(command(tmp_path / "whole", *options)).returncode == 0
-    process = subprocess.Popen(command(tmp_path / "killed", *options), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path / "killed", *options),
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "killed/step_0000005.pt").exists():
         assert process.poll() is None and time.time() < deadline
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert common.find_checkpoint(tmp_path / "killed")["step"] == 5 or (tmp_path / "killed/step_0000010.pt").exists()
-    for debris in (tmp_path / "killed").glob("step_0000010.pt"):     # should the kill have come too late: go back to 5
+    assert (common.find_checkpoint(tmp_path / "killed")["step"] == 5
+            or (tmp_path / "killed/step_0000010.pt").exists())
+    # should the kill have come too late: go back to 5
+    for debris in (tmp_path / "killed").glob("step_0000010.pt"):
         debris.unlink()
         os.replace(tmp_path / "killed/step_0000005.pt", tmp_path / "killed/last.pt")
     assert run(command(tmp_path / "killed", *options)).returncode == 0
@@ -265,7 +278,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
-    train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100", "--lr", "1e-3")
+    train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100",
+          "--lr", "1e-3")
     (tmp_path / "last.pt").unlink()
     state = common.find_checkpoint(tmp_path)
     state["model"]["decoder.head.weight"][0, 0] = float("nan")
@@ -275,7 +289,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     common.save_checkpoint(tmp_path, state, keep=3)
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(UserError, match="not finite"):
-        train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100", "--lr", "1e-3")
+        train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100",
+              "--lr", "1e-3")
     assert (tmp_path / "last.pt").read_bytes() == before and len(list(tmp_path.glob("step_*.pt"))) == 1
 
 
@@ -302,8 +317,9 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
         port = s.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
-    agents = [subprocess.Popen(command(tmp_path, "--stage", "1", "--steps", "4", launcher=launcher), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    agents = [subprocess.Popen(command(tmp_path, "--stage", "1", "--steps", "4", launcher=launcher),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
               for _ in range(2)]
     outputs = [agent.communicate(timeout=240)[0] for agent in agents]
     assert all(agent.returncode == 0 for agent in agents), "\n".join(outputs)
@@ -316,13 +332,15 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--data", "nowhere"], "--data nowhere: no such folder (nor one of: shapes, cifar10, a .npz file)"),
-    (["--preset", "tiny"], "unknown preset tiny; there are: "), (["--image-size", "30"], "is not a multiple of patch_size"),
+    (["--preset", "tiny"], "unknown preset tiny; there are: "),
+    (["--image-size", "30"], "is not a multiple of patch_size"),
     (["--accumulate", "3"], "not divisible by"), (["--out", "a-file"], "a-file")])
 def test_bad_input_is_one_line_and_exit_status_2(tmp_path, options, message):
     (tmp_path / "a-file").write_text("in the way")
     process = run(command("run", *options), cwd=tmp_path)
     lines = process.stderr.strip().splitlines()
-    assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert (process.returncode == 2 and len(lines) == 1
+            and lines[0].startswith("error: ") and message in lines[0])
 
 
 def test_every_kind_of_bad_input_is_named(tmp_path):
