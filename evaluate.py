@@ -34,7 +34,7 @@ def small_classifier(num_classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-def train_classifier(train_set, device, steps=1500, batch_size=64, seed=0):
+def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
     """Train small_classifier on a labelled ImageDataset: AdamW, 1e-3 falling linearly to 0, cross-entropy.
     In eval mode."""
     torch.manual_seed(seed)
@@ -114,8 +114,8 @@ def main(argv=None):
     add("samples", help=".npz of sample.py: arr_0 images, arr_1 labels")
     add("--data", required=True, help="the labelled real images: shapes, cifar10, a folder or an .npz file")
     add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
-    add("--classifier-steps", type=int, default=1500,
-        help="of the classifier's training, 64 images each (default 1500)")
+    add("--classifier-steps", type=int, default=800,
+        help="of the classifier's training, 64 images each (default 800)")
     add("--test-images", type=int, default=2000,
         help="real test images for the classifier's own accuracy (default 2000)")
     add("--cache", default="runs/cache",

@@ -99,8 +99,8 @@ class Config(SiTConfig):
 
 # The scale of a run. The first is the default.
 PRESETS = {
-    "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=6000, batch_size=64,
-                   lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=1000, grid_every=2000),
+    "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=3000, batch_size=64,
+                   lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=500, grid_every=500),
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
                     ema=0.9995, save_every=2000, grid_every=2000),
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],

@@ -125,8 +125,8 @@ SCALES = {
                    stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
                    log_every=50, save_every=500),
     "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3,
-                    decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=40_000,
-                    batch_size=64, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
+                    decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=60_000,
+                    batch_size=32, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
                     stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500),
     "maetok-b-256": dict(),                                                            # Table 7: the defaults
     "maetok-b-512": dict(image_size=512),                                              # Table 7
