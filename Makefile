@@ -12,7 +12,7 @@ demo: .venv/runtime
 	$(TORCHRUN) train_diffusion.py --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --report runs/demo/report.png
 	$(TORCHRUN) sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --num-images 1000 --out runs/demo/samples.npz
-	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes
+	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --tokenizer runs/demo/tokenizer
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data import GlobalBatches, build_dataset, collate, some_images, read_npz, to_float
+from data import GlobalBatches, build_dataset, collate, some_images, read_npz, to_float, to_uint8
+from train_tokenizer import load_tokenizer
 
 
 def small_classifier(num_classes):
@@ -62,8 +63,7 @@ def accuracy(model, batches, device):
 
 
 def generation(args, device):
-    """The share of samples that a classifier trained on real images assigns to the class they were asked for.
-    """
+    """The share of samples that a classifier trained on real images assigns to the class asked for."""
     samples = read_npz(args.samples)
     if samples.classes is None:
         raise UserError(f"{args.samples} has no labels (arr_1): "
@@ -100,8 +100,14 @@ def generation(args, device):
               "protocol": f"{len(labels)} samples of {args.samples} at {size} px; "
                           f"small convolutional classifier trained for {args.classifier_steps} steps of 64 "
                           f"on {args.data}, tested on up to {args.test_images} of its test images; float32"}
+    if args.tokenizer:
+        # Samples are drawn by the tokenizer's decoder: this tells its share of the blame.
+        tokenizer = load_tokenizer(args.tokenizer, device)
+        decode = lambda images: tokenizer.decode(tokenizer.encode(to_float(images.to(device))), (size, size))
+        redrawn = ((to_uint8(decode(images)).cpu(), y) for images, y in some_images(test_set, args.test_images))
+        result["reconstructions_assigned_to_their_class"] = accuracy(model, redrawn, device)
     for name, value in result.items():
-        print(f"{name:30} {value if not isinstance(value, float) else round(value, 4)}")
+        print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
     out = Path(args.json or f"{args.samples}.json")
     common.atomic_write(out, lambda path: path.write_text(json.dumps(result, indent=1)))
 
@@ -114,6 +120,7 @@ def main(argv=None):
     add("samples", help=".npz of sample.py: arr_0 images, arr_1 labels")
     add("--data", required=True, help="the labelled real images: shapes, cifar10, a folder or an .npz file")
     add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
+    add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions of test images are classified too")
     add("--classifier-steps", type=int, default=800,
         help="of the classifier's training, 64 images each (default 800)")
     add("--test-images", type=int, default=2000,

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 import evaluate
+import train_tokenizer as trainer
 from common import UserError
 from data import Shapes
+from test_train_tokenizer import TINY
 
 
 def shapes(count, start=0):
@@ -25,7 +27,9 @@ def run(tmp_path, *options):
 def test_share_of_the_requested_class(tmp_path, capsys):
     images, labels = shapes(200)
     np.savez(tmp_path / "s.npz", images, labels)
-    right = run(tmp_path)
+    trainer.main([*TINY, "--out", str(tmp_path / "tokenizer")])
+    right = run(tmp_path, "--tokenizer", tmp_path / "tokenizer")
+    assert right["reconstructions_assigned_to_their_class"] < 0.4                # six steps of training: mush
     assert right["assigned_to_requested_class"] > 0.5 and right["classifier_test_accuracy"] > 0.5
     assert "protocol" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", images, (labels + 1) % 10)
