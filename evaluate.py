@@ -104,7 +104,7 @@ def generation(args, device):
         # Samples are drawn by the tokenizer's decoder: this tells its share of the blame.
         tokenizer = load_tokenizer(args.tokenizer, device)
         decode = lambda images: tokenizer.decode(tokenizer.encode(to_float(images.to(device))), (size, size))
-        redrawn = ((to_uint8(decode(images)).cpu(), y) for images, y in some_images(test_set, args.test_images))
+        redrawn = ((to_uint8(decode(x)).cpu(), y) for x, y in some_images(test_set, args.test_images))
         result["reconstructions_assigned_to_their_class"] = accuracy(model, redrawn, device)
     for name, value in result.items():
         print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
@@ -120,7 +120,7 @@ def main(argv=None):
     add("samples", help=".npz of sample.py: arr_0 images, arr_1 labels")
     add("--data", required=True, help="the labelled real images: shapes, cifar10, a folder or an .npz file")
     add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
-    add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions of test images are classified too")
+    add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions are classified too")
     add("--classifier-steps", type=int, default=800,
         help="of the classifier's training, 64 images each (default 800)")
     add("--test-images", type=int, default=2000,

@@ -121,9 +121,11 @@ def test_kill_during_extraction_loses_one_shard_at_most(tmp_path, tokenizer):
         assert process.poll() is None and time.time() < deadline
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "latents").glob("l*.npy")}
+    whole = [f for f in (tmp_path / "latents").glob("labels_*.npy")]          # written after their latents
+    whole += [f.with_name(f.name.replace("labels", "latents")) for f in whole]
+    kept = {f: f.stat().st_mtime_ns for f in whole}
     train(tmp_path, tokenizer, "--cache-images", 30_000)
-    assert kept and all(f.stat().st_mtime_ns == time for f, time in kept.items())
+    assert kept and all(f.stat().st_mtime_ns == before for f, before in kept.items())
     assert len(list((tmp_path / "latents").glob("latents_*.npy"))) == 4
 
 
