@@ -1,7 +1,8 @@
 # Two commands for a fresh machine with Python >= 3.10. PYTHON=... chooses another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes of one thread each: on two cores that is faster than one process of two threads, and the same run.
+# Two processes of one thread each: the same run as one process of two threads, but the two hold their speed when the
+# machine does something else as well.
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 
 .PHONY: demo test
