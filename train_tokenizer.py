@@ -28,7 +28,10 @@ import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
-from maetok import MAETok, MAETokConfig, kl_divergence, masked_feature_loss, patchify, random_mask, unpatchify
+from losses import adaptive_weight, build_objective, compute_targets, diff_augment, distance, generator_loss
+from maetok import (MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
+                    random_mask, unpatchify)
+from pretrained import TEACHERS
 
 
 @dataclass
@@ -53,16 +56,34 @@ class Config(MAETokConfig):
     flip: bool = True            # random horizontal flip [Table 7]
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
-    # ---- objective ----
-    targets: str = "hog"         # auxiliary targets, joined by commas; empty for none [Sec. 3.2, Table 1b]
-    aux_loss: str = "mse"        # mse [Eq. 8] or cosine
+    # ---- masked modelling ----
+    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets joined by commas, hog or a frozen teacher;
+                                 # empty for none [Sec. 3.2, Table 1b]
+    aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine
+                                 # [released code]
     aux_weight: float = 1.0      # of the auxiliary losses; the paper gives none, 1.0 [released code]
     hog_cell: int = 8            # px [MaskFeat]; small images want smaller cells
     mask_low: float = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
     mask_high: float = 0.6       # largest; 0 for a plain AE
     mask_draw: str = "uniform"   # uniform, image by image [ours], or normal: one rate a step,
                                  # normal(0.6, 0.25) cut to [low, high] [released code]
+    teachers_as: str = "published"  # how teachers run: published, or released: ImageNet's mean and std and
+                                 # exact GELU for all [released code]
     kl_weight: float = 1e-6      # of a KL-VAE's divergence [released code]
+    # ---- perceptual and adversarial loss ----
+    percep_weight: float = 1.0   # lambda_1 of LPIPS [Eq. 6, Table 7]; 0 needs no VGG weights
+    percep_warmup: int = 10_000  # steps in which it grows from 0 [released code]
+    disc: str = "dino"           # discriminator: dino (frozen DINO-S/16 with trained heads), patch (small,
+                                 # needs no weights from elsewhere) or none
+    disc_weight: float = 0.4     # lambda_2, times the adaptive weight [Eq. 6, Table 7]
+    disc_start: int = 30_000     # step, counted through both stages, at which the GAN begins [Table 7]
+    disc_lr: float = 1e-4        # peak, on the tokenizer's schedule; the paper is silent
+    disc_loss_weight: float = 1.0  # of the discriminator's own loss; released code: 0.4
+    lecam: float = 1e-3          # weight of the LeCAM term in the discriminator's loss [Table 7]
+    diffaug: bool = False        # differentiable augmentation of what it sees; on in the released code
+    consistency: float = 0.0     # weight of equal logits for cut-out views; released code: 4.0
+    weights_dir: str = ""        # folder of the frozen networks' files; else torch hub's cache, else download
+    random_frozen: bool = False  # FOR TESTS ONLY: frozen networks with random weights, nothing downloaded
     # ---- optimisation ----
     steps: int = 500_000         # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
     batch_size: int = 512        # images a step over all processes [Table 7]
@@ -95,9 +116,11 @@ class Config(MAETokConfig):
     def __post_init__(self):
         super().__post_init__()
         names = [name.strip() for name in self.targets.split(",") if name.strip()]
-        if unknown := set(names) - {"hog"}:
-            raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there is: hog")
-        self.aux_targets = {"hog": hog_dim(self.patch_size, self.hog_cell)} if names else {}
+        if unknown := set(names) - {"hog", *TEACHERS}:
+            raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there are: "
+                            f"hog, {', '.join(TEACHERS)}")
+        self.aux_targets = {name: hog_dim(self.patch_size, self.hog_cell) if name == "hog"
+                            else TEACHERS[name].dim for name in names}
         self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
         random_mask([], 1, self.mask_low, self.mask_high)                             # these check the ranges
         random_mask([], 1, self.stage2_mask, self.stage2_mask)
@@ -105,11 +128,15 @@ class Config(MAETokConfig):
                      "latent_images"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        if min(self.stage2_steps, self.grid_every, self.warmup, self.stage2_warmup) < 0:
-            raise UserError("--stage2-steps, --grid-every, --warmup and --stage2-warmup cannot be negative")
+        for name in ("stage2_steps", "grid_every", "warmup", "stage2_warmup", "percep_weight",
+                     "percep_warmup", "disc_start", "disc_weight", "lecam", "consistency"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} cannot be negative")
         for name, value, choices in (("stage", self.stage, ("both", "1", "2")),
                                      ("crop", self.crop, ("center", "random")),
-                                     ("aux-loss", self.aux_loss, ("mse", "cosine")),
+                                     ("aux-loss", self.aux_loss, ("mse", "cosine", "mixed")),
+                                     ("disc", self.disc, ("none", "dino", "patch")),
+                                     ("teachers-as", self.teachers_as, ("published", "released")),
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
@@ -118,14 +145,17 @@ class Config(MAETokConfig):
 
 
 # The scale of a run. The first is the default.
+_NO_FROZEN = dict(targets="hog", percep_weight=0.0, disc="none")    # the small scales need no weight files
 SCALES = {
-    "shapes": dict(data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3,
-                   decoder_depth=3, num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4, flip=False,
+    "shapes": dict(**_NO_FROZEN, data="shapes", image_size=32, patch_size=8, width=96, heads=4,
+                   encoder_depth=3, decoder_depth=3, num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4,
+                   flip=False,
                    steps=4000, batch_size=32, lr=3e-3, warmup=100, ema=0.998, stage2_steps=3000,
                    stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
                    log_every=50, save_every=500),
-    "cifar10": dict(data="cifar10", image_size=32, patch_size=4, width=96, heads=4, encoder_depth=3,
-                    decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4, steps=60_000,
+    "cifar10": dict(**_NO_FROZEN, data="cifar10", image_size=32, patch_size=4, width=96, heads=4,
+                    encoder_depth=3, decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4,
+                    aux_weight=3.0, steps=60_000,
                     batch_size=32, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
                     stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500),
     "maetok-b-256": dict(),                                                            # Table 7: the defaults
@@ -135,7 +165,9 @@ SCALES = {
     "maetok-b-256-released": dict(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5,
                                   latent_modulation=True, aux_width=192, aux_heads=3, mask_draw="normal",
                                   crop="random", lr=2e-4, lr_start=1e-5, lr_end=2e-5, warmup=5004,
-                                  steps=500_400, weight_decay=0.0),
+                                  steps=500_400, weight_decay=0.0, targets="hog,dinov2-l,siglip-so400m",
+                                  aux_loss="mixed", teachers_as="released", diffaug=True, consistency=4.0,
+                                  disc_loss_weight=0.4),
 }
 # The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset
 # maetok-b-256,vae --steps 250000.
@@ -146,6 +178,8 @@ ABLATIONS = {
     "vae-mask": dict(variational=True),                          # KL-VAE + masked modelling [Table 1a]
     "image-latents": dict(learnable_latents=False),              # no learnable tokens, L = N [Tables 6, 13a]
     "pixel": _NO_AUX,                                   # masked, pixel decoder only [Table 1b, Table 6 row 4]
+    "hog": dict(targets="hog"), "dinov2": dict(targets="dinov2-l"), "siglip": dict(targets="siglip-l"),
+    "combined": dict(targets="hog,dinov2-l,siglip-l"),                                      # [Table 1b]
     "no-mask": _NO_MASK,                                  # auxiliary decoders see all patches [Table 6 row 2]
     "aux-linear": dict(aux_depth=0), "aux-1": dict(aux_depth=1), "aux-3": dict(aux_depth=3),
     "aux-6": dict(aux_depth=6), "aux-12": dict(aux_depth=12),                               # [Table 1d]
@@ -158,7 +192,7 @@ ABLATIONS = {
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
 FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root",
-        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images"}
+        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images", "weights_dir"}
 
 
 # ------------------------------------------- schedules and draws -------------------------------------------
@@ -192,11 +226,6 @@ def step_rngs(config, name, step, positions):
     return [sample_rng(config.seed, name, step, int(i)) for i in positions]
 
 
-def compute_targets(config, images):
-    """Target features of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets."""
-    return {"hog": hog_features(images, config.patch_size, config.hog_cell)} if config.aux_targets else {}
-
-
 def build_optimizer(config, model, device):
     """AdamW with weight decay on matrices of linear layers only: not on norms, biases, tokens, positions,
     frequencies."""
@@ -210,7 +239,8 @@ def build_optimizer(config, model, device):
 
 # ------------------------------------------------ one stage ------------------------------------------------
 
-def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank, device):
+def train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer, train_set,
+                test_set, world, rank, device):
     """Train from global step `step` to the end of `stage`; checkpoints, logs and pictures on the way.
     Returns the step.
 
@@ -223,10 +253,21 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
     workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
     loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
                                               collate_fn=collate, pin_memory=device.type == "cuda"))
-    wrapped = torch.compile(model) if config.compile else model
+    teachers, lpips, adversary = objective
+    if config.compile:
+        for part in model.modules():
+            # Not the decoder's head: the adaptive weight asks for its gradient,
+            # which would take the whole of a compiled backward pass with it.
+            if isinstance(part, Transformer):
+                part.compile()
+    wrapped, wrapped_adversary = model, adversary
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped,
-                                          device_ids=[device.index] if device.type == "cuda" else None)
+        device_ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids)
+        if adversary is not None:
+            # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
+            wrapped_adversary = DistributedDataParallel(adversary, device_ids=device_ids,
+                                                        broadcast_buffers=False)
     num_patches = (config.image_size // config.patch_size) ** 2
     latent_shape = (config.num_latents if config.learnable_latents else num_patches, config.latent_dim)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
@@ -241,6 +282,12 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                                end=config.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        adversarial = adversary is not None and step >= config.disc_start
+        if adversarial:
+            for group in adversary_optimizer.param_groups:
+                group["lr"] = config.disc_lr * lr / (config.lr if stage == 1 else config.stage2_lr)
+            coin, *crop = sample_rng(config.seed, "disc-crop", step, 0).random(3)
+            view = dict(crop=crop if coin < 0.5 else None)      # where the discriminator looks [released code]
         low, high = mask_range(config, stage, step - first)
         for micro, positions in enumerate(batches.positions()):
             batch = next(loader)
@@ -254,34 +301,69 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
                 draws = [rng.standard_normal(latent_shape, np.float32)
                          for rng in step_rngs(config, "noise", step, positions)]
                 noise = torch.from_numpy(np.stack(draws)).to(device)                 # (B, L, C)
-            targets = compute_targets(config, images) if stage == 1 else {}          # y^j, (B, N, D_j)
+            targets = compute_targets(config, images, teachers) if stage == 1 else {}
             # nothing hidden: Eq. 8 on all patches
             where = mask if config.mask_high > 0 else torch.ones_like(mask)
+            draws = None
+            if adversarial and (config.diffaug or config.consistency > 0):
+                draws = [rng.random(34, np.float32) for rng in step_rngs(config, "augment", step, positions)]
+                draws = torch.from_numpy(np.stack(draws)).to(device)                 # (B, 34)
 
-            # DDP averages gradients over processes at the last micro-batch only.
-            partial = micro + 1 < config.accumulate and world > 1
-            with wrapped.no_sync() if partial else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with contextlib.ExitStack() as stack:
+                if world > 1 and micro + 1 < config.accumulate:
+                    # DDP averages gradients over processes at the last micro-batch only.
+                    stack.enter_context(wrapped.no_sync())
+                    if adversarial:
+                        stack.enter_context(wrapped_adversary.no_sync())
+                autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+                with autocast:
                     output = wrapped(images, mask, noise)
-                terms = {"recon": F.mse_loss(output.reconstruction.float(), images)}
+                reconstruction = output.reconstruction.float()
+
+                # L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + L_mask [Eq. 8] (+ KL of a VAE)
+                terms = {"recon": F.mse_loss(reconstruction, images)}
+                loss = terms["recon"]
+                if lpips is not None:
+                    terms["percep"] = lpips(reconstruction, images).mean()
+                    ramp = min(1.0, step / max(1, config.percep_warmup))
+                    loss = loss + config.percep_weight * ramp * terms["percep"]
+                if adversarial:
+                    adversary.requires_grad_(False)                       # its own step is below
+                    fake = diff_augment(reconstruction, draws[:, 24:]) if config.diffaug else reconstruction
+                    with autocast:
+                        terms["adv"] = generator_loss(adversary.discriminator(fake, **view).float())
+                    balance = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
+                    loss = loss + config.disc_weight * balance * terms["adv"]
+                    terms["adaptive_weight"] = balance
                 for name, target in targets.items():
-                    terms[name] = masked_feature_loss(output.aux[name], target, where, config.aux_loss)
+                    terms[name] = masked_feature_loss(output.aux[name], target, where,
+                                                      distance(config, name))
+                    loss = loss + config.aux_weight * terms[name]
                 if noise is not None:
                     terms["kl"] = kl_divergence(output.posterior)
-                # L = L_recon (+ lambda_1 L_percep + lambda_2 L_adv) [Eq. 6] + L_mask [Eq. 8];
-                # a KL-VAE adds its KL.
-                loss = terms["recon"]
-                loss = loss + config.aux_weight * sum(terms[name] for name in targets)
-                loss = loss + config.kl_weight * terms.get("kl", 0.0)
+                    loss = loss + config.kl_weight * terms["kl"]
                 (loss / config.accumulate).backward()
+
+                if adversarial:
+                    adversary.requires_grad_(True)
+                    with autocast:
+                        judgement, its_terms = wrapped_adversary(
+                            images, reconstruction.detach(), lecam_weight=config.lecam, draws=draws,
+                            augment=config.diffaug, consistency=config.consistency, **view)
+                    (config.disc_loss_weight * judgement / config.accumulate).backward()
+                    terms |= its_terms
             for name, term in (terms | {"loss": loss}).items():
-                totals[name] = totals.get(name, 0) + term.detach()
+                totals.setdefault(name, []).append(term.detach())
             seen += 1
         grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad],
                                                    config.clip)
         healthy *= (loss.detach() + grad_norm).isfinite()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if adversarial:
+            healthy *= torch.nn.utils.clip_grad_norm_(adversary.parameters(), config.clip).isfinite()
+            adversary_optimizer.step()
+            adversary_optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         step += 1
 
@@ -289,7 +371,7 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == last)
         if step % config.log_every == 0 or saving or drawing:
             # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
-            values = torch.stack([totals[name] / seen for name in totals] + [healthy])
+            values = torch.stack([torch.stack(totals[name]).mean() for name in totals] + [healthy])
             *values, ok = common.all_mean(values, world).tolist()
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
@@ -303,18 +385,19 @@ def train_stage(config, stage, step, model, ema, optimizer, train_set, test_set,
             if rank == 0:
                 common.append_metrics(out, record)
                 bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values())
-                                 if n in ("recon", "hog", "kl")}
+                                 if n in ("recon", "percep", "adv", "kl", *config.aux_targets)}
                                 | {"img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
         if rank == 0 and drawing:
             save_grid(config, stage, ema.model, test_set, out / f"grid_{step:07d}.png", device)
         if saving:
-            save(config, stage, step, model, ema, optimizer, rank, world)
+            save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world)
     bar.close()
     return step
 
 
-def save(config, stage, step, model, ema, optimizer, rank, world, measured=False):
+def save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world,
+         measured=False):
     """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails.
 
     measured: the stage is over and latent_mean and latent_std have been set.
@@ -324,6 +407,9 @@ def save(config, stage, step, model, ema, optimizer, rank, world, measured=False
                  "config": dataclasses.asdict(config), "model": model.state_dict(),
                  "ema": ema.model.state_dict(), "ema_updates": ema.updates,
                  "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if adversary is not None:
+            state |= {"adversary": adversary.state_dict(),
+                      "adversary_optimizer": adversary_optimizer.state_dict()}
         common.save_checkpoint(config.out, state, config.keep)
     if world > 1:
         dist.barrier()
@@ -347,7 +433,7 @@ def eval_batch(config):
 
 
 @torch.inference_mode()
-def evaluate(config, model, dataset, device):
+def evaluate(config, model, dataset, teachers, device):
     """Numbers on test images: PSNR of unmasked images and, while auxiliary decoders are there,
     how well they do.
 
@@ -364,20 +450,22 @@ def evaluate(config, model, dataset, device):
             rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))
             mask, seen = random_mask(rngs, N, ratio, ratio).to(device), seen + len(images)
             output, where = model(images, mask), mask if ratio else torch.ones_like(mask)
-            for name, target in compute_targets(config, images).items():
+            for name, target in compute_targets(config, images, teachers).items():
+                kind = distance(config, name)
                 losses.setdefault(name, []).append(
-                    masked_feature_loss(output.aux[name], target, where, config.aux_loss) * len(images))
+                    masked_feature_loss(output.aux[name], target, where, kind) * len(images))
                 hidden.setdefault(name, []).append(target[where])
     psnrs = torch.cat(psnrs)
     result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
     for name in losses:
         y = torch.cat(hidden[name])                                                # (all hidden patches, D_j)
         # Mean squared error is least at the mean; negative cosine at the mean of the unit vectors.
-        constant = y.mean(0) if config.aux_loss == "mse" else F.normalize(y, dim=-1).mean(0)
+        kind = distance(config, name)
+        constant = y.mean(0) if kind == "mse" else F.normalize(y, dim=-1).mean(0)
         everything = torch.ones(1, len(y), dtype=torch.bool, device=device)
         result[f"{name}_loss"] = (sum(losses[name]) / len(psnrs)).item()
         result[f"{name}_constant"] = masked_feature_loss(constant.expand_as(y)[None], y[None], everything,
-                                                         config.aux_loss).item()
+                                                         kind).item()
     return result
 
 
@@ -490,6 +578,9 @@ def main(argv=None):
     # ---- the model: new, from --init, or where the last run of this command stopped ----
     torch.manual_seed(config.seed)
     model, stage, step, measured = MAETok(config), 1, 0, False
+    with common.rank_zero_first(rank, world):
+        objective = build_objective(config, device)      # frozen networks and the discriminator
+    adversary = objective.adversary
     state = common.find_checkpoint(out)
     if state is not None:
         common.check_same_config(state["config"], config, FREE, out)
@@ -513,10 +604,14 @@ def main(argv=None):
     model.to(device)
     ema = common.EMA(model, config.ema)
     optimizer = build_optimizer(config, model, device)
+    adversary_optimizer = build_optimizer(config, adversary, device) if adversary else None
     if state is not None:
         common.load_weights(ema.model, state["ema"], out)
         ema.updates = state["ema_updates"]
         optimizer.load_state_dict(state["optimizer"])
+        if adversary is not None:
+            common.load_weights(adversary, state["adversary"], out)
+            adversary_optimizer.load_state_dict(state["adversary_optimizer"])
         torch.set_rng_state(state["rng"])
     common.check_same_step(step, out, world, device)
     if rank == 0:
@@ -539,23 +634,25 @@ def main(argv=None):
             model.freeze_encoder()
             stage, ema, optimizer = 2, common.EMA(model, config.ema), build_optimizer(config, model, device)
             measured = False
-        step = train_stage(config, stage, step, model, ema, optimizer, train_set, test_set, world, rank,
-                           device)
+        step = train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer,
+                           train_set, test_set, world, rank, device)
         # The stage is saved by now: should a test image be unreadable,
         # only the measurements are to be made again.
         if rank == 0:
             record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
-                      **evaluate(config, ema.model, test_set, device)}
+                      **evaluate(config, ema.model, test_set, objective.teachers, device)}
             common.append_metrics(out, record)
             print(json.dumps(record), flush=True)
             measure_latents(config, ema.model, train_set, device)
             model.latent_mean.copy_(ema.model.latent_mean)
             model.latent_std.copy_(ema.model.latent_std)
         measured = True
-        save(config, stage, step, model, ema, optimizer, rank, world, measured)
+        save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world,
+             measured)
     if rank == 0:
         records = common.read_metrics(out)
-        terms = ("recon", *config.aux_targets, "kl", "lr")
+        terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
+                 "disc_real", "disc_fake", "lecam", "lr")
         common.plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
                             for n in terms}).save(out / "loss.png")
         if train_set.skipped + test_set.skipped:

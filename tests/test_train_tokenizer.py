@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import common
+import losses
 import train_tokenizer as trainer
 from common import UserError
 from data import Shapes
@@ -45,7 +46,7 @@ def torchrun(processes):
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
-def losses(out):
+def logged_losses(out):
     return [r["loss"] for r in common.read_metrics(out) if "loss" in r]
 
 
@@ -70,7 +71,13 @@ def test_every_preset_builds_and_runs_its_shapes_on_the_meta_device(name):
     assert output.latents.shape == (1, config.num_latents if config.learnable_latents else N,
                                     config.latent_dim)
     assert (output.posterior is not None) == name.startswith("vae")
-    assert set(output.aux) == (set() if name in ("ae", "vae", "pixel") else {"hog"})
+    targets = {"ae": {}, "vae": {}, "pixel": {}, "dinov2": {"dinov2-l": 1024}, "siglip": {"siglip-l": 1024}}
+    if name in ("combined", "maetok-b-256", "maetok-b-512"):
+        targets[name] = {"hog": 108, "dinov2-l": 1024, "siglip-l": 1024}
+    cells = (config.patch_size // config.hog_cell) ** 2                # of a patch; 9 bins, 3 channels each
+    targets["maetok-b-256-released"] = {"hog": 108, "dinov2-l": 1024, "siglip-so400m": 1152}
+    assert {target: tuple(features.shape[1:]) for target, features in output.aux.items()} == {
+        target: (N, dim) for target, dim in targets.get(name, {"hog": cells * 27}).items()}
 
 
 def test_paper_presets_are_table_7():
@@ -80,6 +87,9 @@ def test_paper_presets_are_table_7():
     assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.batch_size, config.warmup,
             config.steps, config.stage2_steps) == (1e-4, 1e-4, 0.9, 0.95, 512, 10_000, 500_000, 50_000)
     assert (config.mask_low, config.mask_high, config.aux_depth, config.rope) == (0.4, 0.6, 3, "axial")
+    assert (config.targets, config.aux_loss, config.percep_weight, config.disc, config.disc_weight,
+            config.disc_start, config.lecam, config.diffaug, config.consistency) == (
+        "hog,dinov2-l,siglip-l", "mse", 1.0, "dino", 0.4, 30_000, 1e-3, False, 0.0)
     assert Config(**PRESETS["maetok-b-512"]).image_size == 512
     assert ABLATIONS["mask-0-60"] == dict(mask_low=0.0, mask_high=0.6)
 
@@ -191,7 +201,7 @@ def test_saved_tokenizer_offers_normalised_latents(tmp_path):
 def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
     train(tmp_path, "--steps", "60", "--stage2-steps", "20", "--lr", "2e-3", "--grid-every", "40",
           "--save-every", "100")
-    curve = losses(tmp_path)
+    curve = logged_losses(tmp_path)
     assert np.mean(curve[50:60]) < 0.8 * np.mean(curve[:5])
     for name in ("grid_0000040.png", "grid_0000060.png", "grid_0000080.png", "loss.png"):
         assert min(Image.open(tmp_path / name).size) > 90
@@ -206,7 +216,7 @@ def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
                            "--layer-scale", "1e-5", "--ape", "encoder", "--mask-draw", "normal"]])
 def test_variants_train_through_both_stages(tmp_path, options):
     state = train(tmp_path, *options)
-    assert state["step"] == 10 and np.isfinite(losses(tmp_path)).all()
+    assert state["step"] == 10 and np.isfinite(logged_losses(tmp_path)).all()
     assert ("kl" in common.read_metrics(tmp_path)[0]) == ("vae-mask" in options)
     trainer.load_tokenizer(tmp_path)
 
@@ -214,7 +224,7 @@ def test_variants_train_through_both_stages(tmp_path, options):
 def test_accumulation_equals_the_whole_batch(tmp_path):
     whole = train(tmp_path / "a")
     parts = train(tmp_path / "b", "--accumulate", "4")
-    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), atol=1e-4)
+    np.testing.assert_allclose(logged_losses(tmp_path / "a"), logged_losses(tmp_path / "b"), atol=1e-4)
     for k, v in whole["model"].items():
         torch.testing.assert_close(v, parts["model"][k], atol=2e-4, rtol=0)
 
@@ -250,7 +260,7 @@ def test_ten_steps_equal_five_a_kill_and_five_bit_for_bit(tmp_path):
     a, b = (common.load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert a["step"] == b["step"] == 10
     assert_same_weights(a, b)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
 
 
 def test_resuming_inside_stage_2_is_exact_too(tmp_path):
@@ -301,14 +311,14 @@ def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
     train(tmp_path / "one", *options)
     two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
     assert two.returncode == 0, two.stderr
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
-    assert len(losses(tmp_path / "one")) == 24
+    np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
+    assert len(logged_losses(tmp_path / "one")) == 24
     # Started with two processes, gone on with one.
     for path in ("last.pt", "step_0000024.pt", "step_0000020.pt"):
         (tmp_path / "two" / path).unlink()
     assert common.find_checkpoint(tmp_path / "two")["step"] == 10
     train(tmp_path / "two", *options)
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
+    np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
 
 
 def test_two_torchrun_agents_on_loopback(tmp_path):
@@ -325,7 +335,7 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
     assert all(agent.returncode == 0 for agent in agents), "\n".join(outputs)
     assert common.load_checkpoint(tmp_path)["step"] == 4
     train(tmp_path / "alone", "--stage", "1", "--steps", "4")
-    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "alone"), atol=1e-4)
+    np.testing.assert_allclose(logged_losses(tmp_path), logged_losses(tmp_path / "alone"), atol=1e-4)
 
 
 # ------------------------------------------------ bad input ------------------------------------------------
@@ -376,7 +386,107 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before          # nothing lost
 
 
+# ------------------------------------ perceptual and adversarial terms ------------------------------------
+
+GAN = "--disc patch --disc-start 2 --diffaug --consistency 4".split()
+
+
+def test_every_term_of_the_objective_is_logged_and_they_sum_to_the_loss(tmp_path):
+    options = ("--targets hog,dinov2-s --disc patch --disc-start 2 --percep-weight 1 --percep-warmup 4 "
+               "--disc-weight 0.4 --aux-weight 0.5 --variational --random-frozen --steps 5 --stage 1").split()
+    train(tmp_path / "run", *options)
+    for r in common.read_metrics(tmp_path / "run"):
+        if "loss" in r:
+            step = r["step"] - 1
+            expected = (r["recon"] + min(1, step / 4) * r["percep"] + 0.5 * (r["hog"] + r["dinov2-s"])
+                        + 1e-6 * r["kl"])
+            assert ("adv" in r) == ("disc" in r) == ("lecam" in r) == (step >= 2)
+            if step >= 2:
+                expected += 0.4 * r["adaptive_weight"] * r["adv"]
+            assert r["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_frozen_networks_stay_as_they_are_and_out_of_the_checkpoint(tmp_path, monkeypatch):
+    caught, build = {}, trainer.build_objective
+
+    def catch(config, device):
+        caught["objective"] = objective = build(config, device)
+        caught["networks"] = [objective.teachers["dinov2-s"].network, objective.lpips.vgg,
+                              objective.adversary.discriminator.frozen[0]]
+        caught["before"] = [common.fingerprint(network) for network in caught["networks"]]
+        return objective
+
+    monkeypatch.setattr(trainer, "build_objective", catch)
+    monkeypatch.setattr(losses.DinoDiscriminator, "SIZE", 32)
+    state = train(tmp_path / "run", *"--targets hog,dinov2-s --disc dino --disc-start 0 --percep-weight 1 "
+                                     "--random-frozen --steps 2 --stage2-steps 2".split())
+    assert [common.fingerprint(network) for network in caught["networks"]] == caught["before"]
+    assert all(not p.requires_grad and p.grad is None for n in caught["networks"] for p in n.parameters())
+    stored = sum(tensor.numel() for name, tensor in state["adversary"].items()
+                 if not name.endswith(("_ema", "._u", "._v")))
+    assert stored == 7_386_245                                         # the heads, and nothing of DINO
+    monkeypatch.undo()
+    assert state["model"].keys() == train(tmp_path / "plain", "--stage2-steps", "2")["model"].keys()
+
+
+def test_the_discriminators_step_leaves_the_tokenizer_alone_and_the_reverse(tmp_path):
+    run = lambda name, *options: train(tmp_path / name, "--steps", "1", "--stage", "1", *options)
+    without, silent, loud = (run("a", "--disc", "none"),
+                             run("b", "--disc", "patch", "--disc-start", "0", "--disc-weight", "0"),
+                             run("c", "--disc", "patch", "--disc-start", "0", "--disc-weight", "5"))
+    assert_same_weights(without, silent)
+    weight = "decoder.head.weight"
+    assert not torch.equal(silent["model"][weight], loud["model"][weight])     # L_adv reaches the decoder ...
+    for name, tensor in silent["adversary"].items():                           # ... and not the discriminator
+        assert torch.equal(tensor, loud["adversary"][name]), name
+
+
+def test_resuming_with_the_gan_is_exact(tmp_path):
+    whole = train(tmp_path / "whole", *GAN)
+    train(tmp_path / "parts", *GAN, "--save-every", "3", "--stage", "1")
+    os.replace(tmp_path / "parts" / "step_0000003.pt", tmp_path / "parts" / "last.pt")
+    for rest in (tmp_path / "parts").glob("step_*.pt"):
+        rest.unlink()
+    parts = train(tmp_path / "parts", *GAN)
+    assert_same_weights(whole, parts)
+    for name, tensor in whole["adversary"].items():
+        assert torch.equal(tensor, parts["adversary"][name]), name
+    assert whole["adversary"]["lecam.real_ema"] != 0
+
+
+@pytest.mark.parametrize("disc", ["patch", "dino"])
+def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
+    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4."""
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import common, losses, train_tokenizer\n"
+                      "losses.DinoDiscriminator.SIZE = 32\n"                # 224 px would take minutes
+                      "common.run(train_tokenizer.main)\n")
+    options = [*TINY, *GAN, "--disc", disc, "--steps", "10", "--stage", "1", "--random-frozen"]
+    for name, launcher in (("one", []), ("two", torchrun(2))):
+        done = run([sys.executable, *launcher, str(script), *options, "--out", str(tmp_path / name)])
+        assert done.returncode == 0, done.stderr
+    one, two = (common.read_metrics(tmp_path / name) for name in ("one", "two"))
+    terms = ("loss", "recon", "hog", "adv", "adaptive_weight", "disc", "lecam", "consistency")
+    for a, b in zip(one, two, strict=True):
+        for term in terms:
+            if term in a:
+                assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-5), (a["step"], term)
+    assert "adv" in one[2]
+
+
+def test_a_missing_weight_file_is_one_line(tmp_path, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")                # nobody listens: as without a network
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    done = run(command(tmp_path / "run", "--disc", "dino", "--weights-dir", tmp_path / "weights"))
+    assert done.returncode == 2
+    assert "dino_deitsmall16_pretrain.pth" in done.stderr.splitlines()[-1]
+
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_bfloat16_and_compile(tmp_path):
     state = train(tmp_path, "--device", "cuda", "--dtype", "bfloat16", "--compile")
-    assert state["step"] == 10 and np.isfinite(losses(tmp_path)).all()
+    assert state["step"] == 10 and np.isfinite(logged_losses(tmp_path)).all()

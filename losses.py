@@ -1,0 +1,316 @@
+"""The perceptual and adversarial terms of the tokenizer's objective.                        [Sec. 4.1, Eq. 6]
+
+    L = L_recon + lambda_1 L_percep + lambda_2 L_adv + L_mask [Eq. 8]     (summed in train_tokenizer.py)
+
+    L_percep   LPIPS: differences of VGG-16 features, weighted by learned heads
+    L_adv      -D(reconstruction); the discriminator D learns D(image) > 1 and D(reconstruction) < -1 (hinge)
+    lambda_2   0.4 times the adaptive weight, which levels the two gradients at the decoder's last layer
+
+Two discriminators: DinoDiscriminator, trainable heads on a frozen DINO ViT-S/16 [released code], and
+PatchDiscriminator, a small convolutional network that needs no weights from elsewhere [ours].
+Images are (B, 3, H, W) float in [-1, 1] throughout.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_grad
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from hog import hog_features
+from pretrained import IMAGENET, load_lpips_heads, load_teacher, load_vgg16, load_vit, normalize
+
+
+# ------------------------------------------------ perceptual ------------------------------------------------
+
+class LPIPS:
+    """Learned perceptual image patch similarity (Zhang et al. 2018), VGG-16, version 0.1.
+
+    vgg: normalised images -> five feature maps; heads: five (1, c, 1, 1) tensors of non-negative weights
+    (pretrained.load_vgg16, load_lpips_heads). A plain object: its frozen networks belong to no trained
+    module.
+    """
+    # ImageNet's mean and standard deviation, brought to [-1, 1] and rounded.
+    SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+    def __init__(self, vgg, heads):
+        self.vgg, self.heads = vgg, heads
+
+    def features(self, images):
+        shift, scale = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.SHIFT, self.SCALE))
+        # Unit length over channels at each place. The sum is guarded too: the derivative of a root at 0 is
+        # infinite, and flat patches do give features that are 0 in every channel.
+        return [f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt().add(1e-10)
+                for f in self.vgg((images - shift) / scale)]
+
+    def __call__(self, a, b):
+        """Distance of each pair: two (B, 3, H, W) in [-1, 1] -> (B,) float32. Gradients go to both images."""
+        with torch.autocast(a.device.type, enabled=False):
+            pairs = zip(self.features(a.float()), self.features(b.float()), self.heads)
+            return sum(F.conv2d((f - g).square(), w.to(f)).mean((1, 2, 3)) for f, g, w in pairs)
+
+
+# ------------------------------------------- adversarial losses -------------------------------------------
+
+def hinge_loss(real, fake):
+    """The discriminator's loss from its logits, any shapes: it wants real > 1 and fake < -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def generator_loss(fake):
+    """L_adv of Eq. 6: the decoder wants its reconstructions' logits high."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
+    """|grad L_rec| / (|grad L_adv| + 1e-4) at the decoder's last weight, in [0, 1e4]: a detached scalar.
+    (Esser et al. 2021)
+
+    Over several processes the gradients are averaged first, so that all agree on one weight, the one of
+    the whole batch [ours; the released code has one for each process].
+    """
+    norms = []
+    for loss in (reconstruction_loss, adversarial_loss):
+        gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(global_mean(gradient).norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+def global_mean(x):
+    """x averaged over the processes, in place; x itself in a single one. No gradient passes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+class LeCAM(nn.Module):
+    """Keeps the discriminator near where it was: with a moving average of its mean logits,
+    E[relu(D(x) - fake_ema)^2] + E[relu(real_ema - D(y))^2] (Tseng et al. 2021). Weight 0.001 [Table 7].
+
+    The averages are buffers, so a checkpoint has them. Decay 0.999 [released code].
+    """
+
+    def __init__(self, decay=0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real_ema", torch.zeros(()))
+        self.register_buffer("fake_ema", torch.zeros(()))
+
+    def forward(self, real, fake):
+        """Logits of images and of reconstructions, any shapes -> scalar. Does not move the averages."""
+        return F.relu(real - self.fake_ema).square().mean() + F.relu(self.real_ema - fake).square().mean()
+
+    @torch.no_grad()
+    def update(self, real, fake):
+        self.real_ema.lerp_(global_mean(real.mean()), 1 - self.decay)
+        self.fake_ema.lerp_(global_mean(fake.mean()), 1 - self.decay)
+
+
+# --------------------------------------- differentiable augmentation ---------------------------------------
+
+def diff_augment(images, draws, cutout=0.2):
+    """DiffAug (Zhao et al. 2020): colour, translation and cutout, each with probability 0.5 [released code].
+
+    Both sides of the discriminator see augmented images, and gradients pass, so that a discriminator that
+    has learned the training images by heart is of no more use to itself.
+    draws: (B, 10) float uniform in [0, 1), a row an image; the trainer makes them from (seed, step, index).
+    """
+    B, _, H, W = images.shape
+    u = draws.to(images)[:, :, None, None, None]                                      # (B, 10, 1, 1, 1)
+    on = u[:, :3] < 0.5
+    x = images + (u[:, 3] - 0.5)                                                      # brightness
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * u[:, 4]) + grey                                             # saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (u[:, 5] + 0.5) + mean                                           # contrast
+    x = torch.where(on[:, 0], x, images)
+    # Translation by up to an eighth, zeros from outside: a gather in a padded picture.
+    dy, dx = ((u[:, 6 + i, :, :, 0] * 2 - 1) * size / 8 for i, size in ((0, H), (1, W)))   # (B, 1, 1)
+    rows = (torch.arange(H, device=x.device)[:, None] + dy.round().long()).expand(B, H, W)
+    columns = (torch.arange(W, device=x.device) + dx.round().long()).expand(B, H, W)
+    inside = ((rows >= 0) & (rows < H) & (columns >= 0) & (columns < W))[:, None]
+    place = rows.clamp(0, H - 1) * W + columns.clamp(0, W - 1)                        # (B, H, W)
+    moved = x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, 3, -1)).view_as(x) * inside
+    x = torch.where(on[:, 1], moved, x)
+    return torch.where(on[:, 2], cut_out(x, draws[:, 8:], cutout), x)
+
+
+def cut_out(images, draws, size):
+    """A grey square of `size` times the sides, its centre anywhere. draws: (B, 2) uniform in [0, 1)."""
+    H, W = images.shape[-2:]
+    y, x = ((torch.arange(n, device=images.device) + 0.5) / n for n in (H, W))
+    cy, cx = draws.to(images)[:, 0, None, None], draws.to(images)[:, 1, None, None]   # (B, 1, 1)
+    hole = ((y[:, None] - cy).abs() < size / 2) & ((x - cx).abs() < size / 2)         # (B, H, W)
+    return images.masked_fill(hole[:, None], 0.0)
+
+
+# ---------------------------------------------- discriminators ----------------------------------------------
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions with spectral norm, a logit for each of many overlapping patches: (B, 3, H, W) -> (B, n).
+
+    Three halvings at 64 px and more, two below (a patch then spans 22 px). [ours, after pix2pix's PatchGAN]
+    """
+
+    def __init__(self, image_size, width=32):
+        super().__init__()
+        layers, channels = [], 3
+        for i in range(3 if image_size >= 64 else 2):
+            layers += [spectral_norm(nn.Conv2d(channels, width << i, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            channels = width << i
+        layers += [spectral_norm(nn.Conv2d(channels, 2 * channels, 3, 1, 1)), nn.LeakyReLU(0.2),
+                   spectral_norm(nn.Conv2d(2 * channels, 1, 3, 1, 1))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images, crop=None):
+        """crop is the other discriminator's affair."""
+        return self.layers(images).flatten(1)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm of (B, c, T) by the statistics of the whole batch, over all processes, with gradients.
+
+    torch's SyncBatchNorm does the same on GPUs only. The discriminator is only ever used while it trains:
+    there are no running averages.
+    """
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x):
+        x = x.float()
+        mean = self.over_processes(x.mean((0, 2)))[:, None]
+        variance = self.over_processes((x - mean).square().mean((0, 2)))[:, None]
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight[:, None] + self.bias[:, None]
+
+    @staticmethod
+    def over_processes(statistic):
+        """Every process has as many values, so the mean of means is the mean."""
+        return dist_grad.all_reduce(statistic) / dist.get_world_size() if dist.is_initialized() else statistic
+
+
+class Residual(nn.Module):
+    """(x + f(x)) / sqrt(2): the variance stays as it was."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return (x + self.f(x)) / 2 ** 0.5
+
+
+def _discriminator_head(channels):
+    """Tokens (B, c, T) -> logits (B, 1, T). 1,477,249 parameters at 384 channels [released code]."""
+    def unit(kernel):
+        convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+        return nn.Sequential(spectral_norm(convolution), BatchNorm(channels), nn.LeakyReLU(0.2))
+    return nn.Sequential(unit(1), Residual(unit(9)), spectral_norm(nn.Conv1d(channels, 1, 1)))
+
+
+class DinoDiscriminator(nn.Module):
+    """Five heads on a frozen DINO ViT-S/16: on its token embedding and on blocks 3, 6, 9, 12. [released code]
+
+    The paper says DINOv2-S; the released code loads DINO v1, and that is what this is. In every readout the
+    class token is added to each patch (as StyleGAN-T, Sauer et al. 2023, where the design is from).
+    dino: the frozen pretrained.VisionTransformer. It is held in a tuple, so that it is no submodule: not in
+    the state dict, the optimizer or DDP.
+    """
+    SIZE = 224                                                              # px: what DINO was trained on
+
+    def __init__(self, dino):
+        super().__init__()
+        self.frozen = (dino,)
+        self.heads = nn.ModuleList(_discriminator_head(dino.config.width) for _ in range(5))
+
+    def forward(self, images, crop=None):
+        """(B, 3, H, W) -> (B, 5 * 196) logits.
+
+        crop: (top, left) of a 224-px window, each as a share in [0, 1) of the room there is; None resizes
+        the whole image by area. The released code flips a coin between them.
+        """
+        S, (H, W) = self.SIZE, images.shape[-2:]
+        if crop is not None and min(H, W) > S:
+            top, left = int(crop[0] * (H - S + 1)), int(crop[1] * (W - S + 1))
+            images = images[..., top:top + S, left:left + S]
+        elif (H, W) != (S, S):
+            images = F.interpolate(images, (S, S), mode="area")
+        readouts = self.frozen[0].intermediate(normalize(images, *IMAGENET), after=(0, 3, 6, 9, 12))
+        return torch.cat([head((x[:, 1:] + x[:, :1]).transpose(1, 2)).flatten(1)
+                          for head, x in zip(self.heads, readouts, strict=True)], dim=1)
+
+
+class Adversary(nn.Module):
+    """The discriminator with what its own training step needs. forward() is that step's loss.
+
+    One forward call for images and reconstructions, so that DistributedDataParallel sees one; they pass
+    through the network separately, each normalised by its own batch.
+    """
+
+    def __init__(self, discriminator, lecam_decay=0.999):
+        super().__init__()
+        self.discriminator, self.lecam = discriminator, LeCAM(lecam_decay)
+
+    def forward(self, images, reconstructions, crop=None, lecam_weight=0.0, augment=False, consistency=0.0,
+                draws=None):
+        """-> (loss, {name: detached term}). The reconstructions must be detached by the caller.
+
+        augment: DiffAug on both sides. consistency: weight of the consistency term. Either needs
+        draws (B, 24), uniform in [0, 1): DiffAug of images and reconstructions (10 each), holes (2 each).
+        """
+        if augment:
+            images, reconstructions = (diff_augment(images, draws[:, :10]),
+                                       diff_augment(reconstructions, draws[:, 10:20]))
+        real, fake = self.discriminator(images, crop), self.discriminator(reconstructions, crop)
+        terms = {"disc": hinge_loss(real, fake), "lecam": self.lecam(real, fake)}
+        loss = terms["disc"] + lecam_weight * terms["lecam"]
+        if consistency > 0:
+            # Bad augmentation is what a good discriminator is indifferent to: the same logits with half
+            # of the picture cut out.
+            cut = [self.discriminator(cut_out(x, d, 0.5), crop)
+                   for x, d in ((images, draws[:, 20:22]), (reconstructions, draws[:, 22:24]))]
+            terms["consistency"] = F.mse_loss(real, cut[0]) + F.mse_loss(fake, cut[1])
+            loss = loss + consistency * terms["consistency"]
+        self.lecam.update(real.detach(), fake.detach())
+        terms |= {"disc_real": real.mean(), "disc_fake": fake.mean()}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+# ------------------------------------------ what a config asks for ------------------------------------------
+
+class Objective(NamedTuple):
+    """What the loss needs besides the tokenizer. The frozen networks stand outside every trained module:
+    in no state dict, EMA, optimizer or DDP."""
+    teachers: dict                             # target name -> pretrained.Teacher
+    lpips: LPIPS | None
+    adversary: Adversary | None                # trained beside the tokenizer, with its own optimizer
+
+
+def build_objective(config, device):
+    """Load the frozen networks that the config asks for, and make the adversary. Raises UserError."""
+    where = dict(weights_dir=config.weights_dir, device=device, random=config.random_frozen)
+    style = dict(mean_std=IMAGENET, gelu="exact") if config.teachers_as == "released" else {}
+    teachers = {name: load_teacher(name, config.patch_size, **where, **style)
+                for name in config.aux_targets if name != "hog"}
+    lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where)) if config.percep_weight else None
+    if config.disc == "none":
+        return Objective(teachers, lpips, None)
+    discriminator = (PatchDiscriminator(config.image_size) if config.disc == "patch" else
+                     DinoDiscriminator(load_vit("dino-s", 16, gelu="tanh", **where)))
+    return Objective(teachers, lpips, Adversary(discriminator).to(device))
+
+
+def compute_targets(config, images, teachers):
+    """Target features y^j of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets. [Eq. 8]"""
+    return {name: hog_features(images, config.patch_size, config.hog_cell) if name == "hog"
+            else teachers[name](images) for name in config.aux_targets}
+
+
+def distance(config, name):
+    """"mse" or "cosine" for one target, by --aux-loss."""
+    return config.aux_loss if config.aux_loss != "mixed" else "mse" if name == "hog" else "cosine"

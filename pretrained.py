@@ -1,0 +1,568 @@
+"""Frozen networks by hand, with the public weight files: teachers of Eq. 8, eyes of the losses and of FID.
+
+    load_teacher    DINOv2, SigLIP: targets of the auxiliary decoders            [Eq. 8, Table 1b]
+    load_vit        DINO v1 ViT-S/16, which the discriminator looks through      [Table 7]
+    load_vgg16, load_lpips_heads                  the perceptual loss, LPIPS     [Eq. 6]
+    load_inception                                the network of FID, IS, sFID   [Sec. 4.1]
+
+Each looks for its file in --weights-dir, then in torch hub's cache, and else downloads it (weight_files.py);
+under torchrun call them inside common.rank_zero_first, or every rank downloads. All come back in eval mode
+with no parameter that requires a gradient; a gradient with respect to the *images* passes through VGG and
+ViT, which the losses need. None may become a submodule of what is trained: its weights would land in
+checkpoint, EMA and DDP. `random=True` gives a network repeatable random weights instead of its file's, for
+tests, and prints a warning.
+
+Shapes: B images, N patches, T tokens (N and class token and registers), D width, P patch size. Modules are
+named after the keys of the public files; whatever does not fit is a UserError that lists the keys.
+"""
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import UserError
+from maetok import Attention, LayerScale
+from weight_files import WeightFile, check_state, find_weights, load_frozen, read_weights
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # mean and std of RGB in [0, 1]
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                      # SigLIP's: images back in [-1, 1]
+
+
+def normalize(images, mean, std):
+    """(B, 3, H, W) in [-1, 1] -> (x01 - mean) / std, where x01 is the image in [0, 1]. Float32."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images.float() * 0.5 + (0.5 - mean)) / std
+
+
+# ------------------------------------------- vision transformers -------------------------------------------
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What fixes the shapes of a ViT's weights. Common to all: pre-norm, LayerNorm eps 1e-6, biases."""
+    width: int
+    depth: int
+    heads: int
+    patch_size: int                  # of the public weights
+    grid: int                        # of the public position table, patches a side
+    hidden: int = 0                  # of the MLP; 0: 4 * width
+    class_token: bool = True
+    registers: int = 0               # tokens between class token and patches, without positions
+    layer_scale: bool = False
+    mlp: str = "exact"               # exact or tanh: the kind of GELU; swiglu: SiLU(a) * b, for DINOv2-g
+
+
+class MLP(nn.Module):
+    """Linear, GELU or SwiGLU, linear. `hidden` counts what the second linear layer reads."""
+
+    def __init__(self, width, hidden, kind):
+        super().__init__()
+        self.kind = kind
+        self.fc1 = nn.Linear(width, hidden * (2 if kind == "swiglu" else 1))
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(F.gelu(x, approximate="tanh" if self.kind == "tanh" else "none"))
+
+
+class ViTBlock(nn.Module):
+    """x + attention, x + MLP, with LayerScale in DINOv2. Parameters are named as in the official files."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.attn = Attention(D, config.heads)
+        self.mlp = MLP(D, config.hidden or 4 * D, config.mlp)
+        self.ls1, self.ls2 = (LayerScale(D, 1.0) if config.layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x), rope=None))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2, SigLIP and DINO v1 in one class: normalised images (B, 3, H, W) -> patch features (B, N, D).
+
+    Any size whose sides are multiples of P. The position table is resampled bicubically to other grids. The
+    sources disagree how: DINOv2's code by scale factor (g + 0.1) / M without antialiasing, transformers to
+    the size without antialiasing (both with it for the register variants), timm always to the size with it;
+    at the native size all are the same. Ours is timm's: the released code uses it, and from 37 x 37 to the
+    16 x 16 of a 256-px image the others skip over more than half of the table. antialias=False is the way of
+    transformers. (PyTorch's two bicubic kernels differ, so the choice matters for larger grids as well.)
+    """
+
+    def __init__(self, config, patch_size, antialias=True):
+        super().__init__()
+        self.config, self.patch_size, self.antialias, D = config, patch_size, antialias, config.width
+        self.patch_embed = nn.Conv2d(3, D, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D)) if config.class_token else None
+        self.register_tokens = (nn.Parameter(torch.zeros(1, config.registers, D)) if config.registers
+                                else None)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + config.grid ** 2, D))
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.prefix = config.class_token + config.registers            # tokens before the patches
+
+    def embed(self, images):
+        """(B, 3, H, W) -> (B, T, D): [class token ; registers ; patches, row by row], positions added."""
+        B, c, (H, W) = len(images), self.config, images.shape[-2:]
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"{H} x {W} px cannot be cut into {self.patch_size}-px patches")
+        grid = (H // self.patch_size, W // self.patch_size)
+        # first: the class token's position, if there is one
+        first, table = self.pos_embed[:, :-c.grid ** 2], self.pos_embed[:, -c.grid ** 2:]
+        if grid != (c.grid, c.grid):
+            table = table.reshape(1, c.grid, c.grid, c.width).permute(0, 3, 1, 2)           # (1, D, M, M)
+            table = F.interpolate(table.float(), size=grid, mode="bicubic", antialias=self.antialias)
+            table = table.flatten(2).transpose(1, 2)                                        # (1, N, D)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + table                     # (B, N, D)
+        if self.register_tokens is not None:
+            x = torch.cat((self.register_tokens.expand(B, -1, -1), x), dim=1)
+        if self.cls_token is not None:
+            x = torch.cat(((self.cls_token + first).expand(B, -1, -1), x), dim=1)
+        return x                                                                            # (B, T, D)
+
+    def intermediate(self, images, after):
+        """Outputs before the final norm: a list of (B, T, D), T = prefix + N with the class token at 0.
+
+        after: increasing numbers of blocks; 0 is the token embedding, and the discriminator's readouts are
+        (0, 3, 6, 9, 12). Blocks beyond the last number are not run.
+        """
+        x, outputs = self.embed(images), []
+        for number in range(max(after) + 1):
+            if number:
+                x = self.blocks[number - 1](x)
+            if number in after:
+                outputs.append(x)
+        return outputs
+
+    def forward(self, images):
+        """Normalised images (B, 3, H, W) -> patch features after the final norm (B, N, D), without prefix."""
+        x = self.intermediate(images, after=(len(self.blocks),))[0]
+        return self.norm(x)[:, self.prefix:]
+
+
+def resample_kernel(kernel, size):
+    """Patch kernel (D, 3, p, p) -> (D, 3, size, size): a patch enlarged from p to `size` px, bicubically,
+    answers the new kernel exactly as the patch answered the old one.
+
+    With R the (size, p) matrix that enlarges a row, <R x R', w'> = <x, w> for every patch x asks for
+    R' w' R = w, whose smallest solution uses pseudo-inverses (FlexiViT, Beyer et al. 2023; what timm and so
+    the released code do). Bicubic enlargement of the kernel itself would change every feature's scale. For a
+    smaller `size` the equation holds in the least-squares sense only.
+    """
+    p = kernel.shape[-1]
+    if p == size:
+        return kernel
+    # enlarging the identity along one axis gives the matrix; float64 because it is inverted
+    R = F.interpolate(torch.eye(p, dtype=torch.float64)[None, None], size=(size, p), mode="bicubic",
+                      antialias=True)[0, 0]                                                 # (size, p)
+    inverse = torch.linalg.pinv(R).T                                                        # (size, p)
+    return (inverse @ kernel.double() @ inverse.T).to(kernel.dtype)
+
+
+# Names of the public files -> ours, which are the official DINOv2 names but for the patch embedding.
+# Applied in this order. HF: transformers, as on disk and (5.x) in memory; open_clip's SigLIP is timm's.
+RENAME = [(re.compile(pattern), ours) for pattern, ours in (
+    (r"^(visual\.trunk|vision_model)\.", ""),                                           # open_clip; HF SigLIP
+    (r"^embeddings\.", ""),                                                             # HF
+    (r"^(patch_embed\.proj|patch_embeddings\.projection|patch_embedding)\.", "patch_embed."),
+    (r"^(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+    (r"^reg_token$", "register_tokens"),                                                # timm
+    (r"^encoder\.layers?\.", "blocks."),
+    (r"^(post_)?layernorm\.", "norm."),
+    (r"\.(layer_norm1|layernorm_before)\.", ".norm1."),                                 # HF SigLIP; HF DINO
+    (r"\.(layer_norm2|layernorm_after)\.", ".norm2."),
+    (r"\.(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),               # HF DINO; DINOv2-g
+    (r"\.(output\.dense|mlp\.w3|mlp\.weights_out|mlp\.down_proj)\.", ".mlp.fc2."),
+)]
+# Layers that transformers keeps apart and we, as the official files, one above the other in one matrix.
+JOINED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
+          ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj.")}
+# Not needed for patch features: pooling heads, the training's mask token, SigLIP's text tower.
+UNUSED = re.compile(r"^(text|logit_)|(^|\.)(mask_token$|head\.|attn_pool\.|pooler\.)")
+
+
+def vit_state(state, config, patch_size):
+    """Tensors of any of the public namings -> those of VisionTransformer(config, patch_size)."""
+    renamed = {}
+    for key, tensor in state.items():
+        if not UNUSED.search(key):
+            for pattern, ours in RENAME:
+                key = pattern.sub(ours, key)
+            renamed[key] = tensor
+    for whole, parts in JOINED.items():
+        for key in [k for k in renamed if parts[0] in k]:
+            keys = [key.replace(parts[0], part) for part in parts]
+            if all(k in renamed for k in keys):
+                renamed[key.replace(parts[0], whole)] = torch.cat([renamed.pop(k) for k in keys])
+    table = renamed.get("pos_embed")
+    if table is not None and table.ndim == 2:                     # HF SigLIP: (N, D)
+        renamed["pos_embed"] = table = table[None]
+    if "reg_token" in state and table is not None and table.shape[1] == config.grid ** 2:
+        # timm's register variants have added the class token's position to the token itself
+        renamed["pos_embed"] = F.pad(table, (0, 0, 1, 0))
+    kernel = renamed.get("patch_embed.weight")
+    if kernel is not None and kernel.shape[2:] == (config.patch_size, config.patch_size):
+        renamed["patch_embed.weight"] = resample_kernel(kernel, patch_size)
+    return renamed
+
+
+# ------------------------------------------------ teachers ------------------------------------------------
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A public ViT: its file, its shapes, and the normalisation it was trained with."""
+    weights: WeightFile
+    vit: ViTConfig
+    mean_std: tuple = IMAGENET
+
+    @property
+    def dim(self):
+        """Width of its features, D_j of [Eq. 8]."""
+        return self.vit.width
+
+
+def _dinov2(letter, width, depth, heads, registers, **options):
+    name = f"dinov2_vit{letter}14"
+    file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
+    config = ViTConfig(width, depth, heads, 14, 37, registers=registers, layer_scale=True, **options)
+    return TeacherSpec(WeightFile(file, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}"), config)
+
+
+def _siglip(name, config):
+    return TeacherSpec(WeightFile(f"{name}.safetensors",
+                                  f"https://huggingface.co/google/{name}/resolve/main/model.safetensors"),
+                       config, HALF)
+
+
+TEACHERS = {f"dinov2-{letter}{'-reg' if registers else ''}": _dinov2(letter, *shape, registers, **options)
+            for registers in (0, 4) for letter, shape, options in (
+                ("s", (384, 12, 6), {}), ("b", (768, 12, 12), {}), ("l", (1024, 24, 16), {}),
+                ("g", (1536, 40, 24), dict(hidden=4096, mlp="swiglu")))}
+# SigLIP was trained, and is run by transformers, with tanh GELU; timm, and so the released code, runs these
+# weights with the exact one (gelu="exact"). The released code takes so400m, and IMAGENET's mean and std.
+TEACHERS |= {
+    "siglip-l": _siglip("siglip-large-patch16-256",
+                        ViTConfig(1024, 24, 16, 16, 16, class_token=False, mlp="tanh")),
+    "siglip-so400m": _siglip("siglip-so400m-patch14-224",
+                             ViTConfig(1152, 27, 16, 14, 16, hidden=4304, class_token=False, mlp="tanh")),
+    "dino-s": TeacherSpec(WeightFile(
+        "dino_deitsmall16_pretrain.pth",
+        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+        ViTConfig(384, 12, 6, 16, 14)),
+}
+
+
+def load_vit(name, patch_size=0, weights_dir="", device="cpu", random=False, gelu=""):
+    """A frozen VisionTransformer of TEACHERS; it wants images that went through normalize().
+
+    patch_size: 0 for its own; another one resamples the patch kernel. gelu: "exact" or "tanh" where another
+    one than the spec's is wanted (the discriminator of the released code runs dino-s with "tanh").
+    Raises UserError for unknown names and for files that are missing, damaged or of another network.
+    """
+    if name not in TEACHERS:
+        raise UserError(f"unknown teacher {name}; there are: {', '.join(TEACHERS)}")
+    spec = TEACHERS[name]
+    config = dataclasses.replace(spec.vit, mlp=gelu or spec.vit.mlp)
+    P = patch_size or config.patch_size
+    return load_frozen(name, lambda: VisionTransformer(config, P), spec.weights, weights_dir, random,
+                 lambda state: vit_state(state, config, P), skip=UNUSED).to(device)
+
+
+class Teacher:
+    """Patch features of a frozen ViT as a plain function of images.
+
+    Deliberately no nn.Module: an object that holds one is not registered by the module it is assigned to,
+    so the teacher stays out of state_dict, EMA and DDP wherever it is kept.
+    """
+
+    def __init__(self, network, mean_std, dtype):
+        self.network, self.mean_std, self.dtype = network, mean_std, dtype
+        self.patch_size, self.dim = network.patch_size, network.config.width
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """(B, 3, H, W) float in [-1, 1], sides multiples of P -> (B, N, D_j) float32, row by row.    [Eq. 8]
+
+        After the final norm; this is the target of the auxiliary loss as it stands [released code].
+        Raises ValueError when the patch does not divide a side.
+        """
+        # enabled=False matters too: it keeps an autocast around the call out.
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.network(normalize(images, *self.mean_std)).float()
+
+
+def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, dtype=None, mean_std=None,
+                 gelu=""):
+    """The Teacher of Eq. 8 called `name` in TEACHERS, on the tokenizer's patches.
+
+    patch_size: the tokenizer's; N = H/P * W/P features an image. dtype: of matrix products; None is
+    bfloat16 on CUDA GPUs that have it, else float32. mean_std: instead of the spec's, e.g. IMAGENET for
+    SigLIP, as the released code has it. gelu: see load_vit, which also says what is raised.
+    """
+    device = torch.device(device)
+    network = load_vit(name, patch_size, weights_dir, device, random, gelu)
+    return Teacher(network, mean_std or TEACHERS[name].mean_std,
+                   dtype or common.autocast_dtype("auto", device))
+
+
+# ------------------------------------------------- VGG-16 -------------------------------------------------
+
+VGG16_WEIGHTS = WeightFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
+                           "397923af")
+LPIPS_WEIGHTS = WeightFile(
+    "lpips_vgg_v0.1.pth",
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+    "a78928a0", 7289, also="vgg.pth")
+VGG16_WIDTHS = (64, 128, 256, 512, 512)            # channels of the five maps
+
+
+class VGG16(nn.Module):
+    """VGG-16's convolutions; the five maps that LPIPS compares."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width, convolutions in zip(VGG16_WIDTHS, (2, 2, 3, 3, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])        # torchvision's numbering; nothing follows relu5_3
+
+    def forward(self, images):
+        """Images (B, 3, H, W), already normalised -> [relu1_2, relu2_2, relu3_3, relu4_3, relu5_3], the k-th
+        (B, VGG16_WIDTHS[k], H / 2**k, W / 2**k). Sides of 16 px or more."""
+        maps = []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(images)
+            images = layer(images)
+        return maps + [images]
+
+
+def load_vgg16(weights_dir="", device="cpu", random=False):
+    """The frozen VGG16 of torchvision's file (its classifier is left in it). Raises UserError."""
+    return load_frozen("vgg16", VGG16, VGG16_WEIGHTS, weights_dir, random, convert=dict,
+                 skip=re.compile(r"^classifier\.")).to(device)
+
+
+def load_lpips_heads(weights_dir="", device="cpu", random=False):
+    """LPIPS v0.1's five 1x1 heads: a list of (1, C, 1, 1) float32, C of VGG16_WIDTHS, none negative.
+
+    The values weigh the squared differences of the five maps, channel by channel. Raises UserError.
+    """
+    shapes = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(VGG16_WIDTHS)}
+    if random:
+        # the network beside them has warned; equal weights are as good as any
+        return [torch.full(shape, 1 / shape[1], device=device) for shape in shapes.values()]
+    path = find_weights(LPIPS_WEIGHTS, weights_dir)
+    state = read_weights(path)
+    check_state(shapes, state, path)
+    return [state[key].to(device) for key in shapes]
+
+
+# ------------------------------------------- FID's Inception-v3 -------------------------------------------
+
+INCEPTION_WEIGHTS = WeightFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth", "6726825d", also="weights-inception-2015-12-05-6726825d.pth")
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm in eval mode (eps 1e-3), ReLU. Padding keeps the size unless given."""
+
+    def __init__(self, channels, width, kernel, stride=1, padding=None):
+        super().__init__()
+        kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = tuple(k // 2 for k in kernel) if padding is None else padding
+        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+        self.bn.num_batches_tracked = None               # training's counter; not in the public file
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def average_pool(x):
+    """3 x 3 means of stride 1; at the border, of the pixels that are there (PyTorch would count zeros)."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class InceptionA(nn.Module):
+    """35 x 35 px (Mixed_5b, 5c, 5d): (B, c, ., .) -> (B, 224 + pool, ., .)."""
+
+    def __init__(self, c, pool):
+        super().__init__()
+        self.branch1x1 = ConvNorm(c, 64, 1)
+        self.branch5x5_1, self.branch5x5_2 = ConvNorm(c, 48, 1), ConvNorm(48, 64, 5)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = ConvNorm(c, 64, 1), ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3)
+        self.branch_pool = ConvNorm(c, pool, 1)
+
+    def forward(self, x):
+        return torch.cat((self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
+                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                          self.branch_pool(average_pool(x))), dim=1)
+
+
+class InceptionB(nn.Module):
+    """35 -> 17 px (Mixed_6a): (B, c, ., .) -> (B, 480 + c, ., .)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.branch3x3 = ConvNorm(c, 384, 3, stride=2, padding=0)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = ConvNorm(c, 64, 1), ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2, padding=0)
+
+    def forward(self, x):
+        return torch.cat((self.branch3x3(x), self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                          F.max_pool2d(x, 3, stride=2)), dim=1)
+
+
+class InceptionC(nn.Module):
+    """17 x 17 px (Mixed_6b to 6e), 7 x 7 kernels as 1 x 7 and 7 x 1: (B, 768, ., .) -> (B, 768, ., .)."""
+
+    def __init__(self, c):
+        super().__init__()
+        row, column = (1, 7), (7, 1)
+        self.branch1x1 = ConvNorm(768, 192, 1)
+        self.branch7x7_1, self.branch7x7_2 = ConvNorm(768, c, 1), ConvNorm(c, c, row)
+        self.branch7x7_3 = ConvNorm(c, 192, column)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = ConvNorm(768, c, 1), ConvNorm(c, c, column)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = ConvNorm(c, c, row), ConvNorm(c, c, column)
+        self.branch7x7dbl_5 = ConvNorm(c, 192, row)
+        self.branch_pool = ConvNorm(768, 192, 1)
+
+    def forward(self, x):
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return torch.cat((self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+                          self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
+                          self.branch_pool(average_pool(x))), dim=1)
+
+
+class InceptionD(nn.Module):
+    """17 -> 8 px (Mixed_7a): (B, 768, ., .) -> (B, 1280, ., .)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvNorm(768, 192, 1)
+        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2, padding=0)
+        self.branch7x7x3_1, self.branch7x7x3_2 = ConvNorm(768, 192, 1), ConvNorm(192, 192, (1, 7))
+        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1))
+        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2, padding=0)
+
+    def forward(self, x):
+        long = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat((self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(long),
+                          F.max_pool2d(x, 3, stride=2)), dim=1)
+
+
+class InceptionE(nn.Module):
+    """8 x 8 px (Mixed_7b, 7c): (B, c, ., .) -> (B, 2048, ., .). pool: average_pool, but a max pool in 7c."""
+
+    def __init__(self, c, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = ConvNorm(c, 320, 1)
+        self.branch3x3_1 = ConvNorm(c, 384, 1)
+        self.branch3x3_2a, self.branch3x3_2b = ConvNorm(384, 384, (1, 3)), ConvNorm(384, 384, (3, 1))
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = ConvNorm(c, 448, 1), ConvNorm(448, 384, 3)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = ConvNorm(384, 384, (1, 3)), ConvNorm(384, 384, (3, 1))
+        self.branch_pool = ConvNorm(c, 192, 1)
+
+    def forward(self, x):
+        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat((self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single),
+                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
+                          self.branch_pool(self.pool(x))), dim=1)
+
+
+class InceptionOutput(NamedTuple):
+    """What the measures need of B images, float32."""
+    pool: torch.Tensor         # (B, 2048) pool_3: FID, precision and recall
+    logits: torch.Tensor       # (B, 1008), without the bias: IS takes the softmax of these
+    spatial: torch.Tensor      # (B, 2023): sFID
+
+
+def resize_tf1(images, size=299):
+    """(B, c, H, W) float -> (B, c, size, size) as TensorFlow 1's resize_bilinear does it: output pixel i
+    looks at source position i * H / size, with no half-pixel shift and no antialiasing; columns, then rows.
+    """
+    for dim in (3, 2):
+        n = images.shape[dim]
+        position = torch.arange(size, device=images.device, dtype=torch.float32) * (n / size)
+        low = position.long()
+        share = (position - low).view(-1, 1) if dim == 2 else position - low
+        below = images.index_select(dim, low)
+        above = images.index_select(dim, (low + 1).clamp(max=n - 1))
+        images = below + (above - below) * share
+    return images
+
+
+class Inception(nn.Module):
+    """The 2015 Inception-v3 that FID is defined by. It is not torchvision's: average pools do not count
+    padding, Mixed_7c's pool branch takes a max, and there are 1008 logits. Named as in pytorch-fid."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, padding=0)
+        self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = ConvNorm(32, 32, 3, padding=0), ConvNorm(32, 64, 3)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = ConvNorm(64, 80, 1), ConvNorm(80, 192, 3, padding=0)
+        self.Mixed_5b, self.Mixed_5c = InceptionA(192, 32), InceptionA(256, 64)
+        self.Mixed_5d = InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b, self.Mixed_6c = InceptionC(128), InceptionC(160)
+        self.Mixed_6d, self.Mixed_6e = InceptionC(160), InceptionC(192)
+        self.Mixed_7a = InceptionD()
+        self.Mixed_7b = InceptionE(1280, average_pool)
+        self.Mixed_7c = InceptionE(2048, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
+        self.fc = nn.Linear(2048, 1008)
+
+    @torch.no_grad()
+    def forward(self, images, resize="tf1"):
+        """uint8 (B, 3, H, W) of any size -> InceptionOutput.
+
+        resize: "tf1", then (x - 128) / 128: the original graph, and so ADM's suite and torch-fidelity.
+        "pytorch-fid": half-pixel bilinear to 299, then 2x - 1 with x in [0, 1]. Neither antialiases.
+        Numbers made with one are not comparable with those of the other.
+        spatial: the first 7 channels of Mixed_6d's 1x1 branch, 17 x 17, in (row, column, channel) order.
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"Inception reads uint8 images, not {images.dtype}")
+        if resize == "tf1":
+            x = (resize_tf1(images.float()) - 128) / 128
+        elif resize == "pytorch-fid":
+            x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+            x = x * 2 - 1
+        else:
+            raise ValueError(f"resize {resize!r}: choose tf1 or pytorch-fid")
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                  # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))            # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))       # (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                                  # (B, 768, 17, 17)
+        x = self.Mixed_6d(x)
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)       # the 1x1 branch stands first
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))                   # (B, 2048, 8, 8)
+        pool = x.mean((2, 3))
+        return InceptionOutput(pool, F.linear(pool, self.fc.weight), spatial)
+
+
+def load_inception(weights_dir="", device="cpu", random=False):
+    """The frozen Inception of pytorch-fid's file, or of torch-fidelity's. Raises UserError."""
+    return load_frozen("inception", Inception, INCEPTION_WEIGHTS, weights_dir, random, convert=dict,
+                 skip=re.compile(r"num_batches_tracked$")).to(device)
