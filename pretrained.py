@@ -279,7 +279,7 @@ def load_vit(name, patch_size=0, weights_dir="", device="cpu", random=False, gel
     config = dataclasses.replace(spec.vit, mlp=gelu or spec.vit.mlp)
     P = patch_size or config.patch_size
     return load_frozen(name, lambda: VisionTransformer(config, P), spec.weights, weights_dir, random,
-                 lambda state: vit_state(state, config, P), skip=UNUSED).to(device)
+                       lambda state: vit_state(state, config, P), skip=UNUSED).to(device)
 
 
 class Teacher:
@@ -357,7 +357,7 @@ class VGG16(nn.Module):
 def load_vgg16(weights_dir="", device="cpu", random=False):
     """The frozen VGG16 of torchvision's file (its classifier is left in it). Raises UserError."""
     return load_frozen("vgg16", VGG16, VGG16_WEIGHTS, weights_dir, random, convert=dict,
-                 skip=re.compile(r"^classifier\.")).to(device)
+                       skip=re.compile(r"^classifier\.")).to(device)
 
 
 def load_lpips_heads(weights_dir="", device="cpu", random=False):
@@ -565,4 +565,4 @@ class Inception(nn.Module):
 def load_inception(weights_dir="", device="cpu", random=False):
     """The frozen Inception of pytorch-fid's file, or of torch-fidelity's. Raises UserError."""
     return load_frozen("inception", Inception, INCEPTION_WEIGHTS, weights_dir, random, convert=dict,
-                 skip=re.compile(r"num_batches_tracked$")).to(device)
+                       skip=re.compile(r"num_batches_tracked$")).to(device)

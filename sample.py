@@ -2,6 +2,8 @@
 
     python sample.py --ckpt runs/diffusion-shapes --out samples.png                  # a grid, 8 of each class
     python sample.py --ckpt RUN --cfg 1.9 --cfg-interval 0 0.75 --out samples.npz    # the paper's, 256 px
+    python sample.py --ckpt RUN --guide-ckpt RUN/step_0001000.pt --cfg 1.5           # autoguidance
+    python sample.py --released 256 --classes 207 360 --num 8                        # the authors' weights
     torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz      # for FID
 
 The checkpoint knows its tokenizer; nothing else is needed. Sample i depends on (seed, i) alone, not on the
@@ -23,6 +25,7 @@ import common
 from common import UserError, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from maetok import patchify, random_mask, unpatchify
+from released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
 from sit import euler, euler_maruyama, guided_velocity, heun
 from train_diffusion import load_diffusion
 
@@ -44,8 +47,9 @@ def choose_labels(num, classes, num_classes, kind, seed):
 
 
 def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
-                   steps=250, path="linear", trajectory=None):
+                   steps=250, path="linear", trajectory=None, guide=None):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
+    guide: the worse model of autoguidance, see sit.guided_velocity.
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
     """
@@ -53,7 +57,7 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
     rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
     draw = lambda: torch.from_numpy(
         np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])).to(device)
-    velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval)
+    velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval, guide)
     if sampler == "euler-maruyama":
         return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
                               trajectory=trajectory)
@@ -139,7 +143,16 @@ def main(argv=None):
     parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", required=True, help="run folder or checkpoint of train_diffusion.py")
+    add("--ckpt", help="run folder or checkpoint of train_diffusion.py")
+    add("--released", type=int, choices=tuple(RELEASED),
+        help="instead of --ckpt: the authors' tokenizer and SiT-XL for this image size, with the paper's "
+        "protocol where no option says otherwise")
+    add("--weights-dir", default="",
+        help="folder of the released files; else torch hub's cache, else download")
+    add("--path", choices=("linear", "cosine"),
+        help="with --released: the path that SiT was trained on, which nobody has said (default linear)")
+    add("--guide-ckpt", help="autoguidance: guide away from this worse model of the same latents, an earlier "
+        "checkpoint for instance, instead of from the null class")
     add("--out", nargs="+", default=["samples.png"],
         help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
         "layout, FOLDER of PNG files (default samples.png)")
@@ -150,9 +163,9 @@ def main(argv=None):
     add("--classes", type=int, nargs="+", help="class numbers (default: all)")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
-    add("--cfg", type=float, default=1.0,
+    add("--cfg", type=float,
         help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off)")
-    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
     add("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="[Table 8] Euler-Maruyama, the default")
@@ -164,15 +177,43 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rank, world, device = common.start_processes(args.device)
     dtype = common.autocast_dtype(args.dtype, device)
-    model, tokenizer, config = load_diffusion(args.ckpt, device)
+    if bool(args.ckpt) == bool(args.released):
+        raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), one of the two")
+    protocol = RELEASED.get(args.released, dict(cfg=1.0, cfg_interval=(0.0, 1.0)))
+    args.cfg = protocol["cfg"] if args.cfg is None else args.cfg
+    args.cfg_interval = args.cfg_interval or protocol["cfg_interval"]
+    if args.released:
+        if args.report:
+            raise UserError("--report shows a run's own data: it needs --ckpt")
+        with common.rank_zero_first(rank, world):
+            folders = [find_released(protocol[part], args.weights_dir) for part in ("sit", "tokenizer")]
+        model, tokenizer = load_released_sit(folders[0], device), load_released_tokenizer(folders[1], device)
+        config = {"path": args.path or "linear"}
+        if rank == 0:
+            print(f"share of noise in the velocity at t = 1: {noise_share(model):.2f} (about 1 if SiT was "
+                  "trained on the linear path, 0 if on the cosine path)", flush=True)
+    else:
+        if args.path:
+            raise UserError("--path: a checkpoint of ours knows its path")
+        model, tokenizer, config = load_diffusion(args.ckpt, device)
+    guide = None
+    if args.guide_ckpt:
+        guide, its_tokenizer, _ = load_diffusion(args.guide_ckpt, device)
+        if common.fingerprint(its_tokenizer) != common.fingerprint(tokenizer):
+            raise UserError(f"--guide-ckpt {args.guide_ckpt} was trained on another tokenizer's latents")
+        if guide.config.num_classes != model.config.num_classes:
+            raise UserError(f"--guide-ckpt {args.guide_ckpt} has {guide.config.num_classes} classes, "
+                            f"the model {model.config.num_classes}")
     num_classes = model.config.num_classes
     num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes else 64)
     if min(num, args.steps, args.batch_size) < 1:
         raise UserError("--num, --steps and --batch-size must be at least 1")
-    if args.cfg != 1 and num_classes == 0:
+    if args.cfg != 1 and num_classes == 0 and guide is None:
         raise UserError("--cfg: an unconditional model cannot be guided")
     if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise UserError("--cfg-interval LOW HIGH must satisfy 0 <= LOW <= HIGH <= 1")
+    if model.config.guidance_free and (args.cfg < 1 or guide is not None):
+        raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
     if args.report:
         if rank == 0:
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +227,7 @@ def main(argv=None):
     outs = [Path(out) for out in args.out]
     folder = outs[0].with_name(outs[0].name + ".parts")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")} | {"num": num}
-    settings["weights"] = common.fingerprint(model)
+    settings["weights"] = common.fingerprint(model) + (common.fingerprint(guide) if guide else "")
     settings = json.loads(json.dumps(settings))                                             # tuples to lists
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +249,7 @@ def main(argv=None):
                         else contextlib.nullcontext())
             with torch.no_grad(), autocast:
                 z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval,
-                                   args.sampler, args.steps, config["path"])
+                                   args.sampler, args.steps, config["path"], guide=guide)
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             common.atomic_write(part, lambda p: common.save_npy(p, images))
             bar.update(args.batch_size * world)

@@ -41,6 +41,8 @@ class SiTConfig:
     depth: int = 28              # blocks [Table 8]
     mlp_ratio: float = 4.0       # hidden width of the MLP / D
     num_classes: int = 1000      # the null class comes on top; 0: unconditional, it is the only one [Table 5]
+    guidance_free: bool = False  # guidance-free training: the model is told 1 / guidance scale and learns the
+                                 # guided velocity itself [rebuttal; Chen et al. 2025]; not with usit
 
     def __post_init__(self):
         for name in ("num_latents", "latent_dim", "width", "heads", "depth", "mlp_ratio"):
@@ -197,6 +199,7 @@ class SiT(nn.Module):
         self.x_embedder = nn.Linear(c.latent_dim, c.width)       # patch size 1: a token is a patch [Sec. 4.1]
         self.t_embedder = TimestepEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
+        self.beta_embedder = TimestepEmbedder(c.width) if c.guidance_free else None
         self.register_buffer("pos_embed", position_table(c.num_latents, c.width), persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth))
         self.final_layer = FinalLayer(c.width, c.latent_dim)
@@ -215,10 +218,12 @@ class SiT(nn.Module):
                       self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, beta=None, hidden_after=0):
         """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1],
         y (B,) int64 class -> velocity (B, L, C).
 
+        beta: (B,) float in [0, 1], 1 / guidance scale, for a model of guidance-free training; None: 1.
+        hidden_after: k > 0 returns (velocity, tokens after k blocks (B, L, D)), which REPA trains on.
         Raises ValueError when x is not (B, num_latents, latent_dim): one token
         would silently take every position.
         """
@@ -226,10 +231,15 @@ class SiT(nn.Module):
             raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of "
                              f"{self.config.num_latents} tokens with {self.config.latent_dim} channels")
         c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
+        if self.beta_embedder is not None:
+            c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
         x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             x = block(x, c)
-        return self.final_layer(x, c)                                                              # (B, L, C)
+            if number == hidden_after:
+                hidden = x
+        v = self.final_layer(x, c)                                                                 # (B, L, C)
+        return (v, hidden) if hidden_after else v
 
 
 def sit_macs(config):
@@ -438,9 +448,31 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
 
 # ------------------------------------------------ guidance ------------------------------------------------
 
-def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0)):
+def guidance_free_loss(model, prediction, x_t, t, y, beta, target):
+    """Guidance-free training: |beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)] - target|^2, (B,).
+
+    In expectation the sum in front must be the conditional velocity c, so the model itself tends to
+    u + (c - u) / beta: the velocity guided by 1 / beta, u being its own unconditional one (sg: no
+    gradient).
+    Sampling then needs one call where classifier-free guidance needs two.  [rebuttal; Chen et al. 2025]
+    model: for v(., null, 1). prediction: v(x_t, c, beta) with gradient. beta (B,): uniform in [0, 1], and 1
+    where the label was dropped, which trains u by the plain loss.
+    """
+    with torch.no_grad():
+        u = model(x_t, t, torch.full_like(y, model.config.num_classes))
+    b = beta[:, None, None]
+    return flow_matching_loss(b * prediction.float() + (1 - b) * u.float(), target)
+
+
+def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
     """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale (c - u),
     for a span of times.
+
+    Two other schemes on the same line, with their own u:
+    autoguidance (Karras et al. 2024): u is the velocity of `guide`, a worse model of the same latents, such
+    as an earlier checkpoint, with the same labels [rebuttal: 1 M of 4 M steps].
+    guidance-free training: a model with config.guidance_free is told 1 / cfg_scale and returns the guided
+    velocity from one call.
 
     c and u are the velocities with the labels y (B,) and with the null class;
     all channels are guided [released code].
@@ -452,13 +484,25 @@ def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0)):
     Raises ValueError for an unconditional model with a scale other than 1: its c is u.
     """
     (low, high), null_class = interval, model.config.num_classes
-    if null_class == 0 and cfg_scale != 1:
+    if null_class == 0 and cfg_scale != 1 and guide is None:
         raise ValueError("an unconditional model cannot be guided: leave cfg_scale at 1")
+    if model.config.guidance_free and cfg_scale < 1:
+        raise ValueError("a model of guidance-free training knows guidance scales from 1 on")
     dtype, null = next(model.parameters()).dtype, torch.full_like(y, null_class)
 
     def velocity(x, t):
         # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
         guided = cfg_scale != 1 and low - 1e-6 <= t <= high + 1e-6
+        if model.config.guidance_free or guide is not None:
+            times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+            if guide is None:
+                beta = torch.full_like(times, 1 / cfg_scale if guided else 1.0)
+                return model(x.to(dtype), times, y, beta).to(x.dtype)
+            c = model(x.to(dtype), times, y).to(x.dtype)
+            if not guided:
+                return c
+            u = guide(x.to(dtype), times, y).to(x.dtype)
+            return u + cfg_scale * (c - u)
         inputs, labels = (torch.cat((x, x)), torch.cat((y, null))) if guided else (x, y)
         times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
         v = model(inputs.to(dtype), times, labels).to(x.dtype)

@@ -21,21 +21,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
-from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guided_velocity, interpolate,
-                 path_coefficients, sample_times)
+from lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
+from maetok import Decoder, masked_feature_loss
+from pretrained import TEACHERS, load_teacher
+from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_loss,
+                 guided_velocity, interpolate, path_coefficients, sample_times)
 from train_tokenizer import tokenizer_of
+from usit import SIZES as USIT_SIZES
+from usit import USiT, USiTConfig
 
 TIME_BINS = 10
+MODELS = {"sit": (SiT, SiTConfig), "lightningdit": (LightningDiT, LightningDiTConfig),
+          "usit": (USiT, USiTConfig)}
 
 
 @dataclass
-class Config(SiTConfig):
+class Config(LightningDiTConfig):
     """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
     # ---- run ----
     preset: str = "shapes"        # one or more names joined by commas, later ones win;
@@ -59,10 +67,18 @@ class Config(SiTConfig):
     cache_dtype: str = "float16"  # of the cached latents, which have unit variance: float16 or float32
     unconditional: bool = False   # forget the classes [Table 5]
     # ---- objective ----
+    model: str = "sit"            # sit [Table 8], lightningdit [Table 9] or usit [Table 3]
     path: str = "linear"          # linear or cosine interpolant between data and noise; see sit.py
     times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
                                   # [released code's README]
     label_dropout: float = 0.1    # share of labels replaced by the null class, for guidance [SiT]
+    direction_loss: float = 0.0   # weight of 1 - cos(prediction, velocity); LightningDiT: 1 [Table 9]
+    repa: str = ""                # a frozen teacher (dinov2-l, ...) whose patch features are predicted from a
+                                  # middle layer [rebuttal; REPA, Yu et al. 2024]; needs --no-cache
+    repa_weight: float = 0.5      # of that loss, 1 - cos [REPA]
+    repa_block: int = 8           # after so many blocks [REPA: 8 of 28]
+    weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
+    random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
     # ---- optimisation ----
     steps: int = 4_000_000        # [Table 8]; SiT-L in the ablations: 400,000
     batch_size: int = 256         # latents a step over all processes [Table 8]
@@ -86,6 +102,16 @@ class Config(SiTConfig):
         self.out = self.out or f"runs/diffusion-{self.preset.replace(',', '-')}"
         path_coefficients(torch.zeros(1), self.path)                                  # these raise ValueError
         sample_times([], self.times)
+        if self.model not in MODELS:
+            raise UserError(f"--model {self.model}: choose {', '.join(MODELS)}")
+        build_model(dataclasses.asdict(self), check=True)
+        if self.repa and self.repa not in TEACHERS:
+            raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
+        if self.repa and self.cache:
+            raise UserError("--repa looks at the images: add --no-cache")
+        if self.repa and (self.model == "usit" or not 0 < self.repa_block <= self.depth):
+            raise UserError(f"--repa reads tokens after --repa-block of 1 to {self.depth} blocks "
+                            "of sit or lightningdit")
         if self.cache_dtype not in ("float16", "float32"):
             raise UserError(f"--cache-dtype {self.cache_dtype}: choose float16 or float32")
         if self.keep < 2:
@@ -106,9 +132,12 @@ PRESETS = {
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],
     "sit-l": SIZES["L"] | dict(steps=400_000),                                         # [Sec. 4.1, ablations]
     "sit-xl": SIZES["XL"],                                                             # [Table 8]
+    "lightningdit-xl": SIZES["XL"] | dict(model="lightningdit", times="logit-normal", direction_loss=1.0,
+                                          lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000),   # [Table 9]
+    "usit-2b": USIT_SIZES["2B"] | dict(model="usit", steps=500_000),                   # [Table 3; rebuttal]
 }
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every",
-        "save_every", "keep", "grid_every", "grid_cfg"}
+        "save_every", "keep", "grid_every", "grid_cfg", "weights_dir"}
 
 
 # ------------------------------------------- the cache of latents -------------------------------------------
@@ -192,10 +221,33 @@ class LatentCache(torch.utils.data.Dataset):
 
 # ------------------------------------------------ training ------------------------------------------------
 
-def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, world, rank, device):
+class Repa(nn.Module):
+    """A diffusion model and the head that reads a teacher's patch features off its middle layer.
+
+    From L latent tokens to N patches goes a decoder of the tokenizer's kind, one layer deep: queries in the
+    patches' places look at the tokens, as in [Eq. 7]. No token belongs to a patch, so an MLP on each token,
+    as for 2D latents [REPA], has nothing to aim at. [ours: the rebuttal does not say]
+    forward(x, t, y, beta) -> (velocity (B, L, C), features (B, N, D_teacher)).
+    """
+
+    def __init__(self, model, after, tokenizer, dim):
+        super().__init__()
+        c = dataclasses.replace(tokenizer.config, latent_dim=model.config.width, latent_modulation=False,
+                                ape="none", rope="axial")
+        self.model, self.after, self.grid = model, after, tokenizer.grid((c.image_size, c.image_size))
+        self.head = Decoder(c, 1, c.width, c.heads, dim)
+
+    def forward(self, x, t, y, beta=None):
+        v, hidden = self.model(x, t, y, beta, hidden_after=self.after)
+        return v, self.head(hidden, self.grid)
+
+
+def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, repa, teacher, world,
+          rank, device):
     """Train from `step` to config.steps; checkpoints, logs and pictures on the way.
 
     train_set gives latents (a LatentCache), or images, which are then encoded in the loop.
+    repa, teacher: Repa around the model and what it is to predict, or None.
     """
     out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
     batches = GlobalBatches(train_set.length, config.batch_size, step, config.steps, config.seed, rank, world,
@@ -203,12 +255,15 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
     workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
     loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
                                               collate_fn=collate, pin_memory=device.type == "cuda"))
-    wrapped = torch.compile(model) if config.compile else model
+    wrapped = repa or model
+    if config.compile:
+        model.compile()
     if world > 1:
         wrapped = DistributedDataParallel(wrapped,
                                           device_ids=[device.index] if device.type == "cuda" else None)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     by_time = torch.zeros(2, TIME_BINS, device=device)      # sums of losses, counts
+    alignment = torch.zeros((), device=device)              # sum of REPA's losses
     clock, logged = time.perf_counter(), step
     bar = tqdm(total=config.steps, initial=step, desc="diffusion", disable=rank > 0, mininterval=1.0)
     while step < config.steps:
@@ -220,8 +275,9 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                 raise batch
             x, y = (part.to(device, non_blocking=True) for part in batch)
             if not config.cache:
+                images = to_float(x)
                 with torch.no_grad():
-                    x = tokenizer.encode(to_float(x), normalize=True)
+                    x = tokenizer.encode(images, normalize=True)
             # Everything random comes from (seed, step, global sample index), never from the process.
             rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
             t = sample_times(rngs, config.times).to(device)                                 # (B,) in [0, 1]
@@ -229,18 +285,34 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
                  else torch.zeros_like(y))
             x_t, v = interpolate(x, torch.from_numpy(noise).to(device), t, config.path)     # (B, L, C) each
+            extra = ()
+            if config.guidance_free:
+                beta = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32, device=device)
+                extra = (torch.where(y == config.num_classes, 1.0, beta),)                  # (B,)
 
             # DDP averages gradients at the last micro-batch only
             partial = micro + 1 < config.accumulate and world > 1
             with wrapped.no_sync() if partial else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    prediction = wrapped(x_t, t, y)
-                losses = flow_matching_loss(prediction, v)                             # (B,): |v_theta - v|^2
-                (losses.mean() / config.accumulate).backward()
+                    prediction = wrapped(x_t, t, y, *extra)
+                    if repa:
+                        prediction, features = prediction
+                    # (B,): |v_theta - v|^2
+                    losses = (guidance_free_loss(model, prediction, x_t, t, y, *extra, v)
+                              if config.guidance_free else flow_matching_loss(prediction, v))
+                loss = losses.mean()
+                if config.direction_loss:
+                    loss = loss + config.direction_loss * velocity_direction_loss(prediction, v).mean()
+                if repa:
+                    everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
+                    agreement = masked_feature_loss(features, teacher(images), everywhere, "cosine")
+                    loss = loss + config.repa_weight * agreement
+                    alignment += agreement.detach()
+                (loss / config.accumulate).backward()
             bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             by_time.index_add_(1, bins, torch.stack((losses.detach(), torch.ones_like(losses))))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        healthy *= (losses.detach().sum() + grad_norm).isfinite()
+        grad_norm = torch.nn.utils.clip_grad_norm_((repa or model).parameters(), config.clip)
+        healthy *= (loss.detach() + grad_norm).isfinite()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
@@ -249,8 +321,9 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
         saving = step % config.save_every == 0 or step == config.steps
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == config.steps)
         if step % config.log_every == 0 or saving or drawing:
-            values = common.all_mean(torch.cat((by_time.flatten(), healthy[None])), world).tolist()
-            sums, counts, ok = values[:TIME_BINS], values[TIME_BINS:-1], values[-1]
+            values = torch.cat((by_time.flatten(), alignment[None], healthy[None]))
+            *values, aligned, ok = common.all_mean(values, world).tolist()
+            sums, counts = values[:TIME_BINS], values[TIME_BINS:]
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
                                 f"{config.log_every} before; the checkpoints in {out} are from before that. "
@@ -260,7 +333,10 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                       # tenths of t, data first
                       "loss_t": [s / n if n else None for s, n in zip(sums, counts)],
                       "grad_norm": float(grad_norm), "lr": group["lr"], "latents_per_second": rate}
+            if repa:
+                record["repa"] = aligned / (step - logged) / config.accumulate
             by_time.zero_()
+            alignment.zero_()
             clock, logged = time.perf_counter(), step
             if rank == 0:
                 common.append_metrics(out, record)
@@ -269,17 +345,19 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
         if rank == 0 and drawing:
             save_grid(config, ema.model, tokenizer, out / f"grid_{step:07d}.png", device)
         if saving:
-            save(config, step, model, ema, optimizer, tokenizer_state, rank, world)
+            save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world)
     bar.close()
 
 
-def save(config, step, model, ema, optimizer, tokenizer_state, rank, world):
+def save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world):
     """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file."""
     if rank == 0:
         state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config),
                  "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
                  "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
                  "tokenizer": tokenizer_state}
+        if repa:
+            state["repa_head"] = repa.head.state_dict()
         common.save_checkpoint(config.out, state, config.keep)
     if world > 1:
         dist.barrier()
@@ -301,16 +379,27 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
+def build_model(values, check=False):
+    """The model that a config, as a dict, describes. check: on the meta device, only to see whether it can be
+    built. Raises UserError for sizes that cannot."""
+    kind, config = MODELS[values["model"]]
+    names = {field.name for field in dataclasses.fields(config)}
+    try:
+        config = config(**{k: v for k, v in values.items() if k in names})
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return None if check else kind(config)
+
+
 def load_diffusion(path, device="cpu"):
-    """(SiT with the EMA weights, its tokenizer, config dict) from a checkpoint of this script,
+    """(the model with the EMA weights, its tokenizer, config dict) from a checkpoint of this script,
     both in eval mode."""
     state = common.load_checkpoint(path)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
-    names = {field.name for field in dataclasses.fields(SiTConfig)}
     try:
-        model = SiT(SiTConfig(**{k: v for k, v in state["config"].items() if k in names}))
-    except (TypeError, ValueError) as e:
+        model = build_model(state["config"])
+    except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path} has a config this version cannot build: {e}") from e
     common.load_weights(model, state["ema"], path)
     tokenizer = tokenizer_of(state["tokenizer"], path)
@@ -351,10 +440,17 @@ def main(argv=None):
 
     out = Path(config.out)
     torch.manual_seed(config.seed)
-    model, step = SiT(config).to(device), 0
+    model, step = build_model(dataclasses.asdict(config)).to(device), 0
     ema = common.EMA(model, config.ema)
+    repa = teacher = None
+    if config.repa:
+        with common.rank_zero_first(rank, world):
+            teacher = load_teacher(config.repa, tokenizer.config.patch_size, config.weights_dir, device,
+                                   config.random_frozen)
+        repa = Repa(model, config.repa_block, tokenizer, teacher.dim).to(device)
     # One group: Table 8 has no weight decay, so there is nothing to exempt from it.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+    optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
+                                  betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=device.type != "mps")
     state = common.find_checkpoint(out)
     if state is not None:
@@ -366,6 +462,8 @@ def main(argv=None):
         common.load_weights(model, state["model"], out)
         common.load_weights(ema.model, state["ema"], out)
         ema.updates = state["ema_updates"]
+        if repa:
+            common.load_weights(repa.head, state["repa_head"], out)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
     common.check_same_step(step, out, world, device)
@@ -391,7 +489,8 @@ def main(argv=None):
             print(f"passed over unreadable images {int(skipped)} times")
         print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "
               f"{out}/ at step {step} of {config.steps}", flush=True)
-    train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, world, rank, device)
+    train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, repa, teacher, world,
+          rank, device)
     if rank == 0:
         records = common.read_metrics(out)
         curves = {"loss": [(r["step"], r["loss"]) for r in records]}

@@ -287,7 +287,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             for group in adversary_optimizer.param_groups:
                 group["lr"] = config.disc_lr * lr / (config.lr if stage == 1 else config.stage2_lr)
             coin, *crop = sample_rng(config.seed, "disc-crop", step, 0).random(3)
-            view = dict(crop=crop if coin < 0.5 else None)      # where the discriminator looks [released code]
+            view = dict(crop=crop if coin < 0.5 else None)     # where the discriminator looks [released code]
         low, high = mask_range(config, stage, step - first)
         for micro, positions in enumerate(batches.positions()):
             batch = next(loader)

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightningdit import LightningDiT, LightningDiTConfig
 from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss,
-                 guided_velocity, heun, interpolate, path_coefficients, position_table, sample_times,
-                 score_from_velocity, sit_macs, split_velocity, time_features)
+                 guidance_free_loss, guided_velocity, heun, interpolate, path_coefficients, position_table,
+                 sample_times, score_from_velocity, sit_macs, split_velocity, time_features)
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 PATHS = ("linear", "cosine")
@@ -25,9 +26,12 @@ PATHS = ("linear", "cosine")
 def tiny(random=True, **changes):
     """A small model; random: with every weight drawn at random, since a new one answers 0 to everything."""
     model = SiT(SiTConfig(**(TINY | changes))).eval()
-    if random:
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.2)
+    return randomised(model) if random else model
+
+
+def randomised(model):
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
     return model
 
 
@@ -543,6 +547,61 @@ def test_the_model_is_called_in_its_own_dtype_with_float32_times():
         v = guided_velocity(model, Y, 1.5)(X, 0.991)
         (x, t, _), = model.calls
         assert x.dtype == dtype and t.dtype == torch.float32 and v.dtype == torch.float64
+
+
+def test_autoguidance_takes_the_worse_models_velocity_for_the_null_class():
+    model, guide = tiny(), tiny()
+    t = torch.full((3,), 0.4)
+    with torch.no_grad():
+        good, bad = model(X.float(), t, Y), guide(X.float(), t, Y)                    # the same labels in both
+        v = guided_velocity(model, Y, 1.9, (0.0, 0.5), guide)(X, 0.4).float()
+        torch.testing.assert_close(v, bad + 1.9 * (good - bad), rtol=1e-4, atol=1e-4)
+        outside = guided_velocity(model, Y, 1.9, (0.0, 0.3), guide)(X, 0.4).float()
+    torch.testing.assert_close(outside, good, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_free_loss_is_least_at_the_guided_velocity():
+    """With c = label + 1 for the target and u = 11, v(x, c, beta) = u + (c - u) / beta makes it 0."""
+    model, t, beta = FakeModel(), torch.full((3,), 0.4), torch.tensor([0.25, 0.5, 1.0])
+    x = X.float()
+    c = (Y + 1.0)[:, None, None].expand_as(x)
+    guided = (11 + (c - 11) / beta[:, None, None]).requires_grad_()
+    loss = guidance_free_loss(model, guided, x, t, Y, beta, target=c)
+    assert loss.shape == (3,) and loss.abs().max() < 1e-6
+    assert guidance_free_loss(model, guided + 0.1, x, t, Y, beta, target=c).min() > 1e-4
+    assert model.calls[0][2].tolist() == [10, 10, 10]
+    # an unguided prediction is right at beta = 1 alone
+    assert (guidance_free_loss(model, c, x, t, Y, beta, target=c) < 1e-6).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", [SiT, LightningDiT])
+def test_guidance_free_sampling_is_one_call_that_is_told_the_scale(kind):
+    config = LightningDiTConfig if kind is LightningDiT else SiTConfig
+    model = randomised(kind(config(**TINY, guidance_free=True))).eval()
+    t = torch.full((3,), 0.4)
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    with torch.no_grad():
+        v = guided_velocity(model, Y, 2.0, (0.0, 0.5))(X, 0.4).float()
+        outside = guided_velocity(model, Y, 2.0, (0.0, 0.3))(X, 0.4).float()
+        assert calls == [3, 3]                                          # classifier-free guidance: 6 rows
+        torch.testing.assert_close(v, model(X.float(), t, Y, torch.full((3,), 0.5)))
+        torch.testing.assert_close(outside, model(X.float(), t, Y))                       # beta = 1
+        assert (v - outside).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="from 1 on"):
+        guided_velocity(model, Y, 0.5)
+
+
+@pytest.mark.parametrize("kind", [SiT, LightningDiT])
+def test_the_middle_layer_can_be_read(kind):
+    config = LightningDiTConfig if kind is LightningDiT else SiTConfig
+    model = randomised(kind(config(**TINY))).eval()
+    seen = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        v, hidden = model(X.float(), torch.full((3,), 0.4), Y, hidden_after=1)
+        torch.testing.assert_close(v, model(X.float(), torch.full((3,), 0.4), Y))
+    assert hidden is seen[0]
 
 
 def test_guidance_of_a_real_model_agrees_with_two_separate_passes():

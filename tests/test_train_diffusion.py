@@ -271,6 +271,76 @@ def test_the_checkpoint_knows_its_tokenizer(tmp_path, diffusion, tokenizer):
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in outside.state_dict().items())
 
 
+# --------------------------------------- other models and objectives ---------------------------------------
+
+def test_presets_of_the_other_models():
+    config = Config(**PRESETS["lightningdit-xl"])
+    assert (config.model, config.lr, config.beta2, config.batch_size, config.steps, config.times,
+            config.direction_loss) == ("lightningdit", 2e-4, 0.95, 1024, 400_000, "logit-normal", 1.0)  # Table 9
+    config = Config(**PRESETS["usit-2b"])
+    assert (config.model, config.width, config.depth, config.heads) == ("usit", 2048, 28, 32)           # Table 3
+
+
+@pytest.mark.parametrize("name, kind", [("lightningdit", "LightningDiT"), ("usit", "USiT")])
+def test_the_other_models_train_resume_and_sample(tmp_path, tokenizer, name, kind):
+    options = ["--model", name, *(["--direction-loss", 1] if name == "lightningdit" else [])]
+    state = train(tmp_path / "run", tokenizer, *options)
+    model, _, config = trainer.load_diffusion(tmp_path / "run")
+    assert type(model).__name__ == kind and config["model"] == name
+    assert train(tmp_path / "run", tokenizer, *options)["step"] == state["step"]      # resumes: nothing to do
+    draw(tmp_path / "run", "--num", 4, "--steps", 3, "--cfg", 2, "--sampler", "euler", "--out",
+         tmp_path / "x.npz")
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_the_direction_loss_changes_the_gradient(tmp_path, tokenizer):
+    states = [train(tmp_path / str(weight), tokenizer, "--direction-loss", weight)["model"]
+              for weight in (0, 1)]
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert losses(tmp_path / "0")[0] == losses(tmp_path / "1")[0]                    # what is logged is the MSE
+
+
+def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
+    whole = train(tmp_path / "whole", tokenizer, "--guidance-free", "--steps", 40, "--lr", "3e-3")
+    assert np.mean(losses(tmp_path / "whole")[-5:]) < np.mean(losses(tmp_path / "whole")[:5])
+    assert any("beta_embedder" in name for name in whole["model"])
+    draw(tmp_path / "whole", "--num", 4, "--steps", 3, "--cfg", 2, "--out", tmp_path / "x.png")
+    with pytest.raises(UserError, match="from 1 on"):
+        draw(tmp_path / "whole", "--cfg", 0.5, "--out", tmp_path / "y.png")
+    with pytest.raises(UserError, match="usit has not"):
+        train(tmp_path / "u", tokenizer, "--model", "usit", "--guidance-free")
+
+
+def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
+    options = ("--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1").split()
+    state = train(tmp_path / "run", tokenizer, *options)
+    agreement = [r["repa"] for r in common.read_metrics(tmp_path / "run")]
+    assert agreement[-1] < agreement[0] - 0.2                                          # -cos
+    assert state["repa_head"]["head.weight"].shape[0] == 384
+    assert not any("head" in name or "teacher" in name for name in state["ema"])     # sampling needs neither
+    without = train(tmp_path / "without", tokenizer, *options, "--repa-weight", 0)
+    assert not torch.equal(state["model"]["blocks.0.attn.qkv.weight"],
+                           without["model"]["blocks.0.attn.qkv.weight"])
+    with pytest.raises(UserError, match="add --no-cache"):
+        train(tmp_path / "cached", tokenizer, "--repa", "dinov2-s")
+
+
+def test_autoguidance_from_an_earlier_checkpoint(tmp_path, diffusion, tokenizer):
+    train(tmp_path / "early", tokenizer, "--lr", "2e-3")
+    images = {}
+    for name, options in {"guided": ["--guide-ckpt", tmp_path / "early", "--cfg", 3],
+                          "by itself": ["--guide-ckpt", diffusion, "--cfg", 3], "plain": []}.items():
+        draw(diffusion, "--num", 4, *options, "--out", tmp_path / "x.npz")
+        images[name] = np.load(tmp_path / "x.npz")["arr_0"].astype(int)
+    assert np.abs(images["by itself"] - images["plain"]).max() <= 1    # good = bad: nothing to guide away from
+    assert np.abs(images["guided"] - images["plain"]).max() > 1
+    other = tmp_path / "other tokenizer"
+    train_tokenizer.main([*TOKENIZER.split(), "--seed", "1", "--out", str(other)])
+    train(tmp_path / "other", other)
+    with pytest.raises(UserError, match="another tokenizer"):
+        draw(diffusion, "--guide-ckpt", tmp_path / "other", "--out", tmp_path / "x.png")
+
+
 # ------------------------------------------------ bad input ------------------------------------------------
 
 def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
@@ -295,5 +365,13 @@ def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
                              ("at least 1", ["--steps", 0])]:
         with pytest.raises(UserError, match=message):
             draw(diffusion, *options, "--out", tmp_path / "x.png")
+    with pytest.raises(UserError, match="one of the two"):
+        sample.main([])
+    for message, options in [("choose sit, lightningdit, usit", ["--model", "dit"]),
+                             ("even number", ["--model", "usit", "--depth", 3]),
+                             ("choose dinov2-s", ["--repa", "clip", "--no-cache"]),
+                             ("--repa-block of 1 to 2", ["--repa", "dinov2-s", "--no-cache"])]:
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", tokenizer, *options)
     process = run("sample.py", "--ckpt", tmp_path / "nowhere")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
