@@ -323,8 +323,8 @@ def to_uint8(images):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """A source with cropping and flips. Keys are (epoch, index);
-    items are (uint8 (3, size, size), label int).
+    """A source with cropping and flips. Keys are (epoch, index), or (epoch, index, size) for another size
+    than the set's own; items are (uint8 (3, size, size), label int).
 
     With skip_corrupt a file that cannot be read is replaced by the next one in the list and counted in
     `skipped` (shared with the loader's workers). Without it the item *is* a UserError, which `collate` hands
@@ -337,7 +337,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index, *size = key
+        size = size[0] if size else self.size
         for attempt in range(100):
             try:
                 image, label = self.source[index if self.length is None else (index + attempt) % self.length]
@@ -350,7 +351,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return UserError(f"100 unreadable images in a row from number {index} on: "
                              "is this the right folder?")
         rng = sample_rng(self.seed, "augment", epoch, index)
-        image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
+        image = random_crop(image, size, rng) if self.crop == "random" else center_crop(image, size)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
@@ -386,18 +387,19 @@ def build_dataset(data, split, size, data_root="data", flip=False, crop="center"
 
 
 class GlobalBatches:
-    """This process's share of every global batch: yields lists of (epoch, index) keys,
-    one list a forward pass.
+    """This process's share of every global batch: yields lists of keys of ImageDataset, one list a
+    forward pass.
 
     Position p = step * batch_size + i of the run, i in [0, batch_size), shows image p mod n of epoch p // n
     in an order shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous share of i, so the
     global batch is the same set of images for any number of processes and accumulation steps,
     and a run can start at any step.
+    sizes: of images, px, taken in turn step by step.
     """
 
-    def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1, accumulate=1):
+    def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1, accumulate=1, sizes=()):
         self.length, self.batch_size, self.start, self.stop, self.seed = length, batch_size, start, stop, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.rank, self.world, self.accumulate, self.sizes = rank, world, accumulate, sizes
         self.order, self.epoch = None, None
 
     def positions(self):
@@ -409,8 +411,9 @@ class GlobalBatches:
 
     def __iter__(self):
         for step in range(self.start, self.stop):
+            size = (self.sizes[step % len(self.sizes)],) if self.sizes else ()
             for micro in self.positions():
-                yield [self.key(step * self.batch_size + int(i)) for i in micro]
+                yield [self.key(step * self.batch_size + int(i)) + size for i in micro]
 
     def key(self, position):
         if self.length is None:

@@ -53,6 +53,7 @@ class Config(MAETokConfig):
     # ---- data ----
     data: str = ""               # shapes, cifar10, a folder or an .npz file; see data.py
     data_root: str = "data"      # where cifar10 is looked for and downloaded to
+    mixed_size: int = 0          # px of a second size, which every other step trains at [Table 13b]; 0: none
     flip: bool = True            # random horizontal flip [Table 7]
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
@@ -140,6 +141,10 @@ class Config(MAETokConfig):
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
+        if self.mixed_size and (self.mixed_size % self.patch_size or not self.learnable_latents):
+            raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
+                            f"{self.patch_size} px, and needs learnable latents, whose number is the same "
+                            "for all sizes")
         if self.keep < 2:
             raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
 
@@ -153,8 +158,8 @@ SCALES = {
                    steps=4000, batch_size=32, lr=3e-3, warmup=100, ema=0.998, stage2_steps=3000,
                    stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50,
                    log_every=50, save_every=500),
-    "cifar10": dict(**_NO_FROZEN, data="cifar10", image_size=32, patch_size=4, width=96, heads=4,
-                    encoder_depth=3, decoder_depth=3, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4,
+    "cifar10": dict(**_NO_FROZEN, data="cifar10", image_size=32, patch_size=4, width=96, heads=3,
+                    encoder_depth=3, decoder_depth=2, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4,
                     aux_weight=3.0, steps=60_000,
                     batch_size=32, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
                     stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500),
@@ -248,8 +253,9 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
     """
     first, last = (0, config.steps) if stage == 1 else (config.steps, config.steps + config.stage2_steps)
     out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
+    sizes = (config.image_size, config.mixed_size) if config.mixed_size else (config.image_size,)
     batches = GlobalBatches(train_set.length, config.batch_size, step, last, config.seed, rank, world,
-                            config.accumulate)
+                            config.accumulate, sizes)
     workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
     loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
                                               collate_fn=collate, pin_memory=device.type == "cuda"))
@@ -268,8 +274,6 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
             wrapped_adversary = DistributedDataParallel(adversary, device_ids=device_ids,
                                                         broadcast_buffers=False)
-    num_patches = (config.image_size // config.patch_size) ** 2
-    latent_shape = (config.num_latents if config.learnable_latents else num_patches, config.latent_dim)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     totals, seen, clock = {}, 0, time.perf_counter()
     bar = tqdm(total=last - first, initial=step - first, desc=f"stage {stage}", disable=rank > 0,
@@ -294,10 +298,13 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             if isinstance(batch, UserError):
                 raise batch
             images = to_float(batch[0].to(device, non_blocking=True))                # (B, 3, H, W) in [-1, 1]
+            num_patches = (images.shape[-1] // config.patch_size) ** 2
             mask = random_mask(step_rngs(config, "mask", step, positions),
                                num_patches, low, high).to(device)                      # (B, N)
             noise = None
             if config.variational and stage == 1:
+                latent_shape = (config.num_latents if config.learnable_latents else num_patches,
+                                config.latent_dim)
                 draws = [rng.standard_normal(latent_shape, np.float32)
                          for rng in step_rngs(config, "noise", step, positions)]
                 noise = torch.from_numpy(np.stack(draws)).to(device)                 # (B, L, C)

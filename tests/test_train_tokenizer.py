@@ -386,6 +386,23 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before          # nothing lost
 
 
+# -------------------------------------------- several image sizes --------------------------------------------
+
+def test_steps_take_two_image_sizes_in_turn_and_the_tokenizer_runs_at_others(tmp_path, monkeypatch):
+    seen, forward = [], MAETok.forward
+    monkeypatch.setattr(MAETok, "forward", lambda self, images, *rest:
+                        (seen.append(images.shape[-1]), forward(self, images, *rest))[1])
+    train(tmp_path / "run", "--mixed-size", "24", "--steps", "4", "--stage2-steps", "2")
+    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]         # evaluation is at 16 px
+    assert trained[:4] == [16, 24, 16, 24]
+    tokenizer = trainer.load_tokenizer(tmp_path / "run")
+    for size in ((16, 16), (24, 24), (32, 16)):
+        latents = tokenizer.encode(torch.rand(2, 3, *size))
+        assert latents.shape == (2, 4, 4) and tokenizer.decode(latents, size).shape == (2, 3, *size)
+    with pytest.raises(UserError, match="multiple of the patch"):
+        train(tmp_path / "bad", "--mixed-size", "18")
+
+
 # ------------------------------------ perceptual and adversarial terms ------------------------------------
 
 GAN = "--disc patch --disc-start 2 --diffaug --consistency 4".split()
