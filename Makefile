@@ -11,9 +11,14 @@ TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 demo: .venv/runtime
 	$(TORCHRUN) train_tokenizer.py --out runs/demo/tokenizer
 	$(TORCHRUN) train_diffusion.py --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
-	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --report runs/demo/report.png
+	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --num-images 1000 --out runs/demo/recon
+	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --train-images 3000 --test-images 1000 \
+		--components 1 5 10 20 --starts 1 --out runs/demo/latents
+	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --report runs/demo/report.png \
+		--report-picture runs/demo/latents_classes.png
 	$(TORCHRUN) sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --num-images 1000 --out runs/demo/samples.npz
-	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --tokenizer runs/demo/tokenizer
+	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier \
+		--reference-images 2000 --tokenizer runs/demo/tokenizer
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

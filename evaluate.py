@@ -1,136 +1,536 @@
-"""Measure what was trained. Each subcommand prints a small table with its protocol, and writes it as JSON.
+"""Measure what was trained: every number of the paper. Each command prints a table with its protocol, writes
+JSON.
 
-    python sample.py --ckpt RUN --cfg 2 --num 1000 --out samples.npz
-    python evaluate.py generation samples.npz --data shapes       # are the samples of the class asked for?
+    python evaluate.py recon RUN --data IMAGENET                          # rFID, PSNR, SSIM, LPIPS, a picture
+    torchrun --nproc-per-node=8 evaluate.py generation fid.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py generation samples.npz --data shapes --features classifier   # where FID has no meaning
+    python evaluate.py latents RUN RUN2 --data cifar10                   # linear probe, mixtures [Fig. 2a, 8]
+    python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
+    python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
+    python evaluate.py theory                                                 # Theorem 2.1 in a toy world
 
-So far: generation, by a small classifier trained on the labelled real images, for data sets on which the FID
-network has nothing to say. FID and the other measures of the paper are not in yet.
+The mathematics is in metrics.py, networks and references in features.py, the drawing in charts.py. Images are
+uint8 wherever they are measured; networks run in float32. Under torchrun the processes share the images.
 """
 import argparse
-import hashlib
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
+import metrics
+from charts import line_chart, scatter_chart
 from common import UserError
-from data import GlobalBatches, build_dataset, collate, some_images, read_npz, to_float, to_uint8
+from data import build_dataset, to_float, to_uint8
+from features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network, few_images, gather,
+                      open_data, open_samples, reference, save_statistics, share)
+from losses import LPIPS
+from metrics import FeatureStatistics
+from pretrained import load_lpips_heads, load_vgg16
+from released import RELEASED, find_released, load_released_tokenizer
+from sample import SAMPLERS, choose_labels, sample_latents
+from train_diffusion import load_diffusion
 from train_tokenizer import load_tokenizer
 
 
-def small_classifier(num_classes):
-    """A plain convolutional network for images of 16 px or more: (B, 3, H, W) float in [-1,
-    1] -> (B, num_classes) logits.
+def finish(args, result, path, table=()):
+    """Print a result, the protocol last, and write it to `path` as JSON. table: rows to print beside it."""
+    if args.rank == 0:
+        table = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for row in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+        for name, value in result.items():
+            if not isinstance(value, (list, dict)):
+                print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.atomic_write(path, lambda p: p.write_text(json.dumps(result, indent=1)))
+        print(f"wrote {path}")
 
-    The last but one output, 128 values a image after global average pooling, can serve as a feature. [ours]
-    """
-    layers, channels = [], 3
-    for width, stride in ((32, 1), (64, 2), (128, 2), (128, 2)):
-        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+def save_picture(args, picture, path):
+    """picture: PIL image. Rank 0 writes it."""
+    if args.rank == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        common.atomic_write(path, lambda p: picture.save(p, "PNG"))
+        print(f"wrote {path}")
 
 
-def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
-    """Train small_classifier on a labelled ImageDataset: AdamW, 1e-3 falling linearly to 0, cross-entropy.
-    In eval mode."""
-    torch.manual_seed(seed)
-    model = small_classifier(len(train_set.classes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
-    batches = GlobalBatches(train_set.length, batch_size, 0, steps, seed)
-    bar = tqdm(torch.utils.data.DataLoader(train_set, batch_sampler=batches, collate_fn=collate),
-               desc="classifier")
-    for step, batch in enumerate(bar):
-        if isinstance(batch, UserError):
-            raise batch
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        loss = F.cross_entropy(model(to_float(batch[0].to(device))), batch[1].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
+# -------------------------------------------------- recon --------------------------------------------------
 
 @torch.no_grad()
-def accuracy(model, batches, device):
-    """Share of images that the classifier assigns to their label; batches of (uint8 (B, 3, H, W), (B,))."""
-    right = [(model(to_float(images.to(device))).argmax(1).cpu() == labels) for images, labels in batches]
-    return torch.cat(right).float().mean().item()
-
-
-def generation(args, device):
-    """The share of samples that a classifier trained on real images assigns to the class asked for."""
-    samples = read_npz(args.samples)
-    if samples.classes is None:
-        raise UserError(f"{args.samples} has no labels (arr_1): "
-                        "nothing says which class a sample should be of")
-    size = samples.images.shape[1]
-    if samples.images.shape[2] != size:
-        raise UserError(f"{args.samples} holds images of {size} x {samples.images.shape[2]} px; "
-                        "they should be square")
-    train_set, test_set = (build_dataset(args.data, split, size, args.data_root, flip=True)
-                           for split in ("train", "test"))
-    if not train_set.classes:
-        raise UserError(f"--data {args.data} has no classes to train a classifier on")
-    if samples.labels.max() >= len(train_set.classes):
-        raise UserError(f"{args.samples} has class {samples.labels.max()}, "
-                        f"--data {args.data} only 0..{len(train_set.classes) - 1}")
-    # The classifier depends on data and steps alone: it is trained once and kept.
-    key = hashlib.sha256(json.dumps(
-        [train_set.source.fingerprint(), size, args.classifier_steps]).encode()).hexdigest()
-    cached = Path(args.cache) / f"classifier_{key[:16]}.pt"
-    if cached.exists():
-        model = small_classifier(len(train_set.classes))
-        common.load_weights(model, common.load_checkpoint(cached)["model"], cached)
-        model = model.to(device).eval()
+def recon(args):
+    """rFID, PSNR, SSIM and LPIPS of a tokenizer on test images.                                 [Sec. 4.1]"""
+    if bool(args.run) == bool(args.released):
+        raise UserError("which tokenizer? Give a run or --released 256 (or 512), one of the two")
+    if args.released:
+        if not args.data:
+            raise UserError("--released needs --data: ImageNet's validation images, in the paper")
+        name = RELEASED[args.released]["tokenizer"]
+        with common.rank_zero_first(args.rank, args.world):
+            folder = find_released(name, args.weights_dir)
+        tokenizer, data, args.out = (load_released_tokenizer(folder, args.device), args.data,
+                                     args.out or f"runs/{name}_recon")
     else:
-        model = train_classifier(train_set, device, args.classifier_steps)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        state = {"config": {"data": args.data, "size": size}, "model": model.state_dict()}
-        common.atomic_write(cached, lambda path: torch.save(state, path))
-    pictures = torch.from_numpy(samples.images).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(samples.labels)
-    result = {"samples": len(labels), "assigned_to_requested_class": accuracy(
-                  model, zip(pictures.split(250), labels.split(250)), device),
-              "classifier_test_accuracy": accuracy(model, some_images(test_set, args.test_images), device),
-              "protocol": f"{len(labels)} samples of {args.samples} at {size} px; "
-                          f"small convolutional classifier trained for {args.classifier_steps} steps of 64 "
-                          f"on {args.data}, tested on up to {args.test_images} of its test images; float32"}
+        tokenizer = load_tokenizer(args.run, args.device)
+        data = args.data or common.load_checkpoint(args.run)["config"]["data"]
+    size = args.size or tokenizer.config.image_size
+    try:
+        tokenizer.grid((size, size))
+    except ValueError as e:
+        raise UserError(f"--size {size}: {e}") from e
+    network, name = (None, "none") if args.features == "none" else feature_network(args, data, size)
+    lpips = None
+    if args.lpips or args.lpips is None and args.features == "inception":
+        lpips = LPIPS(load_vgg16(args.weights_dir, args.device),
+                      load_lpips_heads(args.weights_dir, args.device))
+    images = open_data(args, data, "test", size, args.num_images)
+    real, fake, rows, shown = None, None, [], []
+    for _, originals in batches(images, args, "reconstructing"):
+        x = to_float(originals.to(args.device))                                             # (B, 3, H, W)
+        redrawn = to_uint8(tokenizer.decode(tokenizer.encode(x), (size, size)))
+        a, b = originals.to(args.device), redrawn
+        values = [metrics.psnr(a, b), metrics.ssim(a, b), metrics.ssim(a, b, data_range=2.0)]
+        if lpips is not None:
+            values.append(lpips(x, to_float(redrawn)).double())
+        rows.append(torch.stack(values, 1).cpu())
+        shown += list(zip(a.cpu(), b.cpu(), values[0])) if len(shown) < 8 else []
+        if network is not None:
+            pools = [network(part).pool for part in (a, b)]
+            if real is None:
+                real, fake = (FeatureStatistics(pools[0].shape[1]) for _ in range(2))
+            real.update(pools[0])
+            fake.update(pools[1])
+    rows = gather(torch.cat(rows) if rows else torch.empty(0, 3 + (lpips is not None)), args)
+    result = dict(zip(("psnr", "ssim", "ssim_data_range_2_as_released_code", "lpips"), rows.mean(0).tolist()))
+    if network is not None:
+        if real is None:
+            raise UserError(f"too few images for {args.world} processes: each must have one at least")
+        for statistics in (real, fake):
+            statistics.all_reduce(args.world, args.device)
+        result[distance_name(args, "r")] = metrics.frechet_between(real, fake)
+    result["images"] = len(rows)
+    result["protocol"] = (f"{len(rows)} images of {images.name} at {size} px, centre crop; EMA weights; "
+                          "reconstructions rounded to uint8, against the same images; "
+                          f"features {name}; float32"
+                          + (few_images(len(rows), len(real.mean)) if network is not None else ""))
+    out = args.out or str(run_folder(args.run) / f"recon_{size}")
+    finish(args, result, f"{out}.json")
+    save_picture(args, recon_picture(shown[:8]), f"{out}.png")
+
+
+def recon_picture(shown, cell=128):
+    """Originals over reconstructions, each with its PSNR. shown: [(uint8 (3, H, W), uint8 (3, H, W), dB)]."""
+    tiles, font = ([], []), ImageFont.load_default(13)
+    for original, redrawn, value in shown:
+        for row, image in zip(tiles, (original, redrawn)):
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            side = max(cell, image.width)
+            row.append(image.resize((side, side), Image.NEAREST))
+        captioned = Image.new("RGB", (side, side + 20), "white")
+        captioned.paste(tiles[1][-1])
+        ImageDraw.Draw(captioned).text((side / 2, side + 9), f"{value:.2f} dB", fill="black", font=font,
+                                       anchor="mm")
+        tiles[1][-1] = captioned
+    return common.image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
+
+
+def run_folder(path):
+    """A run folder from itself or from a checkpoint in it."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+# ------------------------------------------------ generation ------------------------------------------------
+
+@torch.no_grad()
+def generation(args):
+    """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the Fréchet
+    distance in a small classifier's features (not FID) and the share of samples it assigns to the class asked
+    for."""
+    samples = open_samples(args.samples)
+    labels, size = torch.from_numpy(samples.labels), samples.size
+    network, name = feature_network(args, args.data, size)
+    fake = collect(args, network, batches(samples, args, "samples"), len(labels), logits=True)
+    real, against = reference(args, network, name, args.data, size)
+    result = {"samples": len(labels), distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
+    if fake.spatial is not None and real.spatial is not None:
+        result["sfid"] = metrics.frechet_between(fake.spatial, real.spatial)
+    if args.features == "inception":
+        result["inception_score"], result["inception_score_std"] = metrics.inception_score(fake.logits)
+    if real.vectors is not None and args.rank == 0:
+        result |= zip(("precision", "recall"),
+                      metrics.precision_recall(real.vectors, fake.vectors))
+    if args.features == "classifier":
+        result |= classified(args, network, labels, fake.logits, size)
+    counts = torch.bincount(labels[labels >= 0])
+    kind = "unknown" if len(counts) == 0 else "balanced" if counts.max() - counts.min() <= 1 else "unbalanced"
+    result["protocol"] = (
+        f"{len(labels)} samples of {args.samples} at {size} px against {against}; features {name}; float32; "
+        f"labels {kind}; precision and recall with k = 3 against up to {PRECISION_IMAGES} reference images; "
+        + ("Inception Score in file order, chunks of 5000; " if args.features == "inception" else "")
+        + "guidance, steps and seed are sample.py's"
+        + few_images(len(labels), len(fake.pool.mean)))
+    finish(args, result, args.json or f"{str(args.samples).rstrip('/')}.json")
+    if args.save_statistics and args.rank == 0:
+        save_statistics(args.save_statistics, real, name)
+
+
+def classified(args, network, labels, logits, size):
+    """How far samples are of the class asked for, and what the classifier and the tokenizer can do at
+    best."""
+    tests = open_data(args, args.data, "test", size, args.test_images)
+    truth = torch.from_numpy(tests.labels)
+    accuracy = lambda found, wanted: (found.argmax(1) == wanted).float().mean().item()
+    result = {}
+    if (labels >= 0).all():
+        if labels.max() >= logits.shape[1]:
+            raise UserError(f"{args.samples} has class {labels.max()}, --data {args.data} only "
+                            f"0..{logits.shape[1] - 1}")
+        result["assigned_to_requested_class"] = accuracy(logits, labels)
+    else:
+        print(f"note: {args.samples} has no labels (arr_1): nothing says which class a sample should be of")
+    found = collect(args, network, batches(tests, args, "test images"), logits=True).logits
+    result["classifier_test_accuracy"] = accuracy(found, truth)
     if args.tokenizer:
         # Samples are drawn by the tokenizer's decoder: this tells its share of the blame.
-        tokenizer = load_tokenizer(args.tokenizer, device)
-        decode = lambda images: tokenizer.decode(tokenizer.encode(to_float(images.to(device))), (size, size))
-        redrawn = ((to_uint8(decode(x)).cpu(), y) for x, y in some_images(test_set, args.test_images))
-        result["reconstructions_assigned_to_their_class"] = accuracy(model, redrawn, device)
-    for name, value in result.items():
-        print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
-    out = Path(args.json or f"{args.samples}.json")
-    common.atomic_write(out, lambda path: path.write_text(json.dumps(result, indent=1)))
+        tokenizer = load_tokenizer(args.tokenizer, args.device)
+        redraw = lambda x: to_uint8(tokenizer.decode(tokenizer.encode(to_float(x)), (size, size)))
+        redrawn = ((i, redraw(x.to(args.device))) for i, x in batches(tests, args, "reconstructions"))
+        found = collect(args, network, redrawn, logits=True).logits
+        result["reconstructions_assigned_to_their_class"] = accuracy(found, truth)
+    return result
+
+
+# ------------------------------------------------- latents -------------------------------------------------
+
+@torch.no_grad()
+def latents(args):
+    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.    [Sec. 2, 4.3, App. B.3, Fig.
+    2a, 4, 8]"""
+    curves = {"NLL, full covariance": {}, "NLL, diagonal covariance": {}, "largest mean norm (full)": {}}
+    result, pictures, classes = {}, {}, None
+    for name, run in zip(args.names or args.runs, args.runs):
+        tokenizer = load_tokenizer(run, args.device)
+        data = args.data or common.load_checkpoint(run)["config"]["data"]
+        size, sets = tokenizer.config.image_size, {}
+        for split, count in (("train", args.train_images), ("test", args.test_images)):
+            images = open_data(args, data, split, size, count)
+            encoded = [tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu()               # (B, L*C)
+                       for _, x in batches(images, args, f"{split} latents")]
+            width = tokenizer.config.latent_dim * tokenizer.config.num_latents
+            sets[split] = (gather(torch.cat(encoded) if encoded else torch.empty(0, width), args),
+                           torch.from_numpy(images.labels))
+        if args.rank > 0:
+            continue
+        (x, y), (held_out, truth) = sets["train"], sets["test"]
+        entry = {"tokenizer": run, "latent_values": x.shape[1]}
+
+        # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
+        probe_x, probe_test = metrics.standardise(x, held_out)
+        if y.min() >= 0 and y.max() > 0:
+            weight, bias = metrics.linear_probe(probe_x, y, int(y.max()) + 1)
+            right = (probe_test @ weight + bias).argmax(1) == truth
+            entry["linear_probe_accuracy"] = right.double().mean().item()
+
+        # ---- mixtures: flatten, PCA, standardise, fit; likelihood of latents not fitted to [App. B.3] ----
+        mean, axes, held = metrics.pca(x, args.variance, args.dims)
+        z, z_test = metrics.standardise((x.double() - mean) @ axes, (held_out.double() - mean) @ axes)
+        entry |= {"dims": z.shape[1], "variance_held": held, "mixtures": []}
+        for K in args.components:
+            row = {"K": K}
+            for kind in ("full", "diagonal"):
+                with tqdm(desc=f"{name}: {K} components, {kind}", unit="step") as bar:
+                    mixture, train = metrics.fit_mixture(z, K, kind == "full", args.starts, args.iterations,
+                                                         seed=args.seed, progress=bar)
+                row |= {f"nll_{kind}": -metrics.log_likelihood(mixture, z_test).mean().item(),
+                        f"nll_{kind}_train": -train,
+                        f"largest_mean_norm_{kind}": mixture.means.norm(dim=1).max().item()}
+                curves[f"NLL, {kind} covariance"].setdefault(name, []).append((K, row[f"nll_{kind}"]))
+            curves["largest mean norm (full)"].setdefault(name, []).append((K, row["largest_mean_norm_full"]))
+            entry["mixtures"].append(row)
+        result[name] = entry
+
+        # ---- the picture ----
+        points, axis = (umap_2d(probe_test), "UMAP") if args.umap else (z_test[:, :2].numpy(), "PCA")
+        chosen = truth < 10                                            # -1, no class, is drawn as class 0
+        pictures[f"{name} ({axis})"] = points[chosen], truth[chosen].clamp(min=0).tolist()
+        classes = classes or (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
+    if args.rank > 0:
+        return
+    table = [("tokenizer", "probe", "dims", "K", "NLL full", "NLL diagonal", "NLL full, train", "mean norm")]
+    for name, entry in result.items():
+        table += [(name, entry.get("linear_probe_accuracy", "-"), entry["dims"], row["K"], row["nll_full"],
+                   row["nll_diagonal"], row["nll_full_train"], row["largest_mean_norm_full"])
+                  for row in entry["mixtures"]]
+    dims = {entry["dims"] for entry in result.values()}
+    here = (f"here all have d = {min(dims)}" if len(dims) == 1 else
+            f"here d differs ({', '.join(map(str, sorted(dims)))}): give --dims {min(dims)}")
+    caveat = ("NLL curves compare at equal d only, and at K = 1 the standardised NLL is about "
+              f"d/2 (1 + ln 2 pi) for any latents: {here}")
+    kept = f"{args.dims} dimensions" if args.dims else f"{args.variance:.0%} of the variance"
+    protocol = (f"{args.train_images} training and {args.test_images} test images at most, centre crop, no "
+                f"flip; EMA weights, float32; probe: L-BFGS, C = 1, standardised; mixtures: PCA to {kept}, "
+                f"standardised, {args.starts} starts, NLL in nats on the test images; seed {args.seed}")
+    finish(args, result | {"caveat": caveat, "protocol": protocol}, f"{args.out}.json", table)
+    save_picture(args, line_chart(curves, "K", log_x=min(args.components) > 0), f"{args.out}_mixtures.png")
+    save_picture(args, scatter_chart(pictures, classes), f"{args.out}_classes.png")
+
+
+def umap_2d(x):
+    try:
+        from umap import UMAP
+    except ImportError as e:
+        raise UserError("--umap needs a package this project does not: pip install umap-learn; "
+                        "or leave --umap out for PCA") from e
+    return UMAP(random_state=0).fit_transform(x.numpy())
+
+
+# ---------------------------------------------- curve and cfg -----------------------------------------------
+
+@torch.no_grad()
+def score_samples(args, model, tokenizer, config, network, real, scale, interval, title):
+    """Draw args.num_images samples and measure them: {"samples", the distance, IS or share of the class}."""
+    labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
+    mine = share(args.num_images, args.rank, args.world)
+
+    def stream():
+        with tqdm(total=len(mine), desc=title, unit="img", disable=args.rank > 0) as bar:
+            for start in range(0, len(mine), args.batch_size):
+                indices = np.array(mine[start:start + args.batch_size])
+                z = sample_latents(model, indices, labels[indices], args.seed, scale, interval, args.sampler,
+                                   args.steps, config["path"])
+                yield indices, to_uint8(tokenizer.decode(z, normalized=True))
+                bar.update(len(indices))
+
+    fake = collect(args, network, stream(), logits=True)
+    result = {distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
+    if args.features == "inception":
+        result["inception_score"] = metrics.inception_score(fake.logits)[0]
+    elif model.config.num_classes:
+        right = fake.logits.argmax(1) == torch.from_numpy(labels)
+        result["assigned_to_requested_class"] = right.double().mean().item()
+    return result
+
+
+def prepare(args, path):
+    """For curve and cfg: (model, tokenizer, config) of one checkpoint, the network, the reference, the
+    protocol."""
+    model, tokenizer, config = load_diffusion(path, args.device)
+    data, size = args.data or config["data"], tokenizer.config.image_size
+    network, name = feature_network(args, data, size)
+    real, against = reference(args, network, name, data, size)
+    protocol = (f"{args.num_images} samples at {size} px against {against}; features {name}; float32; "
+                f"EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
+                + few_images(args.num_images, len(real.pool.mean)))
+    return (model, tokenizer, config), network, real, protocol
+
+
+def curve(args):
+    """Fréchet distance of samples over a run's numbered checkpoints.                        [Fig. 5b]"""
+    paths = common.numbered_checkpoints(args.run)[::-1]
+    if not paths:
+        raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
+                        "train_diffusion.py; a larger --keep keeps more of them")
+    _, network, real, protocol = prepare(args, paths[0])
+    rows = []
+    for path in paths:
+        model, tokenizer, config = load_diffusion(path, args.device)
+        rows.append({"step": int(path.stem[5:])} | score_samples(
+            args, model, tokenizer, config, network, real, args.cfg, args.cfg_interval, path.stem))
+    out = args.out or str(Path(args.run) / "curve")
+    protocol += f"; guidance {args.cfg:g} in {args.cfg_interval}"
+    finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
+           [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    charts = {key: {"": [(row["step"], row[key]) for row in rows]} for key in list(rows[0])[1:]}
+    save_picture(args, line_chart(charts, "step"), f"{out}.png")
+
+
+def cfg(args):
+    """A sweep of guidance scale x interval.                                                     [Table 12]"""
+    (model, tokenizer, config), network, real, protocol = prepare(args, args.run)
+    if not model.config.num_classes:
+        raise UserError(f"{args.run} is an unconditional model: it cannot be guided")
+    rows = []
+    for interval in args.intervals:
+        for scale in args.scales:
+            rows.append({"interval": list(interval), "scale": scale} | score_samples(
+                args, model, tokenizer, config, network, real, scale, interval, f"{scale:g} in {interval}"))
+    out = args.out or str(run_folder(args.run) / "cfg")
+    finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
+           [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    charts = {key: {f"{a:g}-{b:g}": [(r["scale"], r[key]) for r in rows if r["interval"] == [a, b]]
+                    for a, b in args.intervals} for key in list(rows[0])[2:]}
+    save_picture(args, line_chart(charts, "guidance scale"), f"{out}.png")
+
+
+# -------------------------------------------------- theory --------------------------------------------------
+
+def theory(args):
+    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.           [Theorem 2.1,
+    App. A]"""
+    d, t, rows, curves = args.dims, args.time, [], {}
+    with tqdm(total=len(args.components) * len(args.samples) * args.repeats, desc="theory") as bar:
+        for K in args.components:
+            points = []
+            for n in args.samples:
+                errors = []
+                for repeat in range(args.repeats):
+                    generator = torch.Generator().manual_seed(1_000_000 * args.seed + 1000 * repeat + K)
+                    truth = F.normalize(torch.randn(K, d, generator=generator), dim=1) * args.norm         # B
+                    x = truth[torch.randint(K, (n,), generator=generator)]
+                    x = x + torch.randn(n, d, generator=generator)
+                    start = truth + 0.5 * torch.randn(K, d, generator=generator)    # warm [Assumption A.2]
+                    found = metrics.fit_score(x, start, t, args.steps, seed=repeat)
+                    errors.append(metrics.score_error(found, truth, t))
+                    bar.update()
+                points.append((n, math.exp(np.mean(np.log(errors)))))
+            curves[f"K = {K}"] = points
+            log_n, log_e = np.log(points).T
+            # The error falls with n; where it crosses the target is read off between neighbours.
+            needed = (math.exp(np.interp(-math.log(args.error), -log_e, log_n))
+                      if log_e[-1] <= math.log(args.error) <= log_e[0] else None)
+            rows.append({"K": K, "samples_needed": needed, "errors": points})
+    found = [(row["K"], row["samples_needed"]) for row in rows if row["samples_needed"]]
+    if len(found) < 2:
+        raise UserError(f"--error {args.error} is crossed within --samples for fewer than two K; "
+                        "choose another")
+    exponent, offset = np.polyfit(*np.log(found).T, 1)
+    sentence = (f"In this toy world the samples needed grow as K^{exponent:.2f}: more modes need more "
+                "samples at equal d and B. It does not show the theorem's K^4, a number of samples that is "
+                "enough at worst, nor anything about a real network, which is not handed the form of the "
+                "solution and a start near it.")
+    protocol = (f"d = {d}, means of norm {args.norm:g} in random directions, noise time {t:g}, error "
+                f"{args.error:g} = E|s - score|^2 summed over d, {args.repeats} repeats, "
+                f"{args.steps} Adam steps, seed {args.seed}")
+    result = {"exponent": float(exponent), "rows": rows, "what_it_shows": sentence, "protocol": protocol}
+    finish(args, result, f"{args.out}.json", [("K", "samples needed"), *found])
+    fit = [(K, math.exp(offset) * K ** exponent) for K, _ in found]
+    side_by_side = Image.new("RGB", (920, 340), "white")
+    side_by_side.paste(line_chart({"error against samples n": curves}, "n", log_x=True, log_y=True))
+    side_by_side.paste(line_chart({f"n for error {args.error:g} against K": {
+        f"fit: K^{exponent:.2f}": fit, "measured": found}}, "K", log_x=True, log_y=True), (460, 0))
+    save_picture(args, side_by_side, f"{args.out}.png")
+
+
+# --------------------------------------------------- main ---------------------------------------------------
+
+def interval(text):
+    """LOW:HIGH -> (low, high), for argparse."""
+    low, high = map(float, text.split(":"))
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: 0 <= LOW <= HIGH <= 1 is needed")
+    return low, high
 
 
 def main(argv=None):
     """Run the command line (argv without the program's name; None: sys.argv)."""
     parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("generation", help=generation.__doc__).add_argument
-    add("samples", help=".npz of sample.py: arr_0 images, arr_1 labels")
-    add("--data", required=True, help="the labelled real images: shapes, cifar10, a folder or an .npz file")
-    add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
+
+    def command(function, features=("inception", "classifier"), data="the real images"):
+        """A subcommand with the options that all share, and those of feature networks where it uses one."""
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        add = sub.add_argument
+        add("--device", default="auto", help="auto, cpu or cuda")
+        add("--seed", type=int, default=0, help="of all that is drawn at random (default 0)")
+        if data:
+            add("--data", help=f"{data}: shapes, cifar10, a folder or an .npz file")
+            add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
+            add("--batch-size", type=int, default=50, help="images at a time in each process (default 50)")
+        if features:
+            add("--features", choices=features, default="inception",
+                help="inception is FID's network; classifier: a small one trained on --data, "
+                     "for data on which FID has no meaning (default inception)")
+            add("--resize", choices=("tf1", "pytorch-fid"), default="tf1",
+                help="input path of the FID network: the original's, as in ADM's suite, "
+                     "or pytorch-fid's (default tf1)")
+            add("--weights-dir", default="", help="folder with the pretrained weights")
+            add("--classifier-steps", type=int, default=800, help="of its training (default 800)")
+            add("--cache", default="runs/cache", help="where it is kept (default runs/cache)")
+        return add
+
+    of_run = "the images (default: what the run was trained on)"
+    add = command(recon, ("inception", "classifier", "none"), of_run)
+    add("run", nargs="?", help="run or checkpoint of train_tokenizer.py")
+    add("--released", type=int, choices=tuple(RELEASED), help="instead of a run: the authors' tokenizer")
+    add("--size", type=int, default=0, help="px (default: the tokenizer's)")
+    add("--num-images", type=int, default=50_000, help="test images at most (default 50000)")
+    add("--lpips", action=argparse.BooleanOptionalAction, help="default: with --features inception")
+    add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE)")
+
+    add = command(generation)
+    add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")
+    add("--reference", help=".npz with images (arr_0) or statistics (mu, sigma, mu_s, sigma_s), as ADM's")
+    add("--reference-images", type=int, default=10_000,
+        help="of --data's training split; 0: all (default 10000)")
+    add("--save-statistics", help="write the reference's statistics to this .npz, for --reference")
     add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions are classified too")
-    add("--classifier-steps", type=int, default=800,
-        help="of the classifier's training, 64 images each (default 800)")
-    add("--test-images", type=int, default=2000,
-        help="real test images for the classifier's own accuracy (default 2000)")
-    add("--cache", default="runs/cache",
-        help="folder where the trained classifier is kept (default runs/cache)")
+    add("--test-images", type=int, default=2000, help="real images to test the classifier on (default 2000)")
     add("--json", help="where to write the result (default: SAMPLES.json)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+
+    add = command(latents, None, of_run)
+    add("runs", nargs="+", help="runs or checkpoints of train_tokenizer.py")
+    add("--names", nargs="+", help="what to call them in tables and charts (default: their paths)")
+    add("--components", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="K (paper: up to 200)")
+    add("--train-images", type=int, default=10_000, help="for the probe and the mixtures (default 10000)")
+    add("--test-images", type=int, default=2000, help="held out (default 2000)")
+    add("--variance", type=float, default=0.9, help="share that PCA keeps [App. B.3] (default 0.9)")
+    add("--dims", type=int, default=0, help="keep exactly so many instead; NLL compares at equal d only")
+    add("--starts", type=int, default=2, help="EM runs for each mixture, the best counts (default 2)")
+    add("--iterations", type=int, default=100, help="EM steps of a run at most (default 100)")
+    add("--umap", action="store_true", help="draw classes by UMAP [Fig. 4] (needs umap-learn), else PCA")
+    add("--out", default="runs/latents",
+        help="OUT.json, OUT_mixtures.png, OUT_classes.png (default runs/latents)")
+
+    for function in (curve, cfg):
+        add = command(function, data=of_run)
+        add("run", help="run of train_diffusion.py" + (" or a checkpoint" if function is cfg else ""))
+        add("--num-images", type=int, default=1000, help="for each point; Table 12: 10000 (default 1000)")
+        add("--reference", help=".npz with images or ready statistics, as in generation")
+        add("--reference-images", type=int, default=10_000,
+            help="of the training split; 0: all (default 10000)")
+        add("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
+        add("--steps", type=int, default=250, help="[Table 8] (default 250)")
+        add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")
+        if function is curve:
+            add("--cfg", type=float, default=1.0, help="guidance scale (default 1: off, as in Fig. 5b)")
+            add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
+                help="times, noise at 1, at which guidance acts (default 0:1)")
+        else:
+            add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
+                help="of guidance (default 1 1.5 2 3)")
+            add("--intervals", type=interval, nargs="+", default=[(0.0, 0.75), (0.0, 1.0)],
+                metavar="LOW:HIGH", help="times, noise at 1, at which guidance acts (default 0:0.75 0:1)")
+
+    add = command(theory, None, None)
+    add("--components", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="K")
+    add("--dims", type=int, default=16, help="d (default 16)")
+    add("--norm", type=float, default=6.0, help="B, of the means (default 6)")
+    add("--time", type=float, default=0.5, help="noise time t of the score (default 0.5)")
+    add("--samples", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384], help="n that are tried")
+    add("--error", type=float, default=0.1, help="the error to reach (default 0.1)")
+    add("--steps", type=int, default=300, help="of training (default 300)")
+    add("--repeats", type=int, default=4, help="with other mixtures and samples (default 4)")
+    add("--out", default="runs/theory", help="OUT.json and OUT.png (default runs/theory)")
+
     args = parser.parse_args(argv)
-    generation(args, common.start_processes(args.device)[2])
+    for name in ("num_images", "batch_size", "steps", "starts", "repeats"):
+        if getattr(args, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.command == "latents" and len(set(args.names or args.runs)) != len(args.runs):
+        raise UserError(f"--names: {len(args.runs)} runs need as many different names")
+    args.rank, args.world, args.device = common.start_processes(args.device)
+    # A distance is to be right in its last printed digit: no 10-bit mantissas here.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    args.function(args)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,12 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True)
                                                        for _, x in chosen])
     sheet = common.image_grid([to_uint8(row) for row in rows.values()], list(rows))
+    if args.report_picture:
+        below = Image.open(args.report_picture).convert("RGB")
+        above, size = sheet, (max(sheet.width, below.width), sheet.height + below.height + 8)
+        sheet = Image.new("RGB", size, "white")
+        sheet.paste(above)
+        sheet.paste(below, (0, above.height + 8))
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
@@ -157,6 +163,7 @@ def main(argv=None):
         help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
         "layout, FOLDER of PNG files (default samples.png)")
     add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file")
+    add("--report-picture", help="a PNG to set below the contact sheet: evaluate.py latents' classes")
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
     add("--num", "--num-images", type=int, default=0,
         help="images in all (default: 8 of each class, 64 without classes)")
@@ -214,6 +221,9 @@ def main(argv=None):
         raise UserError("--cfg-interval LOW HIGH must satisfy 0 <= LOW <= HIGH <= 1")
     if model.config.guidance_free and (args.cfg < 1 or guide is not None):
         raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
+    if args.report_picture and not Path(args.report_picture).exists():
+        raise UserError(f"--report-picture {args.report_picture}: no such file; "
+                        "evaluate.py latents writes one")
     if args.report:
         if rank == 0:
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from hog import hog_dim, hog_features, hog_picture
 from losses import adaptive_weight, build_objective, compute_targets, diff_augment, distance, generator_loss
 from maetok import (MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
                     random_mask, unpatchify)
+from metrics import psnr
 from pretrained import TEACHERS
 
 
@@ -424,15 +425,6 @@ def save(config, stage, step, model, ema, optimizer, adversary, adversary_optimi
 
 # ----------------------------------------------- measurements -----------------------------------------------
 
-def psnr(images, reconstruction):
-    """Peak signal-to-noise ratio of each image in dB, data range 1: (B, 3, H, W) floats in [-1, 1] -> (B,).
-
-    Both are rounded to the 256 levels of a saved image first.
-    """
-    a, b = to_uint8(images).cpu().double() / 255, to_uint8(reconstruction).cpu().double() / 255
-    return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-
-
 def eval_batch(config):
     """Images a forward pass outside training: no more than a training step of one process is likely to hold.
     """
@@ -451,7 +443,8 @@ def evaluate(config, model, dataset, teachers, device):
     ratio = 0.5 if config.mask_high > 0 else 0.0
     for images, _ in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
         images = to_float(images).to(device)
-        psnrs.append(psnr(images, model.decode(model.encode(images), images.shape[-2:])))
+        redrawn = model.decode(model.encode(images), images.shape[-2:])
+        psnrs.append(psnr(to_uint8(images).cpu(), to_uint8(redrawn).cpu()))
         if model.aux_decoders:
             N = patchify(images, config.patch_size).shape[1]
             rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))

@@ -1,13 +1,29 @@
-"""evaluate.py: the classifier tells real samples from mislabelled ones, is cached, and bad input is named."""
+"""evaluate.py: every command runs from files alone, its numbers come from the images, bad input is named."""
 import json
+import subprocess
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+import common
 import evaluate
-import train_tokenizer as trainer
+import features
+import sample
+import train_diffusion
+import train_tokenizer
 from common import UserError
-from data import Shapes
+from data import Shapes, build_dataset, some_images, to_float, to_uint8
 from test_train_tokenizer import TINY
 
 
@@ -17,35 +33,239 @@ def shapes(count, start=0):
             np.arange(start, start + count) % 10)
 
 
-def run(tmp_path, *options):
-    evaluate.main(["generation", str(tmp_path / "s.npz"), "--data", "shapes", "--classifier-steps", "150",
-                   "--test-images", "200", "--cache", str(tmp_path / "cache"), "--device", "cpu",
-                   *map(str, options)])
+class Output(NamedTuple):
+    pool: torch.Tensor
+    logits: torch.Tensor
+    spatial: torch.Tensor
+
+
+def tiny_inception(weights_dir="", device="cpu", random=False):
+    """Stands in for the FID network: 12 colour means of 2 x 2 areas; --resize changes their scale."""
+    def network(images, resize="tf1"):
+        x = F.adaptive_avg_pool2d(images.double(), 2).flatten(1) / (255 if resize == "tf1" else 128)
+        return Output(x, x[:, :5] * 3, x[:, 5:])
+    return network
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("diffusion")
+    train_diffusion.main(["--tokenizer", str(tokenizer), "--out", str(folder), *(
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 "
+        "--grid-every 0 --device cpu").split()])
+    return folder
+
+
+def classify(tmp_path, cache, *options):
+    evaluate.main(["generation", str(tmp_path / "s.npz"), "--data", "shapes", "--features", "classifier",
+                   "--classifier-steps", "150", "--test-images", "200", "--reference-images", "200",
+                   "--cache", str(cache), "--device", "cpu", *map(str, options)])
     return json.loads((tmp_path / "s.npz.json").read_text())
 
 
-def test_share_of_the_requested_class(tmp_path, capsys):
+def measure(*options):
+    evaluate.main([*map(str, options), "--device", "cpu"])
+
+
+# ------------------------------------------------ generation ------------------------------------------------
+
+def test_share_of_the_requested_class(tmp_path, cache, tokenizer, capsys):
     images, labels = shapes(200)
     np.savez(tmp_path / "s.npz", images, labels)
-    trainer.main([*TINY, "--out", str(tmp_path / "tokenizer")])
-    right = run(tmp_path, "--tokenizer", tmp_path / "tokenizer")
+    right = classify(tmp_path, cache, "--tokenizer", tokenizer)
     assert right["reconstructions_assigned_to_their_class"] < 0.4                # six steps of training: mush
     assert right["assigned_to_requested_class"] > 0.5 and right["classifier_test_accuracy"] > 0.5
     assert "protocol" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", images, (labels + 1) % 10)
-    before = [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()]
-    wrong = run(tmp_path)
+    before = [p.stat().st_mtime_ns for p in cache.iterdir()]
+    wrong = classify(tmp_path, cache)
     assert wrong["assigned_to_requested_class"] < 0.2
     assert wrong["classifier_test_accuracy"] == right["classifier_test_accuracy"]
-    assert before == [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()]          # trained once
+    assert before == [p.stat().st_mtime_ns for p in cache.iterdir()]                         # trained once
+    np.savez(tmp_path / "s.npz", 255 - images // 4)                          # no labels, unlike the real ones
+    distance = "frechet_in_classifier_features_not_fid"
+    far = classify(tmp_path, cache)
+    assert "assigned_to_requested_class" not in far and far[distance] > 2 * right[distance]
 
 
-def test_bad_input_is_named(tmp_path):
+def test_fid_of_files_by_numpy_and_scipy(tmp_path, monkeypatch):
+    """Samples as .npz and as a folder, a reference as images, as saved, as ADM's statistics: one number."""
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    samples, real = shapes(40)[0], shapes(90, start=200)[0]
+    np.savez(tmp_path / "s.npz", samples)
+    np.savez(tmp_path / "real.npz", real)
+    (tmp_path / "s").mkdir()
+    for i, image in enumerate(samples):
+        Image.fromarray(image).save(tmp_path / "s" / f"{i:06d}.png")
+    a, b = (tiny_inception()(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (samples, real))
+    distance = lambda x, y: ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(
+        np.cov(x.T) + np.cov(y.T) - 2 * scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real)
+    fid, sfid = distance(a.pool.numpy(), b.pool.numpy()), distance(a.spatial.numpy(), b.spatial.numpy())
+    measure("generation", tmp_path / "s.npz", "--reference", tmp_path / "real.npz",
+            "--save-statistics", tmp_path / "saved.npz")
+    first = json.loads((tmp_path / "s.npz.json").read_text())
+    assert first["gfid"] == pytest.approx(fid) and first["sfid"] == pytest.approx(sfid)
+    assert "tf1" in first["protocol"] and "40 samples" in first["protocol"]
+    saved = np.load(tmp_path / "saved.npz")
+    np.savez(tmp_path / "adm.npz", arr_0=real, **{k: saved[k] for k in ("mu", "sigma", "mu_s", "sigma_s")})
+    for reference in ("saved.npz", "adm.npz"):
+        measure("generation", tmp_path / "s", "--reference", tmp_path / reference, "--batch-size", 7)
+        again = json.loads((tmp_path / "s.json").read_text())
+        for key in ("gfid", "sfid", "inception_score", "precision", "recall"):
+            assert again[key] == pytest.approx(first[key], rel=1e-6), (reference, key)
+    with pytest.raises(UserError, match="other features"):
+        measure("generation", tmp_path / "s", "--reference", tmp_path / "saved.npz",
+                "--resize", "pytorch-fid")
+
+
+def test_two_processes_give_the_same_distance(tmp_path, cache):
+    """Statistics merged, features gathered in order: as one process, and of files alone."""
+    np.savez(tmp_path / "s.npz", *shapes(41))
+    one = classify(tmp_path, cache)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            ROOT / "evaluate.py", "generation", tmp_path / "s.npz", "--data", "shapes", "--features",
+            "classifier", "--classifier-steps", "150", "--test-images", "200", "--reference-images", "200",
+            "--cache", cache, "--device", "cpu", "--json", tmp_path / "two.json"]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-4) if isinstance(value, float) else two[key] == value
+
+
+# -------------------------------------------------- recon --------------------------------------------------
+
+def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    monkeypatch.setattr(evaluate, "load_vgg16", lambda *a: None)
+    monkeypatch.setattr(evaluate, "load_lpips_heads", lambda *a: None)
+    monkeypatch.setattr(evaluate, "LPIPS", lambda *a: lambda x, y: (x - y).abs().amax((1, 2, 3)))
+    measure("recon", tokenizer, "--num-images", 30, "--batch-size", 8, "--out", tmp_path / "r",
+            "--data", "shapes")
+    found = json.loads((tmp_path / "r.json").read_text())
+    model = train_tokenizer.load_tokenizer(tokenizer)
+    images = next(some_images(build_dataset("shapes", "test", 16), 30))[0]
+    redrawn = to_uint8(model.decode(model.encode(to_float(images))))
+    psnr = np.mean([peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)
+                    for a, b in zip(images, redrawn)])
+    assert found["psnr"] == pytest.approx(psnr) and found["images"] == 30
+    assert found["ssim"] < found["ssim_data_range_2_as_released_code"] and found["rfid"] > 0
+    largest = (to_float(images) - to_float(redrawn)).abs().amax((1, 2, 3))                   # LPIPS' stand-in
+    assert found["lpips"] == pytest.approx(largest.mean().item())
+    assert Image.open(tmp_path / "r.png").width > 8 * 128
+    measure("recon", tokenizer, "--num-images", 4, "--size", 32, "--features", "none",
+            "--out", tmp_path / "r")
+    assert not {"rfid", "lpips"} & set(json.loads((tmp_path / "r.json").read_text()))
+    with pytest.raises(UserError, match="--size 30"):
+        measure("recon", tokenizer, "--size", 30)
+
+
+# ------------------------------------- latents, curve, cfg and theory -------------------------------------
+
+def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
+    measure("latents", tokenizer, tokenizer, "--names", "one", "two", "--components", 1, 3,
+            "--train-images", 300, "--test-images", 100, "--starts", 1, "--dims", 4, "--out", tmp_path / "l")
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert found["one"]["dims"] == 4 and found["one"]["mixtures"] == found["two"]["mixtures"]
+    model, sets = train_tokenizer.load_tokenizer(tokenizer), {}
+    for split, count in (("train", 300), ("test", 100)):
+        x, y = zip(*some_images(build_dataset("shapes", split, 16), count))
+        sets[split] = model.encode(to_float(torch.cat(x))).flatten(1).double(), torch.cat(y)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)).fit(*sets["train"])
+    assert found["one"]["linear_probe_accuracy"] == pytest.approx(probe.score(*sets["test"]), abs=0.011)
+    single, three = found["one"]["mixtures"]
+    # At K = 1 standardised latents have this likelihood whatever they are; more components fit better.
+    assert single["nll_full_train"] == pytest.approx(2 * (1 + np.log(2 * np.pi)), abs=1e-3)
+    assert three["nll_full_train"] < single["nll_full_train"] and single["largest_mean_norm_full"] < 1e-6
+    assert "equal d" in capsys.readouterr().out
+    for name in ("l_mixtures.png", "l_classes.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / name)).reshape(-1, 3), axis=0)) > 5
+
+
+def test_curve_and_cfg_measure_what_sample_py_draws(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    options = ("--num-images", 30, "--steps", 3, "--reference-images", 60, "--batch-size", 16)
+    measure("curve", diffusion, *options, "--out", tmp_path / "curve")
+    rows = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == [5, 10]
+    measure("cfg", diffusion, *options, "--scales", 1, 3, "--intervals", "0:1", "0:0",
+            "--out", tmp_path / "cfg")
+    table = {(tuple(row["interval"]), row["scale"]): row["gfid"]
+             for row in json.loads((tmp_path / "cfg.json").read_text())["rows"]}
+    # Without guidance the samples are the same in both intervals, and those of the last checkpoint.
+    assert table[(0, 1), 1] == rows[1]["gfid"] == pytest.approx(table[(0, 0), 1])
+    assert table[(0, 1), 3] != table[(0, 1), 1]
+    sample.main(["--ckpt", str(diffusion), "--num", "30", "--steps", "3", "--out", str(tmp_path / "s.npz"),
+                 "--device", "cpu"])
+    measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 60)
+    drawn = json.loads((tmp_path / "s.npz.json").read_text())
+    assert drawn["gfid"] == pytest.approx(rows[1]["gfid"], rel=1e-6)
+
+
+def test_theory_finds_that_more_modes_need_more_samples(tmp_path):
+    measure("theory", "--components", 2, 8, "--dims", 8, "--samples", 64, 512, 4096, "--repeats", 2,
+            "--steps", 150, "--out", tmp_path / "t")
+    found = json.loads((tmp_path / "t.json").read_text())
+    # Well apart, each of K means is estimated from n / K samples: an error of about dK/n, an exponent near 1.
+    assert 0.5 < found["exponent"] < 1.6 and "K^4" in found["what_it_shows"]
+    for row in found["rows"]:
+        assert [e for _, e in row["errors"]] == sorted((e for _, e in row["errors"]), reverse=True)
+
+
+# ------------------------------------------------ bad input ------------------------------------------------
+
+def test_bad_input_is_named(tmp_path, cache):
     images, labels = shapes(4)
-    for message, arrays, options in [("has no labels", (images,), []),
-                                     ("has class 11", (images, labels + 8), []),
+    for message, arrays, options in [("has class 11", (images, labels + 8), []),
                                      ("should be square", (images[:, :8], labels), []),
-                                     ("no such folder", (images, labels), ["--data", tmp_path / "nowhere"])]:
+                                     ("no such folder", (images, labels), ["--data", tmp_path / "nowhere"]),
+                                     ("too few images", (images[:1], labels[:1]), [])]:
         np.savez(tmp_path / "s.npz", *arrays)
         with pytest.raises(UserError, match=message):
-            run(tmp_path, *options)
+            classify(tmp_path, cache, *options)
+
+
+def test_bad_samples_and_references_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    images, _ = shapes(20)
+    np.savez(tmp_path / "s.npz", images)
+    np.savez(tmp_path / "keys.npz", mean=np.zeros(3))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(12), sigma=np.zeros((12, 3)))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "size.npz", images[:, :8, :8])
+    (tmp_path / "broken.npz").write_bytes(b"nothing")
+    for message, name in [("neither images", "keys.npz"), ("should be finite", "shape.npz"),
+                          ("cannot read", "broken.npz"), ("cannot be compared", "other.npz"),
+                          ("of 16 px cannot be compared", "size.npz"), ("cannot read", "missing.npz")]:
+        with pytest.raises(UserError, match=message):
+            measure("generation", tmp_path / "s.npz", "--reference", tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        measure("generation", tmp_path / "folder", "--data", "shapes")
+    for i, image in enumerate((images[0], images[1][:8, :8])):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
+    with pytest.raises(UserError, match="all must have one size"):
+        measure("generation", tmp_path / "folder", "--data", "shapes", "--reference-images", 20)
+    monkeypatch.setattr(features, "load_inception",
+                        lambda *a: lambda x, resize: Output(*[torch.full((len(x), 12), float("nan"))] * 3))
+    with pytest.raises(UserError, match="NaN"):
+        measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 20)
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    argv = [sys.executable, str(ROOT / "evaluate.py"), "curve", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert common.numbered_checkpoints(tmp_path) == []

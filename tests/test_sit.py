@@ -553,7 +553,7 @@ def test_autoguidance_takes_the_worse_models_velocity_for_the_null_class():
     model, guide = tiny(), tiny()
     t = torch.full((3,), 0.4)
     with torch.no_grad():
-        good, bad = model(X.float(), t, Y), guide(X.float(), t, Y)                    # the same labels in both
+        good, bad = model(X.float(), t, Y), guide(X.float(), t, Y)                   # the same labels in both
         v = guided_velocity(model, Y, 1.9, (0.0, 0.5), guide)(X, 0.4).float()
         torch.testing.assert_close(v, bad + 1.9 * (good - bad), rtol=1e-4, atol=1e-4)
         outside = guided_velocity(model, Y, 1.9, (0.0, 0.3), guide)(X, 0.4).float()

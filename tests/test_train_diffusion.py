@@ -273,12 +273,12 @@ def test_the_checkpoint_knows_its_tokenizer(tmp_path, diffusion, tokenizer):
 
 # --------------------------------------- other models and objectives ---------------------------------------
 
-def test_presets_of_the_other_models():
+def test_presets_of_the_other_models_are_tables_9_and_3():
     config = Config(**PRESETS["lightningdit-xl"])
     assert (config.model, config.lr, config.beta2, config.batch_size, config.steps, config.times,
-            config.direction_loss) == ("lightningdit", 2e-4, 0.95, 1024, 400_000, "logit-normal", 1.0)  # Table 9
+            config.direction_loss) == ("lightningdit", 2e-4, 0.95, 1024, 400_000, "logit-normal", 1.0)
     config = Config(**PRESETS["usit-2b"])
-    assert (config.model, config.width, config.depth, config.heads) == ("usit", 2048, 28, 32)           # Table 3
+    assert (config.model, config.width, config.depth, config.heads) == ("usit", 2048, 28, 32)
 
 
 @pytest.mark.parametrize("name, kind", [("lightningdit", "LightningDiT"), ("usit", "USiT")])
@@ -297,7 +297,7 @@ def test_the_direction_loss_changes_the_gradient(tmp_path, tokenizer):
     states = [train(tmp_path / str(weight), tokenizer, "--direction-loss", weight)["model"]
               for weight in (0, 1)]
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert losses(tmp_path / "0")[0] == losses(tmp_path / "1")[0]                    # what is logged is the MSE
+    assert losses(tmp_path / "0")[0] == losses(tmp_path / "1")[0]                   # what is logged is the MSE
 
 
 def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):

@@ -229,14 +229,6 @@ def test_accumulation_equals_the_whole_batch(tmp_path):
         torch.testing.assert_close(v, parts["model"][k], atol=2e-4, rtol=0)
 
 
-def test_a_psnr_by_hand():
-    a = -torch.ones(2, 3, 4, 4)
-    b = a.clone()
-    b[1] += 2 * 51 / 255                                            # 51 of 255 levels: 20 log10(5) = 13.98 dB
-    values = trainer.psnr(a, b)
-    assert values[0] >= 99 and abs(values[1] - 13.979) < 0.001
-
-
 # ------------------------------------------------ resuming ------------------------------------------------
 
 def test_ten_steps_equal_five_a_kill_and_five_bit_for_bit(tmp_path):

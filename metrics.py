@@ -1,0 +1,470 @@
+"""The mathematics of evaluation, by hand; with it evaluate.py would be twice as long as a file should be.
+
+    frechet_distance, FeatureStatistics     FID and sFID from streamed means and covariances
+    inception_score, precision_recall       what ADM's suite reports beside FID
+    psnr, ssim                              reconstructions, image by image
+    pca, standardise, linear_probe          the latent space  [Sec. 4.3, App. B.3]
+    GaussianMixture, fit_mixture            EM for Fig. 2a and Fig. 8
+    mixture_score, fit_score, score_error   Theorem 2.1 in a toy world  [App. A]
+
+Nothing here knows of networks, files or command lines. Sums and factorisations are in float64.
+Letters: n vectors · d dimensions · K mixture components.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common import UserError
+
+# --------------------------------------------- Fréchet distance --------------------------------------------
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of d-vectors in float64; memory for 2 d x d numbers, however many come.
+
+    Vectors wait until d of them are there and are then folded into (count, mean, scatter) by one matrix
+    product. Before the first folding they themselves are at hand (`rows`), for frechet_between to use.
+    """
+
+    def __init__(self, dim):
+        self.waiting, self.folded = [], 0                      # a list of (b, d); vectors in mean and scatter
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+
+    @classmethod
+    def from_covariance(cls, mean, covariance, count=2):
+        """Ready statistics: mean (d,), covariance (d, d). Any count from 2 on gives the covariance back."""
+        self = cls(len(mean))
+        self.folded, self.mean, self.scatter = count, mean.double(), covariance.double() * (count - 1)
+        return self
+
+    @property
+    def count(self):
+        return self.folded + sum(map(len, self.waiting))
+
+    def update(self, features):
+        """Take in features (b, d), any float dtype and device. Raises UserError for NaN and infinity."""
+        x = features.detach().cpu().double()
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise UserError(f"features of shape {tuple(x.shape)} where (n, {len(self.mean)}) was expected")
+        if not x.isfinite().all():
+            raise UserError("the features hold NaN or infinite values: "
+                            "are the weights of the feature network damaged, or the images not 0..255?")
+        self.waiting.append(x)
+        if self.count - self.folded >= len(self.mean):
+            self._fold()
+
+    def _fold(self):
+        if self.waiting:
+            x, self.waiting = torch.cat(self.waiting), []
+            mean = x.mean(0)
+            self._combine(len(x), mean, (x - mean).T @ (x - mean))
+
+    def _combine(self, count, mean, scatter):
+        """The update of Chan, Golub and LeVeque (1983), free of the cancellation in E[xx] - E[x]E[x]."""
+        total, delta = self.folded + count, mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.folded * count / total)
+        self.folded = total
+
+    def merge(self, other):
+        """Take in all that `other` has seen."""
+        for x in other.waiting:
+            self.update(x)
+        if other.folded:
+            self._combine(other.folded, other.mean, other.scatter)
+
+    def all_reduce(self, world, device):
+        """Merge over all processes; each then holds the whole. device: where torch.distributed can sum."""
+        if world > 1:
+            self._fold()
+            sums = torch.cat((self.mean * self.folded, torch.ones(1).double() * self.folded)).to(device)
+            dist.all_reduce(sums)
+            sums = sums.cpu()
+            mean = sums[:-1] / sums[-1]
+            delta = self.mean - mean
+            scatter = (self.scatter + self.folded * torch.outer(delta, delta)).to(device)
+            dist.all_reduce(scatter)
+            self.folded, self.mean, self.scatter = int(sums[-1]), mean, scatter.cpu()
+
+    def rows(self):
+        """All vectors so far, (n, d) float64, while they are fewer than d; else None."""
+        return torch.cat(self.waiting) if self.waiting and not self.folded else None
+
+    def mean_and_covariance(self):
+        """Mean (d,) and unbiased covariance (d, d), float64. Raises UserError for fewer than 2 vectors."""
+        if self.count < 2:
+            raise UserError(f"too few images: a covariance needs 2 or more, here are {self.count}")
+        self._fold()
+        return self.mean, self.scatter / (self.folded - 1)
+
+
+def frechet_distance(mean1, covariance1, mean2, covariance2):
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; with Inception features, FID.
+
+    C1 C2 has the eigenvalues of the symmetric A^T C2 A for any A with A A^T = C1, and the trace of its root
+    is the sum of theirs. A comes from Cholesky with pivoting, which stops at the rank of C1 and so takes
+    singular matrices; no complex numbers, no epsilon on the diagonal, and 4 to 8 times faster at d = 2048
+    than sqrtm. Arguments: (d,), (d, d) float64 tensors. Returns a float.
+    """
+    mean1, covariance1, mean2, covariance2 = (x.double().numpy() for x in
+                                              (mean1, covariance1, mean2, covariance2))
+    if mean1.shape != mean2.shape:
+        raise UserError(f"statistics of {len(mean1)} and of {len(mean2)} features cannot be compared")
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance1, lower=1)      # P^T C1 P = L L^T
+    L, order = np.tril(factor)[:, :rank], pivots - 1
+    product = L.T @ covariance2[np.ix_(order, order)] @ L                                           # (r, r)
+    trace = np.sqrt(scipy.linalg.eigvalsh(product).clip(0)).sum() if rank else 0.0
+    distance = ((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace
+    return max(float(distance), 0.0)                 # a squared distance; rounding may leave it at -1e-9
+
+
+def frechet_distance_few(x1, x2):
+    """The same distance straight from features (n1, d) and (n2, d), exact and cheap when both n < d.
+
+    With centred X, C = X^T X / (n - 1), and Tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T
+    (the nuclear norm) over sqrt((n1 - 1)(n2 - 1)): an n1 x n2 problem in place of d x d.
+    """
+    if min(len(x1), len(x2)) < 2:
+        raise UserError(f"too few images: a covariance needs 2 or more, here are {min(len(x1), len(x2))}")
+    (m1, c1, v1), (m2, c2, v2) = ((x.mean(0), x - x.mean(0), len(x) - 1) for x in (x1.double(), x2.double()))
+    trace = torch.linalg.svdvals(c1 @ c2.T).sum() / math.sqrt(v1 * v2)
+    distance = (m1 - m2).square().sum() + c1.square().sum() / v1 + c2.square().sum() / v2 - 2 * trace
+    return max(distance.item(), 0.0)
+
+
+def frechet_between(a, b):
+    """The Fréchet distance of two FeatureStatistics, by whichever of the two forms fits."""
+    rows = a.rows(), b.rows()
+    if rows[0] is not None and rows[1] is not None:
+        return frechet_distance_few(*rows)
+    return frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
+
+
+# ------------------------------------ Inception Score, precision, recall ------------------------------------
+
+def inception_score(logits, chunk=5000):
+    """exp of the mean KL(p(y|x) || p(y)), averaged over chunks in file order, as ADM's suite does.
+
+    logits: (n, classes) *without* the last layer's bias, as the field computes it.
+    Returns (mean, standard deviation over chunks); the score grows with the chunk, so name it.
+    """
+    scores = []
+    for part in logits.split(chunk):
+        log_p = part.double().log_softmax(1)
+        marginal = log_p.exp().mean(0)
+        divergence = log_p.exp() * (log_p - marginal.log())
+        scores.append(divergence.nan_to_num().sum(1).mean().exp())                               # 0 log 0 = 0
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def squared_distances(a, b):
+    """(n, d), (m, d) -> (n, m), by one matrix product; rounding may leave a zero at +-1e-13 of the norms."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+
+def precision_recall(real, fake, k=3, block=1000):
+    """Precision and recall of Kynkäänniemi et al. (2019), as ADM's suite computes them.
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
+    the set (itself not counted). Precision: the share of fakes in the reals' manifold (<=); recall: the other
+    way. real, fake: (n, d) features. Rows are taken `block` at a time: never an n x n matrix.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
+                        f"on both sides, here are {len(real)} and {len(fake)}")
+    # Float64 and centred: far from the origin |a|^2 + |b|^2 - 2 ab would be a small difference of large
+    # numbers.
+    centre = real.double().mean(0)
+    real, fake = real.double() - centre, fake.double() - centre
+
+    def radii(points):
+        result = []
+        for start in range(0, len(points), block):
+            distances = squared_distances(points[start:start + block], points)
+            distances.diagonal(start).fill_(math.inf)                                             # not itself
+            result.append(distances.kthvalue(k, dim=1).values)
+        return torch.cat(result)
+
+    def covered(queries, points):
+        reach = radii(points)
+        return sum((squared_distances(part, points) <= reach).any(1).sum().item()
+                   for part in queries.split(block)) / len(queries)
+
+    return covered(fake, real), covered(real, fake)
+
+
+# ---------------------------------------------- PSNR and SSIM -----------------------------------------------
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of each image in dB, data range 1: uint8 (B, 3, H, W) twice -> (B,) float64.
+    Equal images get 100 dB, not infinity, so that means stay finite."""
+    error = (a.double() - b.double()).div(255).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def ssim(a, b, data_range=1.0):
+    """Structural similarity of each image: uint8 (B, 3, H, W) twice, read as [0, 1] -> (B,) float64.
+
+    7 x 7 uniform window, sample covariance, channel by channel, no border (scikit-image's defaults).
+    data_range: 1.0 is right for [0, 1]; the released code passes 2.0, which makes the two constants 4 times
+    larger and the result look better. Numbers are comparable at the same value only.
+    """
+    if min(a.shape[-2:]) < 7:
+        raise UserError(f"SSIM's window is 7 x 7: images of {a.shape[-2]} x {a.shape[-1]} px are too small")
+    a, b = a.double() / 255, b.double() / 255
+    mean = lambda x: F.avg_pool2d(x, 7, stride=1)                          # windows that lie within the image
+    sample = 49 / 48
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = (sample * (mean(x) - m) for x, m in ((a * a, ma * ma), (b * b, mb * mb), (a * b, ma * mb)))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))
+    return similarity.mean((1, 2, 3))
+
+
+# --------------------------------------------- the latent space ---------------------------------------------
+
+def standardise(train, *others):
+    """Shift and scale each column to mean 0 and variance 1 *of train*; constant columns are only shifted.
+    Tensors (n, d) in, as many out, same dtype."""
+    mean, std = train.double().mean(0), train.double().std(0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    return [((x - mean) / std).to(train.dtype) for x in (train, *others)]
+
+
+def pca(x, share=0.9, dims=0):
+    """Principal axes of x (n, d) that hold `share` of its variance, or exactly `dims` of them.    [App. B.3]
+
+    Returns mean (d,), axes (d, m), the share they hold; (x - mean) @ axes projects. The smaller of the d x d
+    and n x n eigenproblems is solved; the latter's vectors are carried over by X^T.
+    """
+    if dims > min(x.shape[1], len(x) - 1):
+        raise UserError(f"{dims} dimensions cannot be had from {len(x)} latents of {x.shape[1]} values")
+    x = x.double()
+    mean = x.mean(0)
+    x = x - mean
+    if len(x) >= x.shape[1]:
+        variances, axes = torch.linalg.eigh(x.T @ x)
+    else:
+        variances, axes = torch.linalg.eigh(x @ x.T)
+        axes = F.normalize(x.T @ axes, dim=0)
+    variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)                          # largest first
+    held = variances.cumsum(0) / variances.sum()
+    dims = dims or min(int((held < share).sum()) + 1, len(held))
+    return mean, axes[:, :dims], held[dims - 1].item()
+
+
+def linear_probe(x, labels, num_classes, strength=1.0, iterations=300):
+    """Multinomial logistic regression by L-BFGS: weight (d, classes) and bias (classes,).         [Sec. 4.3]
+
+    Minimises mean cross-entropy + |weight|^2 / (2 n strength): scikit-learn's C = strength.
+    x: (n, d) standardised float; labels: (n,) int64. A test image's class is (x @ weight + bias).argmax(1).
+    """
+    n, d = x.shape
+    target = F.one_hot(labels, num_classes).to(x.dtype)
+
+    def loss_and_gradient(flat):
+        wb = torch.from_numpy(flat).to(x.dtype).reshape(d + 1, num_classes)
+        log_p = (x @ wb[:-1] + wb[-1]).log_softmax(1)
+        residual = (log_p.exp() - target) / n                                       # (n, classes): dL/dlogits
+        gradient = torch.cat((x.T @ residual + wb[:-1] / (n * strength), residual.sum(0, keepdim=True)))
+        loss = -(log_p * target).sum() / n + wb[:-1].square().sum() / (2 * n * strength)
+        return loss.item(), gradient.double().flatten().numpy()
+
+    flat = scipy.optimize.minimize(loss_and_gradient, np.zeros((d + 1) * num_classes), jac=True,
+                                   method="L-BFGS-B", options={"maxiter": iterations, "gtol": 1e-6}).x
+    wb = torch.from_numpy(flat).to(x.dtype).reshape(d + 1, num_classes)
+    return wb[:-1], wb[-1]
+
+
+# -------------------------------------------- Gaussian mixtures ---------------------------------------------
+
+class GaussianMixture(NamedTuple):
+    """A mixture of K Gaussians, float64."""
+    weights: torch.Tensor             # (K,), sum 1 (the released code does not normalise them)
+    means: torch.Tensor               # (K, d)
+    covariances: torch.Tensor         # (K, d, d) full, or (K, d) diagonal
+
+
+REGULARISATION = 1e-6                 # added to variances, as in scikit-learn: keeps them above 0
+BLOCK = 2 ** 21                       # numbers of T at a time, so that they stay in the processor's cache
+
+
+def sufficient_statistics(x, full):
+    """T(x) of the Gaussian family, a column a vector: (b, d) -> (m, b).
+
+    The d values, then the products x_i x_j with j >= i (full; m = d + d(d+1)/2), or the squares (m = 2d). The
+    log-density is linear in T: one matrix product gives it for all K, and symmetry halves the work.
+    x should be standardised: far from the origin such sums lose digits.
+    """
+    T = x.T.contiguous()                                                                          # (d, b)
+    return torch.cat((T, *(T[i:] * T[i] for i in range(len(T)))) if full else (T, T * T))
+
+
+def natural_parameters(mixture):
+    """(K, m) and (K, 1) such that  parameters @ T + constants  is log(weight_k N(x; mean_k, cov_k))."""
+    weights, means, covariances = mixture
+    d = means.shape[1]
+    if covariances.ndim == 3:
+        factor, failed = torch.linalg.cholesky_ex(covariances)
+        if failed.any():
+            raise UserError("a component of the mixture has collapsed: take fewer components or more images")
+        precision = torch.cholesky_inverse(factor)                                                # (K, d, d)
+        linear = (precision @ means[..., None])[..., 0]                                           # (K, d)
+        # -1/2 x^T P x over pairs i <= j: the diagonal once; the others, which occur twice, whole
+        i, j = torch.triu_indices(d, d)
+        quadratic = -precision[:, i, j] * torch.where(i == j, 0.5, 1.0)
+        log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    else:
+        linear, quadratic, log_det = means / covariances, -0.5 / covariances, covariances.log().sum(1)
+    constants = weights.log() - 0.5 * (d * math.log(2 * math.pi) + log_det + (linear * means).sum(1))
+    return torch.cat((linear, quadratic), 1), constants[:, None]
+
+
+def log_joint(mixture, x):
+    """Blocks (K, b) of log(weight_k N(x; mean_k, covariance_k)) for x (n, d), in x's dtype."""
+    parameters, constants = (p.to(x.dtype) for p in natural_parameters(mixture))
+    for part in x.split(max(64, BLOCK // parameters.shape[1])):
+        yield torch.addmm(constants, parameters, sufficient_statistics(part, mixture.covariances.ndim == 3))
+
+
+def log_likelihood(mixture, x):
+    """log p(x) of each vector: (n, d) float64 -> (n,)."""
+    return torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
+
+
+def weighted_gaussians(shares, x, full):
+    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by shares[k] (n,).
+
+    In more than a few dimensions nearly all shares are next to nothing, so each component works on its own
+    vectors only. It centres them before it squares, so that rounding, in float32 too, makes no covariance
+    indefinite.
+    """
+    (K, _), d = shares.shape, x.shape[1]
+    negligible = 1e-8 if x.dtype == torch.float32 else 1e-12
+    counts = shares.sum(1, dtype=torch.float64) + 10 * torch.finfo(torch.float64).eps   # an empty one divides
+    means = torch.zeros(K, d, dtype=torch.float64)
+    covariances = torch.zeros(*(K, d, d) if full else (K, d), dtype=torch.float64)
+    for k in range(K):
+        own = (shares[k] > negligible).nonzero()[:, 0]
+        share, vectors = shares[k, own] / counts[k].to(x.dtype), x[own]                     # (n_k,), (n_k, d)
+        mean = share @ vectors
+        vectors -= mean
+        means[k] = mean
+        covariances[k] = vectors.T @ (vectors * share[:, None]) if full else share @ vectors.square()
+    (covariances.diagonal(dim1=1, dim2=2) if full else covariances).add_(REGULARISATION)
+    return GaussianMixture(counts / counts.sum(), means, covariances)
+
+
+def em_step(mixture, x):
+    """One EM step on x (n, d): the new mixture, and the mean log-likelihood of x under the *old* one.
+
+    The products run in x's dtype, parameters and factorisations are float64. On float32 x a step takes half
+    the time and is off by about 1e-6 |x|^2 / (smallest variance) nats; fit_mixture has the remedy.
+    """
+    shares, total = [], 0.0
+    for joint in log_joint(mixture, x):                                                           # (K, b)
+        largest = joint.amax(0)
+        joint.sub_(largest).exp_()
+        sums = joint.sum(0)
+        total += (largest + sums.log()).sum(dtype=torch.float64).item()
+        shares.append(joint.div_(sums))                                                  # responsibilities
+    return weighted_gaussians(torch.cat(shares, 1), x, mixture.covariances.ndim == 3), total / len(x)
+
+
+def start_mixture(x, K, full, rng):
+    """K means drawn as k-means++ does, each with probability proportional to the squared distance to those
+    already there; all components with the pooled covariance around the nearest mean. rng: numpy Generator.
+
+    (A covariance for each from its few nearest vectors, the usual start, makes outliers collapse at once.)
+    """
+    nearest, owner = torch.full((len(x),), math.inf, dtype=x.dtype), torch.zeros(len(x), dtype=torch.int64)
+    index = int(rng.integers(len(x)))
+    for k in range(K):
+        distance = (x - x[index]).square().sum(1)
+        owner[distance < nearest] = k
+        nearest = torch.minimum(nearest, distance)
+        cumulated = nearest.cumsum(0)
+        index = min(int(torch.searchsorted(cumulated, rng.random() * cumulated[-1])), len(x) - 1)
+    counts = torch.bincount(owner, minlength=K).double()
+    means = x.new_zeros(K, x.shape[1]).index_add_(0, owner, x) / counts.clamp(min=1)[:, None]
+    pooled = weighted_gaussians(x.new_ones(1, len(x)), x - means[owner], full).covariances
+    weights = (counts + 1) / (counts + 1).sum()
+    return GaussianMixture(weights, means, pooled.repeat(K, *[1] * (pooled.ndim - 1)))
+
+
+def fit_mixture(x, K, full=True, starts=2, iterations=100, tolerance=1e-3, seed=0, progress=None):
+    """The best of several EM runs on standardised x (n, d): (GaussianMixture, its mean log-likelihood on x).
+
+    A run takes steps in float32 until one gains less than `tolerance` nats a vector (scikit-learn's rule and
+    value), and from there in float64 by the same rule: fast far from the optimum, double precision at it.
+    progress: a tqdm bar, moved by one a step. Raises UserError for fewer than 2 vectors a component.
+    """
+    if len(x) < 2 * K:
+        raise UserError(f"too few images: {K} components need {2 * K} at the least, here are {len(x)}")
+    x, best = x.double(), (None, -math.inf)
+    for start in range(starts):
+        mixture = start_mixture(x, K, full, np.random.default_rng((seed, start)))
+        for vectors in (x.float(), x):
+            before = -math.inf
+            for _ in range(iterations):
+                following, value = em_step(mixture, vectors)
+                if progress is not None:
+                    progress.update()
+                if not value - before >= tolerance:                                            # also if NaN
+                    break
+                mixture, before = following, value
+        found = mixture, log_likelihood(mixture, x).mean().item()
+        best = max(best, found, key=lambda pair: pair[1])
+    return best
+
+
+# ----------------------------------- Theorem 2.1: the score of a mixture ------------------------------------
+
+def mixture_score(x, means, t):
+    """Score of sum_i N(mean_i, I) / K after time t of dx = -x dt + sqrt(2) dW.                    [Eq. 11-14]
+
+    x (n, d), means (K, d): true ones give the oracle, parameters the network of Eq. 13. The process leaves
+    the covariance at I and shrinks means by exp(-t).
+    """
+    means = means * math.exp(-t)
+    weights = (x @ means.T - 0.5 * means.square().sum(1)).softmax(1)          # w_i(x): |x|^2 cancels [Eq. 14]
+    return weights @ means - x
+
+
+def fit_score(samples, start, t, steps=300, batch=2048, lr=0.05, seed=0):
+    """Train Eq. 13's network at noise scale t on the given samples (n, d), from means `start` (K, d).  [Eq.
+    10]
+
+    The oracle in Eq. 10 is not known to who has samples; as in DDPM it is replaced by the score of x_t given
+    x_0, -noise / sigma, whose mean given x_t it is: the same minimiser (Vincent 2011). Fresh noise every
+    step, so that n counts samples of the data alone. Adam, lr falling linearly to 0. Returns means (K, d).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = start.clone().requires_grad_()
+    optimizer, sigma = torch.optim.Adam([means], lr), math.sqrt(1 - math.exp(-2 * t))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        x = samples if len(samples) <= batch else samples[
+            torch.randint(len(samples), (batch,), generator=generator)]
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        x_t = math.exp(-t) * x + sigma * noise
+        loss = (mixture_score(x_t, means, t) + noise / sigma).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return means.detach()
+
+
+def score_error(means, truth, t, count=20_000, seed=0):
+    """E |s(x; means) - score of p_t|^2 over fresh x from p_t, by Monte Carlo.                     [Eq. 10]"""
+    generator = torch.Generator().manual_seed(seed)
+    centres = truth[torch.randint(len(truth), (count,), generator=generator)] * math.exp(-t)
+    x = centres + torch.randn(centres.shape, generator=generator, dtype=truth.dtype)
+    return (mixture_score(x, means, t) - mixture_score(x, truth, t)).square().sum(1).mean().item()

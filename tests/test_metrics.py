@@ -1,0 +1,292 @@
+"""metrics.py against scipy, scikit-learn, scikit-image, naive loops and closed forms."""
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture as Oracle
+from sklearn.preprocessing import StandardScaler
+
+import metrics
+from common import UserError
+from metrics import FeatureStatistics
+
+
+def statistics(x):
+    result = FeatureStatistics(x.shape[1])
+    for part in x.split(7):
+        result.update(part)
+    return result
+
+
+def sqrtm_distance(x, y):
+    """FID as its definition has it, with numpy's covariance and scipy's matrix square root."""
+    a, b = np.cov(x.T.numpy()), np.cov(y.T.numpy())
+    root = scipy.linalg.sqrtm(a @ b)
+    return ((x.mean(0) - y.mean(0)).square().sum().item() + np.trace(a + b - 2 * np.real(root)))
+
+
+def random_pair(n, m, d):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn(n, d, generator=g, dtype=torch.float64)
+    return draw(n) @ draw(d), draw(m) @ draw(d) + draw(1)
+
+
+# --------------------------------------------- Fréchet distance --------------------------------------------
+
+def test_frechet_distance_equals_sqrtm():
+    x, y = random_pair(200, 150, 20)
+    found = metrics.frechet_between(statistics(x), statistics(y))
+    assert found == pytest.approx(sqrtm_distance(x, y), rel=1e-9)
+
+
+def test_frechet_distance_of_commuting_gaussians_in_closed_form():
+    q = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q
+    a, b = torch.rand(30).double() * 5, torch.rand(30).double() * 5
+    m = torch.randn(30).double()
+    found = metrics.frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T)
+    assert found == pytest.approx((m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item(), rel=1e-9)
+
+
+def test_fewer_images_than_features_take_the_nuclear_norm_and_agree_with_the_covariances():
+    x, y = random_pair(15, 11, 40)
+    a, b = statistics(x), statistics(y)
+    assert len(a.rows()) == 15 and len(b.rows()) == 11
+    few = metrics.frechet_between(a, b)
+    many = metrics.frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
+    assert few == pytest.approx(many, rel=1e-7) and few == pytest.approx(sqrtm_distance(x, y), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [12, 300])
+def test_identical_sets_are_at_distance_0(n):
+    x = random_pair(n, 2, 40)[0]
+    scale = x.var(0).sum().item()
+    assert metrics.frechet_between(statistics(x), statistics(x)) <= 1e-7 * scale
+
+
+def test_near_singular_covariances():
+    """Variances over 14 decades, where FID tools resort to 1e-6 on the diagonal, against the closed form."""
+    q = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    a, b = torch.logspace(0, -14, 40).double(), torch.logspace(-14, 0, 40).double()
+    found = metrics.frechet_distance(torch.zeros(40), q * a @ q.T, torch.zeros(40), q * b @ q.T)
+    assert found == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-5)
+
+
+def test_constant_features():
+    x, y = torch.full((50, 8), 3.0), torch.full((50, 8), 5.0)
+    assert metrics.frechet_between(statistics(x), statistics(y)) == pytest.approx(8 * 4)
+    z = torch.randn(500, 8)
+    expected = (z.mean(0) - 3).square().sum() + z.var(0).sum()        # a point and a cloud: no cross term
+    assert metrics.frechet_between(statistics(x), statistics(z)) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_streamed_and_merged_statistics_equal_one_pass():
+    x = torch.randn(101, 10) * 3 + 1000                     # far from 0: sums of squares would lose digits
+    parts = [statistics(part) for part in x.split((5, 60, 36))]     # 5 < d vectors: not folded yet
+    whole = parts[0]
+    whole.merge(parts[1])
+    whole.merge(parts[2])
+    mean, covariance = whole.mean_and_covariance()
+    assert whole.count == 101
+    np.testing.assert_allclose(mean, x.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(x.double().T), rtol=1e-9, atol=1e-9)
+
+
+def test_memory_of_statistics_does_not_grow():
+    stream = FeatureStatistics(16)
+    for _ in range(50):
+        stream.update(torch.randn(30, 16))
+        assert sum(map(len, stream.waiting)) < 16
+    assert stream.count == 1500
+
+
+def test_bad_features_are_named():
+    stream = FeatureStatistics(4)
+    with pytest.raises(UserError, match="NaN"):
+        stream.update(torch.tensor([[1.0, 2.0, float("nan"), 0.0]]))
+    stream.update(torch.zeros(1, 4))
+    with pytest.raises(UserError, match="too few images"):
+        stream.mean_and_covariance()
+    with pytest.raises(UserError, match="cannot be compared"):
+        metrics.frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
+    with pytest.raises(UserError, match="too few images"):
+        metrics.precision_recall(torch.zeros(3, 4), torch.zeros(9, 4))
+
+
+# --------------------------------- Inception Score, precision, recall ---------------------------------
+
+def test_inception_score_of_sure_balanced_predictions_is_the_number_of_classes():
+    sure = torch.eye(7).repeat(20, 1) * 1000
+    assert metrics.inception_score(sure)[0] == pytest.approx(7)
+    assert metrics.inception_score(torch.zeros(50, 7))[0] == pytest.approx(1)
+
+
+def test_inception_score_by_the_definition_in_chunks_of_file_order():
+    logits = torch.randn(25, 6)
+    scores = []
+    for start in (0, 10, 20):
+        p = np.exp(logits[start:start + 10].double().numpy())
+        p /= p.sum(1, keepdims=True)
+        divergences = [sum(q * math.log(q / m) for q, m in zip(row, p.mean(0))) for row in p]
+        scores.append(math.exp(np.mean(divergences)))
+    mean, std = metrics.inception_score(logits, chunk=10)
+    assert mean == pytest.approx(np.mean(scores)) and std == pytest.approx(np.std(scores))
+
+
+def test_precision_and_recall_by_brute_force():
+    g = torch.Generator().manual_seed(1)
+    real = torch.randn(60, 3, generator=g) + 100                                # far from 0
+    fake = torch.randn(45, 3, generator=g) + 101.2
+
+    def covered(queries, points, k=3):
+        balls = []
+        for i, p in enumerate(points):
+            distances = sorted(float((p - q).double().square().sum()) for j, q in enumerate(points) if j != i)
+            balls.append(distances[k - 1])
+        inside = [any(float((q - p).double().square().sum()) <= r for p, r in zip(points, balls))
+                  for q in queries]
+        return sum(inside) / len(queries)
+
+    for block in (7, 1000):
+        precision, recall = metrics.precision_recall(real, fake, block=block)
+        assert precision == covered(fake, real) and recall == covered(real, fake)
+    assert 0 < precision < 1 and 0 < recall < 1                    # the case is not a trivial one
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 50) == (0, 0)
+
+
+# --------------------------------------------- PSNR and SSIM ---------------------------------------------
+
+@pytest.mark.parametrize("data_range", [1.0, 2.0])
+def test_psnr_and_ssim_equal_scikit_image(data_range):
+    g = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (3, 3, 20, 33), generator=g, dtype=torch.uint8)
+    b = (a.float() + torch.randn(a.shape, generator=g) * 30).clamp(0, 255).to(torch.uint8)
+    for x, y, p, s in zip(a, b, metrics.psnr(a, b), metrics.ssim(a, b, data_range)):
+        x, y = x.numpy() / 255, y.numpy() / 255
+        oracle = structural_similarity(x, y, channel_axis=0, data_range=data_range)
+        assert s.item() == pytest.approx(oracle, abs=1e-12)
+        assert p.item() == pytest.approx(peak_signal_noise_ratio(x, y, data_range=1))
+    assert metrics.psnr(a, a).tolist() == [100] * 3 and metrics.ssim(a, a).tolist() == pytest.approx([1] * 3)
+
+
+def test_ssim_of_images_smaller_than_its_window_is_refused():
+    with pytest.raises(UserError, match="7 x 7"):
+        metrics.ssim(*[torch.zeros(1, 3, 6, 9, dtype=torch.uint8)] * 2)
+
+
+# --------------------------------------------- the latent space ---------------------------------------------
+
+def test_linear_probe_equals_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (300,), generator=g)
+    x = torch.randn(300, 6, generator=g, dtype=torch.float64) + torch.randn(4, 6, generator=g)[y]
+    x, = metrics.standardise(x)
+    np.testing.assert_allclose(x, StandardScaler().fit_transform(x), atol=1e-12)
+    weight, bias = metrics.linear_probe(x, y, 4, iterations=1000)
+    oracle = LogisticRegression(C=1.0, tol=1e-10, max_iter=2000).fit(x, y)
+    np.testing.assert_allclose((x @ weight + bias).softmax(1), oracle.predict_proba(x), atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (9, 12)])
+def test_pca_equals_scikit_learn(shape):
+    x = torch.randn(*shape, dtype=torch.float64) * torch.linspace(3, 0.1, 12)
+    mean, axes, held = metrics.pca(x, 0.9)
+    oracle = PCA(0.9).fit(x.numpy())
+    assert axes.shape[1] == oracle.n_components_
+    assert held == pytest.approx(oracle.explained_variance_ratio_.sum())
+    np.testing.assert_allclose(((x - mean) @ axes).abs(), np.abs(oracle.transform(x.numpy())), atol=1e-9)
+    assert metrics.pca(x, dims=5)[1].shape == (12, 5)
+    with pytest.raises(UserError, match="dimensions cannot be had"):
+        metrics.pca(x, dims=13)
+
+
+def mixture_data(n=400, d=5, K=4):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(K, d)) * 2
+    x = centres[rng.integers(K, size=n)] + rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 0.5
+    return metrics.standardise(torch.from_numpy(x))[0]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("kind", ["full", "diag"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-3)])
+def test_em_takes_the_same_steps_as_scikit_learn(kind, dtype, tolerance):
+    x = mixture_data()
+    mixture = metrics.start_mixture(x, 4, kind == "full", np.random.default_rng(1))
+    precisions = torch.linalg.inv(mixture.covariances) if kind == "full" else 1 / mixture.covariances
+    oracle = Oracle(4, covariance_type=kind, max_iter=6, tol=0, weights_init=mixture.weights.numpy(),
+                    means_init=mixture.means.numpy(), precisions_init=precisions.numpy()).fit(x.numpy())
+    for _ in range(6):
+        mixture, _ = metrics.em_step(mixture, x.to(dtype))
+    for ours, theirs in zip(mixture, (oracle.weights_, oracle.means_, oracle.covariances_)):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance)
+    np.testing.assert_allclose(metrics.log_likelihood(mixture, x), oracle.score_samples(x.numpy()),
+                               atol=20 * tolerance)
+
+
+def test_em_never_loses_likelihood_and_the_fit_is_the_best_start():
+    x = mixture_data()
+    mixture, values = metrics.start_mixture(x, 6, True, np.random.default_rng(0)), []
+    for _ in range(15):
+        mixture, value = metrics.em_step(mixture, x)
+        values.append(value)
+    assert all(later >= earlier - 1e-9 for earlier, later in zip(values, values[1:]))
+    fits = [metrics.fit_mixture(x, 6, starts=starts)[1] for starts in (1, 4)]
+    assert fits[1] >= fits[0]
+    best, value = metrics.fit_mixture(x, 6, starts=4)
+    assert metrics.log_likelihood(best, x).mean().item() == pytest.approx(value)
+
+
+def test_a_mixture_finds_the_clusters_it_is_drawn_from():
+    rng = np.random.default_rng(0)
+    centres = np.array([[0, 0], [8, 0], [0, 8.0]])
+    x = torch.from_numpy(centres[rng.integers(3, size=900)] + rng.normal(size=(900, 2)))
+    mixture, _ = metrics.fit_mixture(x, 3)
+    order = [int((mixture.means - torch.from_numpy(c)).norm(dim=1).argmin()) for c in centres]
+    np.testing.assert_allclose(mixture.means[order], centres, atol=0.15)
+    np.testing.assert_allclose(mixture.covariances[order], np.stack([np.eye(2)] * 3), atol=0.25)
+
+
+def test_one_gaussian_on_whitened_latents_has_the_likelihood_that_does_not_depend_on_them():
+    """Why NLL curves compare at equal d only: at K = 1 it is d/2 (1 + ln 2 pi), whatever the latents."""
+    for scale in (1, 50):
+        x = torch.randn(500, 30, dtype=torch.float64) ** 3 * scale
+        mean, axes, _ = metrics.pca(x, 0.9)
+        z, = metrics.standardise((x - mean) @ axes)
+        expected = -z.shape[1] / 2 * (1 + math.log(2 * math.pi))
+        assert metrics.fit_mixture(z, 1)[1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_components_that_shrink_to_a_point_stay_valid():
+    x = torch.cat((torch.randn(40, 3).double(), torch.full((30, 3), 2.0).double()))     # 30 equal vectors
+    mixture, value = metrics.fit_mixture(x, 3)
+    assert math.isfinite(value) and torch.linalg.eigvalsh(mixture.covariances).min() >= 0.9e-6
+    with pytest.raises(UserError, match="too few"):
+        metrics.fit_mixture(x[:5], 3)
+
+
+# ----------------------------------------------- Theorem 2.1 -----------------------------------------------
+
+def test_score_is_the_gradient_of_the_log_density():
+    means, t = torch.randn(3, 4, dtype=torch.float64) * 2, 0.4
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    density = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(3).double()),
+        torch.distributions.Independent(torch.distributions.Normal(means * math.exp(-t), 1.0), 1))
+    gradient, = torch.autograd.grad(density.log_prob(x).sum(), x)
+    np.testing.assert_allclose(metrics.mixture_score(x.detach(), means, t), gradient, atol=1e-12)
+
+
+def test_the_learnt_score_of_one_mode_is_as_good_as_the_sample_mean():
+    """K = 1: s = e^-t mean - x, the minimiser is the sample mean, its error e^-2t |sample mean - mean|^2."""
+    truth = torch.ones(1, 8)
+    x = truth + torch.randn(400, 8)
+    found = metrics.fit_score(x, torch.zeros(1, 8), t=0.5, steps=400)
+    assert (found - x.mean(0)).abs().max() < 0.03
+    expected = math.exp(-1) * (found - truth).square().sum().item()
+    assert metrics.score_error(found, truth, 0.5) == pytest.approx(expected, rel=1e-4)
