@@ -8,6 +8,7 @@ JSON.
     python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
+    python evaluate.py speed                                                  # of every part of this code
 
 The mathematics is in metrics.py, networks and references in features.py, the drawing in charts.py. Images are
 uint8 wherever they are measured; networks run in float32. Under torchrun the processes share the images.
@@ -35,6 +36,7 @@ from metrics import FeatureStatistics
 from pretrained import load_lpips_heads, load_vgg16
 from released import RELEASED, find_released, load_released_tokenizer
 from sample import SAMPLERS, choose_labels, sample_latents
+from speed import measure_speed
 from train_diffusion import load_diffusion
 from train_tokenizer import load_tokenizer
 
@@ -419,6 +421,12 @@ def theory(args):
     save_picture(args, side_by_side, f"{args.out}.png")
 
 
+def speed(args):
+    """Images a second, share of this machine's matrix-product peak, peak memory of every part. [Sec. 4.5]"""
+    result, table = measure_speed(args)
+    finish(args, result, f"{args.out}.json", table)
+
+
 # --------------------------------------------------- main ---------------------------------------------------
 
 def interval(text):
@@ -509,6 +517,16 @@ def main(argv=None):
                 help="of guidance (default 1 1.5 2 3)")
             add("--intervals", type=interval, nargs="+", default=[(0.0, 0.75), (0.0, 1.0)],
                 metavar="LOW:HIGH", help="times, noise at 1, at which guidance acts (default 0:0.75 0:1)")
+
+    add = command(speed, None, None)
+    add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
+    add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
+    add("--repeats", type=int, default=7, help="timed calls of a row at most (default 7)")
+    add("--images", help="folder of photos, for the JPEG rows")
+    for part, cpu, gpu in (("tokenizer", 2, 64), ("encode", 4, 64), ("sit", 2, 256), ("sample", 4, 64)):
+        add(f"--{part}-batch", type=int, default=0,
+            help=f"images at 128 tokens (default {cpu}, on GPUs {gpu}; as many tokens at other lengths)")
+    add("--out", default="runs/speed", help="OUT.json (default runs/speed)")
 
     add = command(theory, None, None)
     add("--components", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="K")

@@ -1,0 +1,303 @@
+"""evaluate.py speed: how fast each part runs, and how near that is to what the machine can do.   [Sec. 4.5]
+
+Every row is timed in this one run: warm-up, several repeats, the median. "of peak" divides the floating-point
+operations per second that a row achieves by those of a large matrix product in the same dtype, measured in
+the same run, before and after the rows, so that it means something on a noisy machine too. Operations are
+counted by PyTorch's own counter on the meta device: matrix products, convolutions and attention, forward and
+backward, two operations a multiply-accumulate. What else a step does (norms, GELU, optimizer, copies) takes
+time but counts as nothing.
+
+A file of its own because it imports every other one.
+"""
+import re
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import metrics
+from common import UserError
+from data import build_dataset, to_float
+from hog import hog_features
+from losses import adaptive_weight, build_objective, compute_targets, distance, generator_loss
+from maetok import MAETok, masked_feature_loss, random_mask
+from sit import SIZES, SiT, SiTConfig, flow_matching_loss
+from train_tokenizer import PRESETS, Config, build_optimizer
+
+
+# ------------------------------------------------ measuring ------------------------------------------------
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, repeats, budget=20.0):
+    """Median wall time of a call after warm-up; 3 repeats at least, more while they take under `budget` s."""
+    for _ in range(3 if device.type == "cuda" else 1):
+        function()
+    synchronise(device)
+    times = []
+    while len(times) < 3 or len(times) < repeats and sum(times) < budget:
+        start = time.perf_counter()
+        function()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def reset_peak_memory(device):
+    """On Linux the kernel forgets the process's peak when 5 is written here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """GiB since reset_peak_memory: of the GPU's allocator, or resident in this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 2 ** 20 if found else None
+
+
+def matmul_peak(dtype, device, repeats):
+    """FLOP/s of a large square matrix product."""
+    n = 8192 if device.type == "cuda" else 3072
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n ** 3 / seconds(lambda: a @ b, device, repeats)
+
+
+def count_flops(function):
+    """Floating-point operations of function() on meta tensors, forward and backward."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+# -------------------------------------------------- rows --------------------------------------------------
+# Each function returns (call, images a call, FLOPs a call or None).
+
+def autocast(args):
+    return torch.autocast(args.device.type, args.torch_dtype, enabled=args.torch_dtype != torch.float32)
+
+
+def tokenizer_step(args, full):
+    """One step of stage 1 at maetok-b-256: all terms with random frozen networks, or pixels and HOG alone."""
+    config = Config(**PRESETS["maetok-b-256"] | (dict(random_frozen=True) if full else
+                                                 dict(targets="hog", percep_weight=0.0, disc="none")))
+    B, size, N = args.tokenizer_batch, config.image_size, 256
+    model = MAETok(config).to(args.device)
+    teachers, lpips, adversary = build_objective(config, args.device)
+    ema = common.EMA(model, config.ema)
+    optimizers = [build_optimizer(config, part, args.device) for part in (model, adversary) if part]
+    images = torch.rand(B, 3, size, size, device=args.device) * 2 - 1
+    mask = random_mask([np.random.default_rng(i) for i in range(B)], N).to(args.device)
+
+    def loss_of(model, images, mask, targets):
+        with autocast(args):
+            output = model(images, mask)
+        y = output.reconstruction.float()
+        loss = F.mse_loss(y, images)
+        if full:
+            loss = loss + lpips(y, images).mean()
+            adversary.requires_grad_(False)
+            adv = generator_loss(adversary.discriminator(y))
+            loss = loss + 0.4 * adaptive_weight(loss, adv, model.decoder.head.weight) * adv
+        for name, target in targets.items():
+            loss = loss + masked_feature_loss(output.aux[name], target, mask, distance(config, name))
+        return loss, y.detach()
+
+    def call():
+        loss, y = loss_of(model, images, mask, compute_targets(config, images, teachers))
+        loss.backward()
+        if full:
+            adversary.requires_grad_(True)
+            adversary(images, y, lecam_weight=config.lecam)[0].backward()
+        for optimizer in optimizers:
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(model)
+
+    def on_meta():
+        tokenizer, x = MAETok(config), torch.empty(B, 3, size, size)
+        output = tokenizer(x, torch.empty(B, N, dtype=torch.bool))
+        (output.reconstruction.sum() + sum(a.sum() for a in output.aux.values())).backward()
+
+    return call, B, None if full else count_flops(on_meta)
+
+
+def tokenizer_pass(args, decode):
+    """Encoding or decoding alone, without gradients."""
+    config = Config(**PRESETS["maetok-b-256"] | dict(targets=""))
+    B = args.encode_batch
+    model = MAETok(config).to(args.device).eval()
+    images = torch.rand(B, 3, 256, 256, device=args.device)
+    latents = torch.randn(B, 128, 32, device=args.device)
+
+    def call():
+        with torch.no_grad(), autocast(args):
+            model.decode(latents) if decode else model.encode(images)
+
+    def on_meta():
+        m = MAETok(config)
+        m.decode(torch.empty(B, 128, 32)) if decode else m.encode(torch.empty(B, 3, 256, 256))
+
+    return call, B, count_flops(on_meta)
+
+
+def sit(args, size, tokens, train):
+    """SiT: a training step with AdamW and EMA, or a sampler's call (a guided one has twice the batch)."""
+    config = SiTConfig(**SIZES[size], num_latents=tokens)
+    B = max(1, (args.sit_batch if train else args.sample_batch) * 128 // tokens)
+    model = SiT(config).to(args.device)
+    x, t = torch.randn(B, tokens, 32, device=args.device), torch.rand(B, device=args.device)
+    y = torch.randint(1000, (B,), device=args.device)
+
+    def on_meta():
+        v = SiT(config)(torch.empty(B, tokens, 32), torch.empty(B), torch.empty(B, dtype=torch.int64))
+        if train:
+            v.sum().backward()
+
+    if not train:
+        def call():
+            with torch.no_grad(), autocast(args):
+                model(x, t, y)
+        return call, B, count_flops(on_meta)
+    ema = common.EMA(model, 0.9999)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def call():
+        with autocast(args):
+            v = model(x, t, y)
+        flow_matching_loss(v, x).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+
+    return call, B, count_flops(on_meta)
+
+
+def jpeg_loading(args, plain):
+    """A folder's images to (3, 256, 256) tensors in one process: ours, or Pillow's open, resize, crop."""
+    if not args.images:
+        raise UserError("the JPEG rows need --images FOLDER of photos")
+    dataset = build_dataset(args.images, "test", 256)
+    files, number = dataset.source.files[:64], iter(range(10 ** 9))
+
+    def call():
+        for index in range(16):
+            index = (next(number) + index) % len(files)
+            if not plain:
+                dataset[0, index]
+                continue
+            with Image.open(files[index]) as image:
+                image = image.convert("RGB")
+                scale = 256 / min(image.size)
+                image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+                left, top = ((side - 256) // 2 for side in image.size)
+                torch.from_numpy(np.array(image.crop((left, top, left + 256, top + 256)))).permute(2, 0, 1)
+
+    return call, 16, None
+
+
+def frechet(args):
+    """The distance of two sets of statistics at Inception's 2048 features."""
+    made = []
+    for seed in range(2):
+        x = torch.randn(4096, 2048, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        made.append((x.mean(0), torch.cov(x.T)))
+    (m1, c1), (m2, c2) = made
+    return lambda: metrics.frechet_distance(m1, c1, m2, c2), 1, None
+
+
+def em(args):
+    """One EM step of 50 full-covariance Gaussians on 20,000 points in 64 dimensions, float32 products."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.7 * torch.randn(50, 64, generator=generator)
+    x = centres.repeat(400, 1) + torch.randn(20_000, 64, generator=generator)
+    mixture, _ = metrics.fit_mixture(x, 50, True, starts=1, iterations=1)
+    mixture = type(mixture)(*(part.float() for part in mixture))
+    return lambda: metrics.em_step(mixture, x), 1, None
+
+
+def all_rows(args):
+    """name -> function returning (call, images, FLOPs), in the table's order."""
+    rows = {
+        "HOG, 256 px": lambda: ((lambda x: lambda: hog_features(x, 16))(
+            torch.rand(16, 3, 256, 256, device=args.device)), 16, None),
+        "tokenizer step, no frozen networks": lambda: tokenizer_step(args, full=False),
+        "tokenizer step, full objective": lambda: tokenizer_step(args, full=True),
+        "encode": lambda: tokenizer_pass(args, decode=False),
+        "decode": lambda: tokenizer_pass(args, decode=True),
+    }
+    if args.images:
+        rows |= {"JPEG to tensor": lambda: jpeg_loading(args, plain=False),
+                 "JPEG to tensor, plain Pillow": lambda: jpeg_loading(args, plain=True)}
+    for size in ("B", "L", "XL"):
+        for tokens in (128, 256, 1024):
+            for train in (True, False):
+                name = f"SiT-{size} {'training step' if train else 'sampling call'}, {tokens} tokens"
+                rows[name] = lambda size=size, tokens=tokens, train=train: sit(args, size, tokens, train)
+    return rows | {"Fréchet distance, d = 2048": lambda: frechet(args),
+                   "EM step, 20000 x 64, K = 50": lambda: em(args)}
+
+
+# -------------------------------------------------- table --------------------------------------------------
+
+def measure_speed(args):
+    """All rows: (result for JSON, table of strings)."""
+    dtype = args.torch_dtype = common.autocast_dtype(args.dtype, args.device)
+    cuda = args.device.type == "cuda"
+    args.tokenizer_batch = args.tokenizer_batch or (64 if cuda else 2)
+    args.encode_batch = args.encode_batch or (64 if cuda else 4)
+    args.sit_batch = args.sit_batch or (256 if cuda else 2)
+    args.sample_batch = args.sample_batch or (64 if cuda else 4)
+    rows = {name: build for name, build in all_rows(args).items()
+            if (not args.only or any(part in name for part in args.only))}
+    if not rows:
+        raise UserError(f"--only {' '.join(args.only)}: no row has that in its name")
+    peaks, result = [matmul_peak(dtype, args.device, args.repeats)], {}
+    for name, build in rows.items():
+        torch.manual_seed(args.seed)
+        reset_peak_memory(args.device)
+        call, images, flops = build()
+        median = seconds(call, args.device, args.repeats)
+        result[name] = {"batch": images, "seconds": median, "images_per_second": images / median,
+                        "flops": flops, "flops_per_second": flops / median if flops else None,
+                        "peak_memory_gib": peak_memory(args.device)}
+        print(f"{name}: {median:.4g} s", flush=True)
+        del call
+        peaks.append(matmul_peak(dtype, args.device, args.repeats))
+    peak = statistics.median(peaks)
+    table = [("", "batch", "s a call", "images/s", "GFLOP", "GFLOP/s", "of peak", "GiB")]
+    for name, row in result.items():
+        row["share_of_peak"] = row["flops_per_second"] / peak if row["flops"] else None
+        show = lambda value, form: "-" if value is None else format(value, form)
+        table.append((name, row["batch"], show(row["seconds"], ".4g"), show(row["images_per_second"], ".4g"),
+                      show(row["flops"] and row["flops"] / 1e9, ".4g"),
+                      show(row["flops"] and row["flops_per_second"] / 1e9, ".4g"),
+                      show(row["share_of_peak"] and 100 * row["share_of_peak"], ".0f"),
+                      show(row["peak_memory_gib"], ".2f")))
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    summary = {"device": name, "peak_gflops": peak / 1e9,
+               "peak_gflops_lowest_highest": [min(peaks) / 1e9, max(peaks) / 1e9]}
+    # The paper's "31x" is 128 tokens with its sampler against 1024 of another model's; "7.7x" its GFLOPs.
+    for size in ("B", "L", "XL"):
+        few, many = (result.get(f"SiT-{size} sampling call, {tokens} tokens") for tokens in (128, 1024))
+        if few and many:
+            summary[f"SiT-{size}_throughput_128_over_1024_tokens"] = (few["images_per_second"]
+                                                                      / many["images_per_second"])
+    summary["protocol"] = (f"{name}; torch {torch.__version__}; {args.torch_dtype}; median of up to "
+                           f"{args.repeats} repeats after warm-up; peak is the median of matrix products "
+                           "before, between and after the rows; random weights")
+    return {"rows": result, **summary}, table
