@@ -1,15 +1,17 @@
-"""Images for all four scripts: one function, build_dataset, and four kinds of source.
+"""Images for all four scripts: one function, build_dataset, and five kinds of source.
 
     --data shapes       ten classes drawn on the fly, no files; endless train set, disjoint test set
                         (the default)
+    --data captioned-shapes  the same pictures with captions, "a red star on green"
     --data cifar10      the binary archive, found under --data-root or downloaded once
     --data DIR          ImageFolder layout (train/ and val/ or test/ inside, or not), nested,
-                        or flat without classes
+                        or flat without classes; captions, if asked for, in captions.jsonl or .txt files
     --data FILE.npz     ADM's layout: arr_0 uint8 (n, H, W, 3), optional arr_1 labels
 
 A sample is a function of (seed, epoch, index) alone: workers, ranks and restarts cannot change it.
 """
 import hashlib
+import json
 import math
 import os
 import tarfile
@@ -84,14 +86,18 @@ class Shapes:
         """What tells this source from any other, for the key of a latent cache. Every source has one."""
         return f"{self.stream} seed {self.seed} size {self.size}"
 
-    def __getitem__(self, index):
-        label = index % len(SHAPES)
+    def colours(self, index):
+        """Background and colour of a sample, two RGB arrays, and before them the generator they came from."""
         rng = sample_rng(self.seed, self.stream, 0, index)
         while True:
             background, colour = rng.integers(32, 224, (2, 3))
             # Visible in luminance too (weights of ITU-R 601), or the edges would exist in one channel only.
             if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
-                break
+                return rng, background, colour
+
+    def __getitem__(self, index):
+        label = index % len(SHAPES)
+        rng, background, colour = self.colours(index)
         radius = rng.uniform(0.28, 0.40)
         centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.46 - radius)         # all of the shape stays inside
         angle = np.deg2rad(rng.uniform(-20, 20))
@@ -108,6 +114,21 @@ class Shapes:
         image = Image.new("RGB", coverage.size, tuple(background.tolist()))
         image.paste(tuple(colour.tolist()), mask=coverage)
         return image, label
+
+
+COLOURS = {"black": (50, 50, 50), "white": (205, 205, 205), "grey": (128, 128, 128), "red": (190, 55, 55),
+           "yellow": (200, 195, 60), "green": (65, 170, 65), "cyan": (60, 185, 185), "blue": (60, 75, 190),
+           "purple": (130, 60, 165), "pink": (205, 105, 165), "brown": (115, 75, 45)}
+
+
+class CaptionedShapes(Shapes):
+    """Shapes with a caption for each picture: "a red star on green", by the nearest of eleven colours."""
+
+    def caption(self, index):
+        names, values = list(COLOURS), np.array(list(COLOURS.values()))
+        background, colour = (names[np.square(values - rgb).sum(1).argmin()]
+                              for rgb in self.colours(index)[1:])
+        return f"a {colour} {self.classes[index % len(SHAPES)]} on {background}"
 
 
 # ------------------------------------------------ files ------------------------------------------------
@@ -207,9 +228,11 @@ class Folder:
 
     ImageNet's train/ and val/ (or test/, validation/) are found by name. A folder without them serves as both
     splits: then test figures are figures on training images, and a line says so.
+    captions: look for captions.jsonl, whose lines are {"file": path from there, "caption": text}; without one
+    the caption of x.jpg is x.txt.
     """
 
-    def __init__(self, root, split):
+    def __init__(self, root, split, captions=False):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder (nor one of: shapes, cifar10, a .npz file)")
@@ -234,6 +257,29 @@ class Folder:
             raise UserError(f"{folder} has classes that {train} lacks: {', '.join(sorted(unknown)[:5])}")
         self.labels = [-1 if name is None else number[name] for name in names]
         self.length = len(self.files)
+        tables = [f / "captions.jsonl" for f in (folder, root) if (f / "captions.jsonl").is_file()]
+        self.table = tables[0] if captions and tables else None
+        self.captions = read_captions(self.table) if self.table else {}
+
+    def caption(self, index):
+        """The caption of an image. Raises UserError where there is none."""
+        path, mend = self.files[index], "; write one, or pass --skip-corrupt"
+        if self.table is not None:
+            where, text = self.table, self.captions.get(path.relative_to(self.table.parent).as_posix())
+        else:
+            where = path.with_suffix(".txt")
+            try:
+                text = where.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                text = None
+            except (OSError, UnicodeDecodeError) as e:
+                raise UserError(f"cannot read caption {where}: {e}{mend}") from e
+        if text is None:
+            raise UserError(f"{path} has no caption: {where} "
+                            f"{'is not there' if self.table is None else 'has no line for it'}{mend}")
+        if not text.strip():
+            raise UserError(f"{path} has an empty caption in {where}{mend}")
+        return text
 
     def fingerprint(self):
         digest = hashlib.sha256()
@@ -250,6 +296,29 @@ class Folder:
         except Exception as e:
             raise UserError(f"cannot read image {path}: {e}; "
                             "mend or delete it, or pass --skip-corrupt") from e
+
+
+def read_captions(path):
+    """{file: caption} of a JSON-lines file. Raises UserError that names the first bad line."""
+    captions = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            entry = None
+        if not (isinstance(entry, dict) and isinstance(entry.get("file"), str)
+                and isinstance(entry.get("caption"), str)):
+            raise UserError(f'{path}, line {number} is not {{"file": "...", "caption": "..."}}')
+        if entry["file"] in captions:
+            raise UserError(f"{path}, line {number}: a second caption for {entry['file']}; one an image")
+        captions[entry["file"]] = entry["caption"]
+    return captions
 
 
 def _image_files(root):
@@ -324,15 +393,16 @@ def to_uint8(images):
 
 class ImageDataset(torch.utils.data.Dataset):
     """A source with cropping and flips. Keys are (epoch, index), or (epoch, index, size) for another size
-    than the set's own; items are (uint8 (3, size, size), label int).
+    than the set's own; items are (uint8 (3, size, size), label int), and with captions (..., ..., str).
 
     With skip_corrupt a file that cannot be read is replaced by the next one in the list and counted in
     `skipped` (shared with the loader's workers). Without it the item *is* a UserError, which `collate` hands
     on: raising in a worker would bury the message in a traceback.
     """
 
-    def __init__(self, source, size, flip=False, crop="center", seed=0, skip_corrupt=False):
+    def __init__(self, source, size, flip=False, crop="center", seed=0, skip_corrupt=False, captions=False):
         self.source, self.size, self.flip, self.crop, self.seed = source, size, flip, crop, seed
+        self.captions = captions
         self.skip_corrupt, self.classes, self.length = skip_corrupt, source.classes, source.length
         self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -340,8 +410,10 @@ class ImageDataset(torch.utils.data.Dataset):
         epoch, index, *size = key
         size = size[0] if size else self.size
         for attempt in range(100):
+            place = index if self.length is None else (index + attempt) % self.length
             try:
-                image, label = self.source[index if self.length is None else (index + attempt) % self.length]
+                image, label = self.source[place]
+                caption = [self.source.caption(place)] if self.captions else []
                 break
             except UserError as e:
                 if not self.skip_corrupt:
@@ -354,36 +426,45 @@ class ImageDataset(torch.utils.data.Dataset):
         image = random_crop(image, size, rng) if self.crop == "random" else center_crop(image, size)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label, *caption
 
 
 def collate(items):
     """A list of dataset items -> (uint8 (B, 3, H, W), labels (B,) int64), or the first UserError among them.
+    A data set with captions adds a third, B strings.
     """
     for item in items:
         if isinstance(item, UserError):
             return item
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    images, labels, *captions = zip(*items)
+    return torch.stack(images), torch.tensor(labels), *captions
 
 
-def build_dataset(data, split, size, data_root="data", flip=False, crop="center", seed=0, skip_corrupt=False):
+def build_dataset(data, split, size, data_root="data", flip=False, crop="center", seed=0,
+                  skip_corrupt=False, captions=False):
     """The data set that --data names (see the module docstring), as an ImageDataset.
 
     split: "train" or "test"; flips and random crops are for "train" only. size: px, square.
-    Raises UserError for what is missing or unreadable.
+    captions: items come with their captions. Raises UserError for what is missing or unreadable.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r}")
     if data == "shapes":
         source = Shapes(split, size, seed)
+    elif data == "captioned-shapes":
+        source = CaptionedShapes(split, size, seed)
     elif data == "cifar10":
         source = read_cifar10(split, data_root)
     elif data.endswith(".npz"):
         source = read_npz(data)
     else:
-        source = Folder(data, split)
+        source = Folder(data, split, captions)
+    if captions and not hasattr(source, "caption"):
+        raise UserError(f"--data {data} has no captions; choose captioned-shapes, or a folder with a .txt "
+                        "file beside each image or with captions.jsonl")
     train = split == "train"
-    return ImageDataset(source, size, flip and train, crop if train else "center", seed, skip_corrupt)
+    return ImageDataset(source, size, flip and train, crop if train else "center", seed, skip_corrupt,
+                        captions)
 
 
 class GlobalBatches:

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hog import hog_features
+from maetok import masked_feature_loss
 from pretrained import IMAGENET, load_lpips_heads, load_teacher, load_vgg16, load_vit, normalize
+from text import text_loss
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------
@@ -286,7 +288,7 @@ class Adversary(nn.Module):
 class Objective(NamedTuple):
     """What the loss needs besides the tokenizer. The frozen networks stand outside every trained module:
     in no state dict, EMA, optimizer or DDP."""
-    teachers: dict                             # target name -> pretrained.Teacher
+    teachers: dict                             # target name -> pretrained.Teacher; "text" -> text.TextTarget
     lpips: LPIPS | None
     adversary: Adversary | None                # trained beside the tokenizer, with its own optimizer
 
@@ -296,7 +298,7 @@ def build_objective(config, device):
     where = dict(weights_dir=config.weights_dir, device=device, random=config.random_frozen)
     style = dict(mean_std=IMAGENET, gelu="exact") if config.teachers_as == "released" else {}
     teachers = {name: load_teacher(name, config.patch_size, **where, **style)
-                for name in config.aux_targets if name != "hog"}
+                for name in config.aux_targets if name not in ("hog", "text")}
     lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where)) if config.percep_weight else None
     if config.disc == "none":
         return Objective(teachers, lpips, None)
@@ -305,10 +307,18 @@ def build_objective(config, device):
     return Objective(teachers, lpips, Adversary(discriminator).to(device))
 
 
-def compute_targets(config, images, teachers):
-    """Target features y^j of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets. [Eq. 8]"""
+def compute_targets(config, images, teachers, captions=None):
+    """Target features y^j of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets [Eq. 8];
+    "text" is (B, D_j), one for each of the B captions."""
     return {name: hog_features(images, config.patch_size, config.hog_cell) if name == "hog"
-            else teachers[name](images) for name in config.aux_targets}
+            else teachers[name](captions if name == "text" else images) for name in config.aux_targets}
+
+
+def auxiliary_loss(config, name, prediction, target, mask):
+    """The loss of one target: Eq. 8 on the hidden patches, or text's cross-entropy. Float32 scalar."""
+    if name == "text":
+        return text_loss(prediction, target)
+    return masked_feature_loss(prediction, target, mask, distance(config, name))
 
 
 def distance(config, name):

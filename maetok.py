@@ -6,6 +6,7 @@
 A plain autoencoder. Three things make it MAETok: the latents come from *learnable* tokens that read the image
 through attention, 40-60 % of the patches are hidden from the encoder while it trains, and shallow auxiliary
 decoders must predict features (HOG, DINOv2, SigLIP) of the hidden patches from the latents alone.
+(One target is of the whole image: "text", the words of its caption, predicted from the mean image token.)
 `MAETok.forward` at the end of this file is Fig. 3; everything above it is its parts, in the order of use.
 
 Shape legend, the same in every file:
@@ -335,9 +336,10 @@ class Decoder(nn.Module):
     Eq. 5 could be read, would tie the weights to one image size.
     """
 
-    def __init__(self, config, depth, width, heads, out_dim, class_token=False):
+    def __init__(self, config, depth, width, heads, out_dim, class_token=False, pool=False):
         super().__init__()
         c = config
+        self.pool = pool
         self.learnable_latents = c.learnable_latents
         self.from_latent = nn.Linear(c.latent_dim, width)
         self.image_token = nn.Parameter(torch.zeros(1, 1, width))                           # e of [Eq. 5]
@@ -368,8 +370,11 @@ class Decoder(nn.Module):
         return x[:, before:before + N]
 
     def forward(self, latents, grid):
-        """latents (B, L, C), grid (rows, columns) -> (B, N, out_dim)."""
-        return self.head(self.image_tokens(latents, grid))
+        """latents (B, L, C), grid (rows, columns) -> (B, N, out_dim), or with `pool` (B, out_dim): of the
+        mean image token, as SuperClass pools [the paper is silent]."""
+        x = self.image_tokens(latents, grid)
+        # Before the head: logits of 49,408 sub-words for every patch would take gigabytes.
+        return self.head(x.mean(1) if self.pool else x)
 
 
 # ------------------------------------------------ the model ------------------------------------------------
@@ -378,7 +383,8 @@ class MAETokOutput(NamedTuple):
     """What MAETok.forward returns."""
     reconstruction: torch.Tensor      # (B, 3, H, W), about [-1, 1], not clamped
     latents: torch.Tensor             # (B, L, C): what the decoders saw
-    aux: dict[str, torch.Tensor]      # name -> (B, N, D_j) predictions for every patch, hidden or not
+    aux: dict[str, torch.Tensor]      # name -> (B, N, D_j) predictions for every patch, hidden or not;
+                                      # "text" -> (B, D_j) logits
     posterior: torch.Tensor | None    # (B, L, 2C) mean and log-variance of a KL-VAE, else None
 
 
@@ -400,7 +406,7 @@ class MAETok(nn.Module):
             else:
                 self.aux_decoders[name] = Decoder(c, c.aux_depth, c.aux_width or c.width,
                                                   c.aux_heads or c.heads, out_dim=dim,
-                                                  class_token=c.class_token)
+                                                  class_token=c.class_token, pool=name == "text")
         # One scalar mean and std over all latents of the training set, measured after training and kept with
         # the weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
         self.register_buffer("latent_mean", torch.zeros(()))
@@ -473,8 +479,12 @@ class MAETok(nn.Module):
             h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
         image_tokens = self.decoder.image_tokens(h, grid)                        # x^ = D([e ; h])   [Eq. 5]
         reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
-        aux = {name: decoder(image_tokens) if self.config.aux_depth == 0         # y^j = Dj([ej ; h]) [Eq. 7]
-               else decoder(h, grid) for name, decoder in self.aux_decoders.items()}
+        aux = {}
+        for name, decoder in self.aux_decoders.items():                          # y^j = Dj([ej ; h]) [Eq. 7]
+            if self.config.aux_depth == 0:
+                aux[name] = decoder(image_tokens.mean(1) if name == "text" else image_tokens)
+            else:
+                aux[name] = decoder(h, grid)
         return MAETokOutput(reconstruction, h, aux, posterior)
 
     def freeze_encoder(self):

@@ -28,11 +28,13 @@ import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
-from losses import adaptive_weight, build_objective, compute_targets, diff_augment, distance, generator_loss
+from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_targets, diff_augment, distance,
+                    generator_loss)
 from maetok import (MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
                     random_mask, unpatchify)
 from metrics import psnr
 from pretrained import TEACHERS
+from text import CLIP_TOKENS, TextTarget, text_loss
 
 
 @dataclass
@@ -52,19 +54,23 @@ class Config(MAETokConfig):
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
     workers: int = -1            # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
-    data: str = ""               # shapes, cifar10, a folder or an .npz file; see data.py
+    data: str = ""               # shapes, captioned-shapes, cifar10, a folder or an .npz file; see data.py
     data_root: str = "data"      # where cifar10 is looked for and downloaded to
     mixed_size: int = 0          # px of a second size, which every other step trains at [Table 13b]; 0: none
     flip: bool = True            # random horizontal flip [Table 7]
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
     # ---- masked modelling ----
-    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets joined by commas, hog or a frozen teacher;
-                                 # empty for none [Sec. 3.2, Table 1b]
+    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets joined by commas: hog, frozen teachers, text
+                                 # (captions); empty for none [Sec. 3.2, 4.1, Table 1b]
     aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine
                                  # [released code]
     aux_weight: float = 1.0      # of the auxiliary losses; the paper gives none, 1.0 [released code]
     hog_cell: int = 8            # px [MaskFeat]; small images want smaller cells
+    text_weight: float = 1.0     # of the captions' cross-entropy [ours: the paper gives none]
+    text_vocab: str = "clip"     # clip: its 49,408 sub-words [Sec. 4.1], or words: the most frequent words of
+                                 # the training captions, without a file [ours]
+    text_words: int = 1000       # how many, for words
     mask_low: float = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
     mask_high: float = 0.6       # largest; 0 for a plain AE
     mask_draw: str = "uniform"   # uniform, image by image [ours], or normal: one rate a step,
@@ -118,26 +124,28 @@ class Config(MAETokConfig):
     def __post_init__(self):
         super().__post_init__()
         names = [name.strip() for name in self.targets.split(",") if name.strip()]
-        if unknown := set(names) - {"hog", *TEACHERS}:
+        if unknown := set(names) - {"hog", "text", *TEACHERS}:
             raise UserError(f"unknown auxiliary target {', '.join(sorted(unknown))}; there are: "
-                            f"hog, {', '.join(TEACHERS)}")
+                            f"hog, text, {', '.join(TEACHERS)}")
         self.aux_targets = {name: hog_dim(self.patch_size, self.hog_cell) if name == "hog"
-                            else TEACHERS[name].dim for name in names}
+                            else (CLIP_TOKENS if self.text_vocab == "clip" else self.text_words)
+                            if name == "text" else TEACHERS[name].dim for name in names}
         self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
         random_mask([], 1, self.mask_low, self.mask_high)                             # these check the ranges
         random_mask([], 1, self.stage2_mask, self.stage2_mask)
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_images",
-                     "latent_images"):
+                     "latent_images", "text_words"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("stage2_steps", "grid_every", "warmup", "stage2_warmup", "percep_weight",
-                     "percep_warmup", "disc_start", "disc_weight", "lecam", "consistency"):
+                     "percep_warmup", "disc_start", "disc_weight", "lecam", "consistency", "text_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} cannot be negative")
         for name, value, choices in (("stage", self.stage, ("both", "1", "2")),
                                      ("crop", self.crop, ("center", "random")),
                                      ("aux-loss", self.aux_loss, ("mse", "cosine", "mixed")),
                                      ("disc", self.disc, ("none", "dino", "patch")),
+                                     ("text-vocab", self.text_vocab, ("clip", "words")),
                                      ("teachers-as", self.teachers_as, ("published", "released")),
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
@@ -309,7 +317,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                 draws = [rng.standard_normal(latent_shape, np.float32)
                          for rng in step_rngs(config, "noise", step, positions)]
                 noise = torch.from_numpy(np.stack(draws)).to(device)                 # (B, L, C)
-            targets = compute_targets(config, images, teachers) if stage == 1 else {}
+            targets = compute_targets(config, images, teachers, *batch[2:]) if stage == 1 else {}
             # nothing hidden: Eq. 8 on all patches
             where = mask if config.mask_high > 0 else torch.ones_like(mask)
             draws = None
@@ -344,9 +352,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                     loss = loss + config.disc_weight * balance * terms["adv"]
                     terms["adaptive_weight"] = balance
                 for name, target in targets.items():
-                    terms[name] = masked_feature_loss(output.aux[name], target, where,
-                                                      distance(config, name))
-                    loss = loss + config.aux_weight * terms[name]
+                    terms[name] = auxiliary_loss(config, name, output.aux[name], target, where)
+                    loss = loss + (config.text_weight if name == "text" else config.aux_weight) * terms[name]
                 if noise is not None:
                     terms["kl"] = kl_divergence(output.posterior)
                     loss = loss + config.kl_weight * terms["kl"]
@@ -438,10 +445,12 @@ def evaluate(config, model, dataset, teachers, device):
 
     Returns {"psnr": dB, "hog_loss": Eq. 8 at half of the patches hidden, "hog_constant": the same loss of the
     best constant prediction (the mean target over the same hidden patches, so no constant can do better)}.
+    The constant of "text" is the mean target of the training captions: with a large vocabulary, the mean of
+    few test captions would know their rare words.
     """
     psnrs, losses, hidden, seen = [], {}, {}, 0
     ratio = 0.5 if config.mask_high > 0 else 0.0
-    for images, _ in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
+    for images, _, *captions in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
         images = to_float(images).to(device)
         redrawn = model.decode(model.encode(images), images.shape[-2:])
         psnrs.append(psnr(to_uint8(images).cpu(), to_uint8(redrawn).cpu()))
@@ -450,20 +459,22 @@ def evaluate(config, model, dataset, teachers, device):
             rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))
             mask, seen = random_mask(rngs, N, ratio, ratio).to(device), seen + len(images)
             output, where = model(images, mask), mask if ratio else torch.ones_like(mask)
-            for name, target in compute_targets(config, images, teachers).items():
-                kind = distance(config, name)
+            for name, target in compute_targets(config, images, teachers, *captions).items():
                 losses.setdefault(name, []).append(
-                    masked_feature_loss(output.aux[name], target, where, kind) * len(images))
-                hidden.setdefault(name, []).append(target[where])
+                    auxiliary_loss(config, name, output.aux[name], target, where) * len(images))
+                hidden.setdefault(name, []).append(target if name == "text" else target[where])
     psnrs = torch.cat(psnrs)
     result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
     for name in losses:
+        result[f"{name}_loss"] = (sum(losses[name]) / len(psnrs)).item()
         y = torch.cat(hidden[name])                                                # (all hidden patches, D_j)
+        if name == "text":
+            result["text_constant"] = text_loss(teachers[name].log_marginal.expand_as(y), y).item()
+            continue
         # Mean squared error is least at the mean; negative cosine at the mean of the unit vectors.
         kind = distance(config, name)
         constant = y.mean(0) if kind == "mse" else F.normalize(y, dim=-1).mean(0)
         everything = torch.ones(1, len(y), dtype=torch.bool, device=device)
-        result[f"{name}_loss"] = (sum(losses[name]) / len(psnrs)).item()
         result[f"{name}_constant"] = masked_feature_loss(constant.expand_as(y)[None], y[None], everything,
                                                          kind).item()
     return result
@@ -474,7 +485,7 @@ def measure_latents(config, model, dataset, device):
     """Set the model's latent_mean and latent_std, one scalar each,
     over `latent_images` clean training images."""
     n, total, squares = 0, 0.0, 0.0
-    for images, _ in some_images(dataset, config.latent_images, batch_size=eval_batch(config)):
+    for images, *_ in some_images(dataset, config.latent_images, batch_size=eval_batch(config)):
         h = model.encode(to_float(images).to(device)).cpu().double()
         n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
     model.latent_mean.fill_(total / n)
@@ -570,7 +581,8 @@ def main(argv=None):
                         f"{config.accumulate} accumulation steps")
     with common.rank_zero_first(rank, world):
         train_set, test_set = (build_dataset(config.data, split, config.image_size, config.data_root,
-                                             config.flip, config.crop, config.seed, config.skip_corrupt)
+                                             config.flip, config.crop, config.seed, config.skip_corrupt,
+                                             "text" in config.aux_targets)
                                for split in ("train", "test"))
     out = Path(config.out)
     end = config.steps if config.stage == "1" else config.steps + config.stage2_steps
@@ -580,6 +592,8 @@ def main(argv=None):
     model, stage, step, measured = MAETok(config), 1, 0, False
     with common.rank_zero_first(rank, world):
         objective = build_objective(config, device)      # frozen networks and the discriminator
+        if "text" in config.aux_targets:
+            objective.teachers["text"] = TextTarget(config, train_set, device)
     adversary = objective.adversary
     state = common.find_checkpoint(out)
     if state is not None:
