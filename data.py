@@ -98,8 +98,8 @@ class Shapes:
     def __getitem__(self, index):
         label = index % len(SHAPES)
         rng, background, colour = self.colours(index)
-        radius = rng.uniform(0.28, 0.40)
-        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.46 - radius)         # all of the shape stays inside
+        radius = rng.uniform(0.34, 0.44)
+        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.47 - radius)         # all of the shape stays inside
         angle = np.deg2rad(rng.uniform(-20, 20))
         rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         oversampling = 4 if self.size <= 128 else 2
