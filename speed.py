@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import metrics
 from common import UserError
-from data import build_dataset, to_float
+from data import build_dataset
 from hog import hog_features
 from losses import adaptive_weight, build_objective, compute_targets, distance, generator_loss
 from maetok import MAETok, masked_feature_loss, random_mask
