@@ -12,7 +12,7 @@ demo: .venv/runtime
 	$(TORCHRUN) train_tokenizer.py --out runs/demo/tokenizer
 	$(TORCHRUN) train_diffusion.py --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
 	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --num-images 1000 --out runs/demo/recon
-	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --train-images 3000 --test-images 1000 \
+	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --pixels --train-images 3000 --test-images 1000 \
 		--components 1 5 10 20 --starts 1 --out runs/demo/latents
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --report runs/demo/report.png \
 		--report-picture runs/demo/latents_classes.png

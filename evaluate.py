@@ -212,6 +212,12 @@ def classified(args, network, labels, logits, size):
 
 # ------------------------------------------------- latents -------------------------------------------------
 
+def probe_accuracy(x, y, test_x, test_y):
+    """Share of test vectors whose class a linear probe on the training vectors finds. [Sec. 4.3]"""
+    weight, bias = metrics.linear_probe(x, y, int(y.max()) + 1)
+    return ((test_x @ weight + bias).argmax(1) == test_y).double().mean().item()
+
+
 @torch.no_grad()
 def latents(args):
     """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.    [Sec. 2, 4.3, App. B.3, Fig.
@@ -224,22 +230,28 @@ def latents(args):
         size, sets = tokenizer.config.image_size, {}
         for split, count in (("train", args.train_images), ("test", args.test_images)):
             images = open_data(args, data, split, size, count)
-            encoded = [tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu()               # (B, L*C)
-                       for _, x in batches(images, args, f"{split} latents")]
+            encoded, raw = [], []
+            for _, x in batches(images, args, f"{split} latents"):
+                encoded.append(tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu())      # (B, L*C)
+                raw.append(to_float(x).flatten(1) if args.pixels else torch.empty(len(x), 0))
             width = tokenizer.config.latent_dim * tokenizer.config.num_latents
+            raw_width = 3 * size ** 2 if args.pixels else 0
             sets[split] = (gather(torch.cat(encoded) if encoded else torch.empty(0, width), args),
-                           torch.from_numpy(images.labels))
+                           torch.from_numpy(images.labels),
+                           gather(torch.cat(raw) if raw else torch.empty(0, raw_width), args))
         if args.rank > 0:
             continue
-        (x, y), (held_out, truth) = sets["train"], sets["test"]
+        (x, y, raw), (held_out, truth, raw_test) = sets["train"], sets["test"]
         entry = {"tokenizer": run, "latent_values": x.shape[1]}
 
         # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
         probe_x, probe_test = metrics.standardise(x, held_out)
         if y.min() >= 0 and y.max() > 0:
-            weight, bias = metrics.linear_probe(probe_x, y, int(y.max()) + 1)
-            right = (probe_test @ weight + bias).argmax(1) == truth
-            entry["linear_probe_accuracy"] = right.double().mean().item()
+            entry["linear_probe_accuracy"] = probe_accuracy(probe_x, y, probe_test, truth)
+            if args.pixels:
+                raw, raw_test = metrics.standardise(raw, raw_test)
+                entry["pixel_probe_accuracy"] = probe_accuracy(raw, y, raw_test, truth)
+                print(f"{name}: a linear probe on the pixels themselves: {entry['pixel_probe_accuracy']:.4f}")
 
         # ---- mixtures: flatten, PCA, standardise, fit; likelihood of latents not fitted to [App. B.3] ----
         mean, axes, held = metrics.pca(x, args.variance, args.dims)
@@ -494,6 +506,7 @@ def main(argv=None):
     add("--dims", type=int, default=0, help="keep exactly so many instead; NLL compares at equal d only")
     add("--starts", type=int, default=2, help="EM runs for each mixture, the best counts (default 2)")
     add("--iterations", type=int, default=100, help="EM steps of a run at most (default 100)")
+    add("--pixels", action="store_true", help="a linear probe on the raw pixels too, for comparison")
     add("--umap", action="store_true", help="draw classes by UMAP [Fig. 4] (needs umap-learn), else PCA")
     add("--out", default="runs/latents",
         help="OUT.json, OUT_mixtures.png, OUT_classes.png (default runs/latents)")

@@ -176,15 +176,19 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
 
 def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
     measure("latents", tokenizer, tokenizer, "--names", "one", "two", "--components", 1, 3,
-            "--train-images", 300, "--test-images", 100, "--starts", 1, "--dims", 4, "--out", tmp_path / "l")
+            "--train-images", 300, "--test-images", 100, "--starts", 1, "--dims", 4, "--pixels",
+            "--out", tmp_path / "l")
     found = json.loads((tmp_path / "l.json").read_text())
     assert found["one"]["dims"] == 4 and found["one"]["mixtures"] == found["two"]["mixtures"]
-    model, sets = train_tokenizer.load_tokenizer(tokenizer), {}
+    model, sets, pixels = train_tokenizer.load_tokenizer(tokenizer), {}, {}
     for split, count in (("train", 300), ("test", 100)):
         x, y = zip(*some_images(build_dataset("shapes", split, 16), count))
         sets[split] = model.encode(to_float(torch.cat(x))).flatten(1).double(), torch.cat(y)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)).fit(*sets["train"])
-    assert found["one"]["linear_probe_accuracy"] == pytest.approx(probe.score(*sets["test"]), abs=0.011)
+        pixels[split] = to_float(torch.cat(x)).flatten(1).double(), torch.cat(y)
+    for what, vectors in (("linear", sets), ("pixel", pixels)):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000))
+        score = probe.fit(*vectors["train"]).score(*vectors["test"])
+        assert found["one"][f"{what}_probe_accuracy"] == pytest.approx(score, abs=0.011)
     single, three = found["one"]["mixtures"]
     # At K = 1 standardised latents have this likelihood whatever they are; more components fit better.
     assert single["nll_full_train"] == pytest.approx(2 * (1 + np.log(2 * np.pi)), abs=1e-3)
