@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import json
@@ -173,7 +174,8 @@ def start_processes(device="auto"):
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast at 10 mantissa bits
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # The others wait while rank 0 downloads weights or evaluates, at times for more than the usual 10 min.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
@@ -187,11 +189,11 @@ def rank_zero_first(rank, world):
         dist.barrier()
 
 
-def all_mean(values, world):
-    """Mean over processes of a float tensor, in place."""
-    if world > 1:
+def all_mean(values):
+    """Mean over processes of a float tensor, in place. No gradient passes."""
+    if dist.is_initialized():
         dist.all_reduce(values)
-        values /= world
+        values /= dist.get_world_size()
     return values
 
 

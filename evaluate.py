@@ -35,7 +35,7 @@ from losses import LPIPS
 from metrics import FeatureStatistics
 from pretrained import load_lpips_heads, load_vgg16
 from released import RELEASED, find_released, load_released_tokenizer
-from sample import SAMPLERS, choose_labels, sample_latents
+from sample import SAMPLERS, check_guidance, choose_labels, load_guide, sample_latents
 from speed import measure_speed
 from train_diffusion import load_diffusion
 from train_tokenizer import load_tokenizer
@@ -91,8 +91,9 @@ def recon(args):
     network, name = (None, "none") if args.features == "none" else feature_network(args, data, size)
     lpips = None
     if args.lpips or args.lpips is None and args.features == "inception":
-        lpips = LPIPS(load_vgg16(args.weights_dir, args.device),
-                      load_lpips_heads(args.weights_dir, args.device))
+        with common.rank_zero_first(args.rank, args.world):
+            lpips = LPIPS(load_vgg16(args.weights_dir, args.device),
+                          load_lpips_heads(args.weights_dir, args.device))
     images = open_data(args, data, "test", size, args.num_images)
     real, fake, rows, shown = None, None, [], []
     for _, originals in batches(images, args, "reconstructing"):
@@ -177,11 +178,21 @@ def generation(args):
         f"{len(labels)} samples of {args.samples} at {size} px against {against}; features {name}; float32; "
         f"labels {kind}; precision and recall with k = 3 against up to {PRECISION_IMAGES} reference images; "
         + ("Inception Score in file order, chunks of 5000; " if args.features == "inception" else "")
-        + "guidance, steps and seed are sample.py's"
+        + how_drawn(args.samples)
         + few_images(len(labels), len(fake.pool.mean)))
     finish(args, result, args.json or f"{str(args.samples).rstrip('/')}.json")
     if args.save_statistics and args.rank == 0:
         save_statistics(args.save_statistics, real, name)
+
+
+def how_drawn(samples):
+    """Guidance, steps, sampler and seed of samples, from what sample.py left beside them."""
+    note = Path(f"{str(samples).rstrip('/')}.settings.json")
+    if not note.exists():
+        return "guidance, steps and seed unknown"
+    settings = json.loads(note.read_text())
+    names = ("ckpt", "released", "guide_ckpt", "cfg", "cfg_interval", "sampler", "steps", "seed", "dtype")
+    return "drawn with " + ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name))
 
 
 def classified(args, network, labels, logits, size):
@@ -242,6 +253,8 @@ def latents(args):
         if args.rank > 0:
             continue
         (x, y, raw), (held_out, truth, raw_test) = sets["train"], sets["test"]
+        if not (x.isfinite().all() and held_out.isfinite().all()):
+            raise UserError(f"the latents of {run} hold NaN or infinite values: its training has failed")
         entry = {"tokenizer": run, "latent_values": x.shape[1]}
 
         # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
@@ -309,7 +322,7 @@ def umap_2d(x):
 # ---------------------------------------------- curve and cfg -----------------------------------------------
 
 @torch.no_grad()
-def score_samples(args, model, tokenizer, config, network, real, scale, interval, title):
+def score_samples(args, model, tokenizer, config, network, real, scale, interval, title, guide=None):
     """Draw args.num_images samples and measure them: {"samples", the distance, IS or share of the class}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
     mine = share(args.num_images, args.rank, args.world)
@@ -319,7 +332,7 @@ def score_samples(args, model, tokenizer, config, network, real, scale, interval
             for start in range(0, len(mine), args.batch_size):
                 indices = np.array(mine[start:start + args.batch_size])
                 z = sample_latents(model, indices, labels[indices], args.seed, scale, interval, args.sampler,
-                                   args.steps, config["path"])
+                                   args.steps, config["path"], guide=guide)
                 yield indices, to_uint8(tokenizer.decode(z, normalized=True))
                 bar.update(len(indices))
 
@@ -356,6 +369,7 @@ def curve(args):
     rows = []
     for path in paths:
         model, tokenizer, config = load_diffusion(path, args.device)
+        check_guidance(model, args.cfg)
         rows.append({"step": int(path.stem[5:])} | score_samples(
             args, model, tokenizer, config, network, real, args.cfg, args.cfg_interval, path.stem))
     out = args.out or str(Path(args.run) / "curve")
@@ -367,15 +381,20 @@ def curve(args):
 
 
 def cfg(args):
-    """A sweep of guidance scale x interval.                                                     [Table 12]"""
+    """A sweep of guidance scale x interval [Table 12]: classifier-free guidance, a model of guidance-free
+    training, or with --guide-ckpt autoguidance."""
     (model, tokenizer, config), network, real, protocol = prepare(args, args.run)
-    if not model.config.num_classes:
-        raise UserError(f"{args.run} is an unconditional model: it cannot be guided")
-    rows = []
+    guide = load_guide(args.guide_ckpt, model, tokenizer, config, args.device) if args.guide_ckpt else None
+    for scale in args.scales:
+        check_guidance(model, scale, guide)
+    kind = (f"autoguidance by {args.guide_ckpt}" if guide else
+            "guidance-free training" if model.config.guidance_free else "classifier-free guidance")
+    protocol, rows = f"{protocol}; {kind}", []
     for interval in args.intervals:
         for scale in args.scales:
             rows.append({"interval": list(interval), "scale": scale} | score_samples(
-                args, model, tokenizer, config, network, real, scale, interval, f"{scale:g} in {interval}"))
+                args, model, tokenizer, config, network, real, scale, interval, f"{scale:g} in {interval}",
+                guide))
     out = args.out or str(run_folder(args.run) / "cfg")
     finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
            [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
@@ -526,6 +545,7 @@ def main(argv=None):
             add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
                 help="times, noise at 1, at which guidance acts (default 0:1)")
         else:
+            add("--guide-ckpt", help="autoguidance by this worse model, as in sample.py")
             add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
                 help="of guidance (default 1 1.5 2 3)")
             add("--intervals", type=interval, nargs="+", default=[(0.0, 0.75), (0.0, 1.0)],
@@ -556,8 +576,12 @@ def main(argv=None):
     for name in ("num_images", "batch_size", "steps", "starts", "repeats"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if min(getattr(args, "components", [1])) < 1 or getattr(args, "error", 1) <= 0:
+        raise UserError("--components and --error must be positive")
     if args.command == "latents" and len(set(args.names or args.runs)) != len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
+    if args.device == "mps":
+        raise UserError("--device mps: statistics are in float64, which Apple GPUs have not; use cpu or cuda")
     args.rank, args.world, args.device = common.start_processes(args.device)
     # A distance is to be right in its last printed digit: no 10-bit mantissas here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

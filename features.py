@@ -132,6 +132,8 @@ def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
     for step, batch in enumerate(bar):
         if isinstance(batch, UserError):
             raise batch
+        if (batch[1] < 0).any():
+            raise UserError("an image of --data has no class: the classifier needs all labelled")
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         loss = F.cross_entropy(model(to_float(batch[0].to(device))), batch[1].to(device))
         optimizer.zero_grad()
@@ -175,7 +177,8 @@ def feature_network(args, data, size):
     The name says with what and on which input path features were made: those of another name do not compare.
     """
     if args.features == "inception":
-        network = load_inception(args.weights_dir, args.device)
+        with common.rank_zero_first(args.rank, args.world):
+            network = load_inception(args.weights_dir, args.device)
         return lambda images: network(images, args.resize), f"inception {args.resize}"
     if data is None:
         raise UserError("--features classifier needs --data: labelled real images to train the classifier on")

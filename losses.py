@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+import common
 from hog import hog_features
 from maetok import masked_feature_loss
 from pretrained import IMAGENET, load_lpips_heads, load_teacher, load_vgg16, load_vit, normalize
@@ -76,16 +77,8 @@ def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
     norms = []
     for loss in (reconstruction_loss, adversarial_loss):
         gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        norms.append(global_mean(gradient).norm())
+        norms.append(common.all_mean(gradient).norm())
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
-
-
-def global_mean(x):
-    """x averaged over the processes, in place; x itself in a single one. No gradient passes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
 
 
 class LeCAM(nn.Module):
@@ -107,8 +100,8 @@ class LeCAM(nn.Module):
 
     @torch.no_grad()
     def update(self, real, fake):
-        self.real_ema.lerp_(global_mean(real.mean()), 1 - self.decay)
-        self.fake_ema.lerp_(global_mean(fake.mean()), 1 - self.decay)
+        self.real_ema.lerp_(common.all_mean(real.mean()), 1 - self.decay)
+        self.fake_ema.lerp_(common.all_mean(fake.mean()), 1 - self.decay)
 
 
 # --------------------------------------- differentiable augmentation ---------------------------------------
@@ -268,13 +261,14 @@ class Adversary(nn.Module):
         if augment:
             images, reconstructions = (diff_augment(images, draws[:, :10]),
                                        diff_augment(reconstructions, draws[:, 10:20]))
-        real, fake = self.discriminator(images, crop), self.discriminator(reconstructions, crop)
+        # .float(): the networks may run in bfloat16, losses and averages do not.
+        real, fake = (self.discriminator(x, crop).float() for x in (images, reconstructions))
         terms = {"disc": hinge_loss(real, fake), "lecam": self.lecam(real, fake)}
         loss = terms["disc"] + lecam_weight * terms["lecam"]
         if consistency > 0:
             # Bad augmentation is what a good discriminator is indifferent to: the same logits with half
             # of the picture cut out.
-            cut = [self.discriminator(cut_out(x, d, 0.5), crop)
+            cut = [self.discriminator(cut_out(x, d, 0.5), crop).float()
                    for x, d in ((images, draws[:, 20:22]), (reconstructions, draws[:, 22:24]))]
             terms["consistency"] = F.mse_loss(real, cut[0]) + F.mse_loss(fake, cut[1])
             loss = loss + consistency * terms["consistency"]
@@ -297,14 +291,16 @@ def build_objective(config, device):
     """Load the frozen networks that the config asks for, and make the adversary. Raises UserError."""
     where = dict(weights_dir=config.weights_dir, device=device, random=config.random_frozen)
     style = dict(mean_std=IMAGENET, gelu="exact") if config.teachers_as == "released" else {}
+    # Stage 2 has no auxiliary decoders, and should not load gigabytes for them.
     teachers = {name: load_teacher(name, config.patch_size, **where, **style)
-                for name in config.aux_targets if name not in ("hog", "text")}
+                for name in config.aux_targets if name not in ("hog", "text") and config.stage != "2"}
     lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where)) if config.percep_weight else None
     if config.disc == "none":
         return Objective(teachers, lpips, None)
     discriminator = (PatchDiscriminator(config.image_size) if config.disc == "patch" else
                      DinoDiscriminator(load_vit("dino-s", 16, gelu="tanh", **where)))
-    return Objective(teachers, lpips, Adversary(discriminator).to(device))
+    # LeCAM's average moves once a forward pass: with accumulation, as far in all as in one step of the whole.
+    return Objective(teachers, lpips, Adversary(discriminator, 0.999 ** (1 / config.accumulate)).to(device))
 
 
 def compute_targets(config, images, teachers, captions=None):

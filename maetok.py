@@ -377,6 +377,22 @@ class Decoder(nn.Module):
         return self.head(x.mean(1) if self.pool else x)
 
 
+def initialise(model):
+    """Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1) for tokens and positions [ours].
+
+    The latter is as large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot
+    tell apart until the positions have grown, and small runs lose much of their time to that.
+    The paper is silent on both.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_token", "_tokens", "_positions", ".table")):
+            nn.init.normal_(parameter)
+
+
 # ------------------------------------------------ the model ------------------------------------------------
 
 class MAETokOutput(NamedTuple):
@@ -411,19 +427,7 @@ class MAETok(nn.Module):
         # the weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_std", torch.ones(()))
-        self.apply(self._init_weights)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("_token", "_tokens", "_positions", ".table")):
-                # As large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot
-                # tell apart until the positions have grown, and small runs lose
-                # much of their time to that [ours].
-                nn.init.normal_(parameter)
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)             # as MAE (He et al. 2022) [the paper is silent]
-            nn.init.zeros_(module.bias)
+        initialise(self)
 
     def grid(self, size):
         """(H, W) in px -> (rows, columns) of patches.

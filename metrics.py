@@ -72,13 +72,6 @@ class FeatureStatistics:
         self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.folded * count / total)
         self.folded = total
 
-    def merge(self, other):
-        """Take in all that `other` has seen."""
-        for x in other.waiting:
-            self.update(x)
-        if other.folded:
-            self._combine(other.folded, other.mean, other.scatter)
-
     def all_reduce(self, world, device):
         """Merge over all processes; each then holds the whole. device: where torch.distributed can sum."""
         if world > 1:

@@ -242,5 +242,5 @@ def noise_share(model, samples=16):
     noise = noise.to(weight)
     y = torch.full((samples,), c.num_classes, device=weight.device)             # the null class: all the data
     v = model(noise, torch.ones(samples, device=weight.device), y)
-    v, noise = (part.double() - part.double().mean(0) for part in (v, noise))
+    v, noise = (part.cpu().double() - part.cpu().double().mean(0) for part in (v, noise))
     return ((v * noise).sum() / noise.square().sum()).item()

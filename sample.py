@@ -2,7 +2,7 @@
 
     python sample.py --ckpt runs/diffusion-shapes --out samples.png                  # a grid, 8 of each class
     python sample.py --ckpt RUN --cfg 1.9 --cfg-interval 0 0.75 --out samples.npz    # the paper's, 256 px
-    python sample.py --ckpt RUN --guide-ckpt RUN/step_0001000.pt --cfg 1.5           # autoguidance
+    python sample.py --ckpt RUN --guide-ckpt RUN/step_0002000.pt --cfg 1.5           # autoguidance
     python sample.py --released 256 --classes 207 360 --num 8                        # the authors' weights
     torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz      # for FID
 
@@ -12,6 +12,8 @@ batch size or the number of processes (to rounding). Running the same command ag
 import argparse
 import contextlib
 import json
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def choose_labels(num, classes, num_classes, kind, seed):
     """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from
     seed and i)."""
     if num_classes == 0:
-        return np.zeros(num, np.int64)                              # the null class of an unconditional model
+        return np.zeros(num, np.int64)      # the null class of an unconditional model; files get -1, no class
     classes = np.asarray(classes if classes else range(num_classes))
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(f"--classes must lie in 0..{num_classes - 1}, the classes of this model")
@@ -62,6 +64,27 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
         return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
                               trajectory=trajectory)
     return {"euler": euler, "heun": heun}[sampler](velocity, draw(), steps, trajectory=trajectory)
+
+
+def load_guide(path, model, tokenizer, config, device):
+    """The worse model of autoguidance, which must share latents, path and classes with `model`.
+    Raises UserError."""
+    guide, its_tokenizer, its_config = load_diffusion(path, device)
+    if common.fingerprint(its_tokenizer) != common.fingerprint(tokenizer):
+        raise UserError(f"--guide-ckpt {path} was trained on another tokenizer's latents")
+    for what, its, ours in (("classes", guide.config.num_classes, model.config.num_classes),
+                            ("path", its_config["path"], config["path"])):
+        if its != ours:
+            raise UserError(f"--guide-ckpt {path}: {what} {its}, the model's {ours}; they must agree")
+    return guide
+
+
+def check_guidance(model, scale, guide=None):
+    """Refuse scales and schemes that a model cannot do. Raises UserError."""
+    if scale != 1 and model.config.num_classes == 0 and guide is None:
+        raise UserError("--cfg: an unconditional model cannot be guided")
+    if model.config.guidance_free and (scale < 1 or guide is not None):
+        raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
 
 
 def write_npz(path, parts, labels):
@@ -175,8 +198,8 @@ def main(argv=None):
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
-    add("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="[Table 8] Euler-Maruyama, the default")
-    add("--steps", type=int, default=250, help="[Table 8] (default 250; heun calls the model twice a step)")
+    add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
+    add("--steps", type=int, help="[Table 8] (default 250; heun calls the model twice a step)")
     add("--seed", type=int, default=0, help="of all noise and of random labels")
     add("--batch-size", type=int, default=50, help="images at a time in each process (default 50)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -186,16 +209,18 @@ def main(argv=None):
     dtype = common.autocast_dtype(args.dtype, device)
     if bool(args.ckpt) == bool(args.released):
         raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), one of the two")
-    protocol = RELEASED.get(args.released, dict(cfg=1.0, cfg_interval=(0.0, 1.0)))
-    args.cfg = protocol["cfg"] if args.cfg is None else args.cfg
-    args.cfg_interval = args.cfg_interval or protocol["cfg_interval"]
+    protocol = RELEASED.get(args.released, dict(cfg=1.0, cfg_interval=(0.0, 1.0), sampler=SAMPLERS[0],
+                                                steps=250, path=None))
+    for name in ("cfg", "cfg_interval", "sampler", "steps", "path"):
+        if getattr(args, name) is None:
+            setattr(args, name, protocol[name])
     if args.released:
         if args.report:
             raise UserError("--report shows a run's own data: it needs --ckpt")
         with common.rank_zero_first(rank, world):
             folders = [find_released(protocol[part], args.weights_dir) for part in ("sit", "tokenizer")]
         model, tokenizer = load_released_sit(folders[0], device), load_released_tokenizer(folders[1], device)
-        config = {"path": args.path or "linear"}
+        config = {"path": args.path}
         if rank == 0:
             print(f"share of noise in the velocity at t = 1: {noise_share(model):.2f} (about 1 if SiT was "
                   "trained on the linear path, 0 if on the cosine path)", flush=True)
@@ -203,24 +228,14 @@ def main(argv=None):
         if args.path:
             raise UserError("--path: a checkpoint of ours knows its path")
         model, tokenizer, config = load_diffusion(args.ckpt, device)
-    guide = None
-    if args.guide_ckpt:
-        guide, its_tokenizer, _ = load_diffusion(args.guide_ckpt, device)
-        if common.fingerprint(its_tokenizer) != common.fingerprint(tokenizer):
-            raise UserError(f"--guide-ckpt {args.guide_ckpt} was trained on another tokenizer's latents")
-        if guide.config.num_classes != model.config.num_classes:
-            raise UserError(f"--guide-ckpt {args.guide_ckpt} has {guide.config.num_classes} classes, "
-                            f"the model {model.config.num_classes}")
+    guide = load_guide(args.guide_ckpt, model, tokenizer, config, device) if args.guide_ckpt else None
+    check_guidance(model, args.cfg, guide)
     num_classes = model.config.num_classes
     num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes else 64)
     if min(num, args.steps, args.batch_size) < 1:
         raise UserError("--num, --steps and --batch-size must be at least 1")
-    if args.cfg != 1 and num_classes == 0 and guide is None:
-        raise UserError("--cfg: an unconditional model cannot be guided")
     if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise UserError("--cfg-interval LOW HIGH must satisfy 0 <= LOW <= HIGH <= 1")
-    if model.config.guidance_free and (args.cfg < 1 or guide is not None):
-        raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
     if args.report_picture and not Path(args.report_picture).exists():
         raise UserError(f"--report-picture {args.report_picture}: no such file; "
                         "evaluate.py latents writes one")
@@ -266,11 +281,14 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     if rank == 0:
-        write_outputs(outs, parts, labels,
+        write_outputs(outs, parts, labels if num_classes else np.full_like(labels, -1),
                       images.shape[1] if mine else np.load(parts[0], mmap_mode="r").shape[1])
         for part in parts:
             part.unlink()
-        (folder / "settings.json").unlink()
+        # How they were drawn stays beside the samples: evaluate.py prints it with what it measures.
+        for out in outs[1:]:
+            shutil.copyfile(folder / "settings.json", f"{out}.settings.json")
+        os.replace(folder / "settings.json", f"{outs[0]}.settings.json")
         folder.rmdir()
 
 

@@ -448,10 +448,11 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
 
 # ------------------------------------------------ guidance ------------------------------------------------
 
-def guidance_free_loss(model, prediction, x_t, t, y, beta, target):
-    """Guidance-free training: |beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)] - target|^2, (B,).
+def guidance_free_mixture(model, prediction, x_t, t, y, beta):
+    """Guidance-free training: beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)], (B, L, C), which takes
+    the prediction's place in every loss.
 
-    In expectation the sum in front must be the conditional velocity c, so the model itself tends to
+    In expectation it must be the conditional velocity c, so the model itself tends to
     u + (c - u) / beta: the velocity guided by 1 / beta, u being its own unconditional one (sg: no
     gradient).
     Sampling then needs one call where classifier-free guidance needs two.  [rebuttal; Chen et al. 2025]
@@ -461,7 +462,7 @@ def guidance_free_loss(model, prediction, x_t, t, y, beta, target):
     with torch.no_grad():
         u = model(x_t, t, torch.full_like(y, model.config.num_classes))
     b = beta[:, None, None]
-    return flow_matching_loss(b * prediction.float() + (1 - b) * u.float(), target)
+    return b * prediction.float() + (1 - b) * u.float()
 
 
 def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):

@@ -29,9 +29,9 @@ import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
 from lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
-from maetok import Decoder, masked_feature_loss
+from maetok import Decoder, initialise, masked_feature_loss
 from pretrained import TEACHERS, load_teacher
-from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_loss,
+from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_mixture,
                  guided_velocity, interpolate, path_coefficients, sample_times)
 from train_tokenizer import tokenizer_of
 from usit import SIZES as USIT_SIZES
@@ -43,7 +43,7 @@ MODELS = {"sit": (SiT, SiTConfig), "lightningdit": (LightningDiT, LightningDiTCo
 
 
 @dataclass
-class Config(LightningDiTConfig):
+class Config(SiTConfig):
     """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
     # ---- run ----
     preset: str = "shapes"        # one or more names joined by commas, later ones win;
@@ -68,6 +68,8 @@ class Config(LightningDiTConfig):
     unconditional: bool = False   # forget the classes [Table 5]
     # ---- objective ----
     model: str = "sit"            # sit [Table 8], lightningdit [Table 9] or usit [Table 3]
+    qk_norm: bool = False         # lightningdit: RMSNorm on queries and keys
+    sine_table: bool = True       # lightningdit: fixed positions under its RoPE
     path: str = "linear"          # linear or cosine interpolant between data and noise; see sit.py
     times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
                                   # [released code's README]
@@ -75,7 +77,7 @@ class Config(LightningDiTConfig):
     direction_loss: float = 0.0   # weight of 1 - cos(prediction, velocity); LightningDiT: 1 [Table 9]
     repa: str = ""                # a frozen teacher (dinov2-l, ...) whose patch features are predicted from a
                                   # middle layer [rebuttal; REPA, Yu et al. 2024]; needs --no-cache
-    repa_weight: float = 0.5      # of that loss, 1 - cos [REPA]
+    repa_weight: float = 0.5      # of that loss, -cos [REPA]
     repa_block: int = 8           # after so many blocks [REPA: 8 of 28]
     weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
     random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
@@ -104,7 +106,7 @@ class Config(LightningDiTConfig):
         sample_times([], self.times)
         if self.model not in MODELS:
             raise UserError(f"--model {self.model}: choose {', '.join(MODELS)}")
-        build_model(dataclasses.asdict(self), check=True)
+        build_config(dataclasses.asdict(self))
         if self.repa and self.repa not in TEACHERS:
             raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
         if self.repa and self.cache:
@@ -236,6 +238,7 @@ class Repa(nn.Module):
                                 ape="none", rope="axial")
         self.model, self.after, self.grid = model, after, tokenizer.grid((c.image_size, c.image_size))
         self.head = Decoder(c, 1, c.width, c.heads, dim)
+        initialise(self.head)
 
     def forward(self, x, t, y, beta=None):
         v, hidden = self.model(x, t, y, beta, hidden_after=self.after)
@@ -274,6 +277,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             if isinstance(batch, UserError):
                 raise batch
             x, y = (part.to(device, non_blocking=True) for part in batch)
+            y = torch.where(y < 0, config.num_classes, y)              # an image without a class: the null class
             if not config.cache:
                 images = to_float(x)
                 with torch.no_grad():
@@ -297,9 +301,9 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                     prediction = wrapped(x_t, t, y, *extra)
                     if repa:
                         prediction, features = prediction
-                    # (B,): |v_theta - v|^2
-                    losses = (guidance_free_loss(model, prediction, x_t, t, y, *extra, v)
-                              if config.guidance_free else flow_matching_loss(prediction, v))
+                    if config.guidance_free:
+                        prediction = guidance_free_mixture(model, prediction, x_t, t, y, *extra)
+                losses = flow_matching_loss(prediction, v)                             # (B,): |v_theta - v|^2
                 loss = losses.mean()
                 if config.direction_loss:
                     loss = loss + config.direction_loss * velocity_direction_loss(prediction, v).mean()
@@ -322,7 +326,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == config.steps)
         if step % config.log_every == 0 or saving or drawing:
             values = torch.cat((by_time.flatten(), alignment[None], healthy[None]))
-            *values, aligned, ok = common.all_mean(values, world).tolist()
+            *values, aligned, ok = common.all_mean(values).tolist()
             sums, counts = values[:TIME_BINS], values[TIME_BINS:]
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
@@ -379,16 +383,19 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
-def build_model(values, check=False):
-    """The model that a config, as a dict, describes. check: on the meta device, only to see whether it can be
-    built. Raises UserError for sizes that cannot."""
-    kind, config = MODELS[values["model"]]
+def build_config(values):
+    """The model's own config out of a run's, a dict. Raises UserError for sizes that cannot make a model."""
+    config = MODELS[values["model"]][1]
     names = {field.name for field in dataclasses.fields(config)}
     try:
-        config = config(**{k: v for k, v in values.items() if k in names})
+        return config(**{k: v for k, v in values.items() if k in names})
     except ValueError as e:
         raise UserError(str(e)) from e
-    return None if check else kind(config)
+
+
+def build_model(values):
+    """The model that a run's config, a dict, describes."""
+    return MODELS[values["model"]][0](build_config(values))
 
 
 def load_diffusion(path, device="cpu"):

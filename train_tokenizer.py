@@ -154,6 +154,9 @@ class Config(MAETokConfig):
             raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
                             f"{self.patch_size} px, and needs learnable latents, whose number is the same "
                             "for all sizes")
+        for name in ("lr", "stage2_lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive")
         if self.keep < 2:
             raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
 
@@ -387,7 +390,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
         if step % config.log_every == 0 or saving or drawing:
             # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
             values = torch.stack([torch.stack(totals[name]).mean() for name in totals] + [healthy])
-            *values, ok = common.all_mean(values, world).tolist()
+            *values, ok = common.all_mean(values).tolist()
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
                                 f"{config.log_every} before; the checkpoints in {out} are from before that. "
@@ -547,13 +550,14 @@ def tokenizer_of(state, path):
     return model.eval().requires_grad_(False)
 
 
-def start_from(config, model, path):
+def start_from(config, model, adversary, path):
     """Copy the EMA weights of another run's tokenizer into `model`: --init.
-    Auxiliary decoders where the targets agree.
+    Auxiliary decoders where the targets agree, the discriminator where both have the same kind.
 
     The sizes of image and auxiliary decoders may differ, anything else must not. Raises UserError.
     """
-    source = tokenizer_of(common.load_checkpoint(path), path)
+    state = common.load_checkpoint(path)
+    source = tokenizer_of(state, path)
     free = ("image_size", "aux_targets", "aux_depth", "aux_width", "aux_heads")
     differ = [f"{f.name} {getattr(source.config, f.name)!r} -> {getattr(config, f.name)!r}" for f in
               dataclasses.fields(MAETokConfig) if f.name not in free
@@ -566,6 +570,8 @@ def start_from(config, model, path):
     for name, decoder in source.aux_decoders.items():
         if name in model.aux_decoders:
             common.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
+    if adversary is not None and state["config"].get("disc") == config.disc:
+        common.load_weights(adversary, state["adversary"], path)
 
 
 # ------------------------------------------------ main ------------------------------------------------
@@ -597,7 +603,9 @@ def main(argv=None):
     adversary = objective.adversary
     state = common.find_checkpoint(out)
     if state is not None:
-        common.check_same_config(state["config"], config, FREE, out)
+        # Batch norm, LeCAM and the adaptive weight look at one forward pass: with a GAN its size matters.
+        free = FREE - {"accumulate"} if adversary else FREE
+        common.check_same_config(state["config"], config, free, out)
         stage, step, measured = state["stage"], state["step"], state["measured"]
         if config.stage == "1" and stage == 2:
             raise UserError(f"the run in {out} is in stage 2 already; choose another --out for --stage 1")
@@ -609,7 +617,7 @@ def main(argv=None):
             model.freeze_encoder()
         common.load_weights(model, state["model"], out)
     elif config.init:
-        start_from(config, model, config.init)
+        start_from(config, model, adversary, config.init)
     if state is None and config.stage == "2":
         if not config.init:
             raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, "

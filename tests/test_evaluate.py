@@ -273,3 +273,19 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert common.numbered_checkpoints(tmp_path) == []
+
+
+def test_the_sweep_compares_autoguidance_and_protocols_name_the_guidance(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    guides = []
+    monkeypatch.setattr(evaluate, "sample_latents", lambda *args, guide=None, **options: (
+        guides.append(guide), sample.sample_latents(*args, guide=guide, **options))[1])
+    options = ("--num-images", 20, "--steps", 3, "--reference-images", 40, "--scales", 3, "--intervals", "0:1")
+    for name, guide in (("autoguidance", ["--guide-ckpt", diffusion]), ("classifier-free", [])):
+        measure("cfg", diffusion, *options, *guide, "--out", tmp_path / name)
+        assert name in json.loads((tmp_path / f"{name}.json").read_text())["protocol"]
+    assert guides[0].config.width == 32 and guides[-1] is None
+    sample.main(["--ckpt", str(diffusion), "--num", "20", "--steps", "3", "--cfg", "2.5", "--seed", "7",
+                 "--device", "cpu", "--out", str(tmp_path / "s.npz")])
+    measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 40)
+    assert "cfg 2.5" in json.loads((tmp_path / "s.npz.json").read_text())["protocol"]

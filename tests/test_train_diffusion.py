@@ -312,9 +312,10 @@ def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
 
 
 def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
-    options = ("--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1").split()
+    options = "--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1".split()
     state = train(tmp_path / "run", tokenizer, *options)
     agreement = [r["repa"] for r in common.read_metrics(tmp_path / "run")]
+    assert common.read_metrics(tmp_path / "run")[0]["grad_norm"] < 5      # zero tokens would make it a hundred
     assert agreement[-1] < agreement[0] - 0.2                                          # -cos
     assert state["repa_head"]["head.weight"].shape[0] == 384
     assert not any("head" in name or "teacher" in name for name in state["ema"])     # sampling needs neither
@@ -339,6 +340,16 @@ def test_autoguidance_from_an_earlier_checkpoint(tmp_path, diffusion, tokenizer)
     train(tmp_path / "other", other)
     with pytest.raises(UserError, match="another tokenizer"):
         draw(diffusion, "--guide-ckpt", tmp_path / "other", "--out", tmp_path / "x.png")
+    train(tmp_path / "cosine", tokenizer, "--path", "cosine")
+    with pytest.raises(UserError, match="path cosine, the model's linear"):
+        draw(diffusion, "--guide-ckpt", tmp_path / "cosine", "--out", tmp_path / "x.png")
+
+
+def test_images_without_a_class_train_the_null_class(tmp_path, tokenizer):
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "some.npz", arr_0=pictures, arr_1=np.arange(12) % 4 - 1)
+    state = train(tmp_path / "run", tokenizer, "--data", tmp_path / "some.npz", "--cache-images", 0)
+    assert state["config"]["num_classes"] == 3 and np.isfinite(losses(tmp_path / "run")).all()
 
 
 # ------------------------------------------------ bad input ------------------------------------------------

@@ -366,6 +366,7 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
         ("no checkpoint at", ["--init", tmp_path / "nowhere"]),
         ("choose both or 1 or 2", ["--stage", "3"]),
         ("--steps must be at least 1", ["--steps", "-1"]),
+        ("--stage2-lr must be positive", ["--stage2-lr", "0"]),
         ("--eval-images must be at least 1", ["--eval-images", "0"]),
         ("mask ratios", ["--stage2-mask", "1.5"]),
         ("weights of another model", ["--heads", "1", "--stage", "2", "--init", tmp_path / "run"]),
@@ -385,7 +386,7 @@ def test_steps_take_two_image_sizes_in_turn_and_the_tokenizer_runs_at_others(tmp
     monkeypatch.setattr(MAETok, "forward", lambda self, images, *rest:
                         (seen.append(images.shape[-1]), forward(self, images, *rest))[1])
     train(tmp_path / "run", "--mixed-size", "24", "--steps", "4", "--stage2-steps", "2")
-    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]         # evaluation is at 16 px
+    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]        # evaluation is at 16 px
     assert trained[:4] == [16, 24, 16, 24]
     tokenizer = trainer.load_tokenizer(tmp_path / "run")
     for size in ((16, 16), (24, 24), (32, 16)):
@@ -461,6 +462,28 @@ def test_resuming_with_the_gan_is_exact(tmp_path):
     for name, tensor in whole["adversary"].items():
         assert torch.equal(tensor, parts["adversary"][name]), name
     assert whole["adversary"]["lecam.real_ema"] != 0
+
+
+@pytest.mark.parametrize("disc", ["patch", "dino"])
+def test_the_gan_runs_in_bfloat16(tmp_path, monkeypatch, disc):
+    monkeypatch.setattr(losses.DinoDiscriminator, "SIZE", 32)
+    state = train(tmp_path / disc, *GAN, "--disc", disc, "--random-frozen", "--dtype", "bfloat16")
+    assert state["step"] == 10 and state["adversary"]["lecam.real_ema"].dtype == torch.float32
+    assert np.isfinite(logged_losses(tmp_path / disc)).all()
+
+
+def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkeypatch):
+    first = train(tmp_path / "first", *GAN, "--stage", "1")
+    taken, start = {}, trainer.start_from
+
+    def spy(config, model, adversary, path):
+        start(config, model, adversary, path)
+        taken.update({name: tensor.clone() for name, tensor in adversary.state_dict().items()})
+
+    monkeypatch.setattr(trainer, "start_from", spy)
+    train(tmp_path / "second", *GAN, "--stage", "2", "--init", str(tmp_path / "first"))
+    assert taken.keys() == first["adversary"].keys()
+    assert all(torch.equal(tensor, first["adversary"][name]) for name, tensor in taken.items())
 
 
 @pytest.mark.parametrize("disc", ["patch", "dino"])
