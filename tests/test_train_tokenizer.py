@@ -386,7 +386,7 @@ def test_steps_take_two_image_sizes_in_turn_and_the_tokenizer_runs_at_others(tmp
     monkeypatch.setattr(MAETok, "forward", lambda self, images, *rest:
                         (seen.append(images.shape[-1]), forward(self, images, *rest))[1])
     train(tmp_path / "run", "--mixed-size", "24", "--steps", "4", "--stage2-steps", "2")
-    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]        # evaluation is at 16 px
+    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]       # evaluation is at 16 px
     assert trained[:4] == [16, 24, 16, 24]
     tokenizer = trainer.load_tokenizer(tmp_path / "run")
     for size in ((16, 16), (24, 24), (32, 16)):
@@ -488,13 +488,20 @@ def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkey
 
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
-    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4."""
+    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4.
+
+    A narrow DINO: of 384 channels now and then one lies so near LeakyReLU's kink that float32's rounding,
+    which differs with the number of processes, puts it on the other side: the gradient changes by 1e-3.
+    """
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                       "import common, losses, train_tokenizer\n"
+                      "from pretrained import ViTConfig, VisionTransformer\n"
                       "losses.DinoDiscriminator.SIZE = 32\n"                # 224 px would take minutes
+                      "losses.load_vit = lambda *args, **options: VisionTransformer(\n"
+                      "    ViTConfig(32, 12, 2, 16, 14), 16).eval().requires_grad_(False)\n"
                       "common.run(train_tokenizer.main)\n")
-    options = [*TINY, *GAN, "--disc", disc, "--steps", "10", "--stage", "1", "--random-frozen"]
+    options = [*TINY, *GAN, "--disc", disc, "--steps", "10", "--stage", "1"]
     for name, launcher in (("one", []), ("two", torchrun(2))):
         done = run([sys.executable, *launcher, str(script), *options, "--out", str(tmp_path / name)])
         assert done.returncode == 0, done.stderr
