@@ -192,7 +192,8 @@ def how_drawn(samples):
         return "guidance, steps and seed unknown"
     settings = json.loads(note.read_text())
     names = ("ckpt", "released", "guide_ckpt", "cfg", "cfg_interval", "sampler", "steps", "seed", "dtype")
-    return "drawn with " + ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name))
+    return "drawn with " + ", ".join(f"{name} {settings[name]}" for name in names
+                                     if settings.get(name) is not None)
 
 
 def classified(args, network, labels, logits, size):

@@ -288,4 +288,5 @@ def test_the_sweep_compares_autoguidance_and_protocols_name_the_guidance(tmp_pat
     sample.main(["--ckpt", str(diffusion), "--num", "20", "--steps", "3", "--cfg", "2.5", "--seed", "7",
                  "--device", "cpu", "--out", str(tmp_path / "s.npz")])
     measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 40)
-    assert "cfg 2.5" in json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
+    protocol = json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
+    assert "cfg 2.5" in protocol and "seed 7" in protocol
