@@ -312,6 +312,7 @@ def latents(args):
 
 
 def umap_2d(x):
+    """(n, d) -> (n, 2) numpy by UMAP, an optional package. Raises UserError without it.          [Fig. 4]"""
     try:
         from umap import UMAP
     except ImportError as e:

@@ -34,6 +34,7 @@ from train_tokenizer import PRESETS, Config, build_optimizer
 # ------------------------------------------------ measuring ------------------------------------------------
 
 def synchronise(device):
+    """Wait until the GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -87,6 +88,7 @@ def count_flops(function):
 # Each function returns (call, images a call, FLOPs a call or None).
 
 def autocast(args):
+    """The autocast context of --dtype."""
     return torch.autocast(args.device.type, args.torch_dtype, enabled=args.torch_dtype != torch.float32)
 
 
