@@ -95,7 +95,7 @@ def recon(args):
             lpips = LPIPS(load_vgg16(args.weights_dir, args.device),
                           load_lpips_heads(args.weights_dir, args.device))
     images = open_data(args, data, "test", size, args.num_images)
-    real, fake, rows, shown = None, None, [], []
+    real, fake, rows, shown, found = None, None, [], [], []
     for _, originals in batches(images, args, "reconstructing"):
         x = to_float(originals.to(args.device))                                             # (B, 3, H, W)
         redrawn = to_uint8(tokenizer.decode(tokenizer.encode(x), (size, size)))
@@ -106,11 +106,13 @@ def recon(args):
         rows.append(torch.stack(values, 1).cpu())
         shown += list(zip(a.cpu(), b.cpu(), values[0])) if len(shown) < 8 else []
         if network is not None:
-            pools = [network(part).pool for part in (a, b)]
+            outputs = [network(part) for part in (a, b)]
             if real is None:
-                real, fake = (FeatureStatistics(pools[0].shape[1]) for _ in range(2))
-            real.update(pools[0])
-            fake.update(pools[1])
+                real, fake = (FeatureStatistics(outputs[0].pool.shape[1]) for _ in range(2))
+            real.update(outputs[0].pool)
+            fake.update(outputs[1].pool)
+            if args.features == "classifier":
+                found.append(torch.stack([output.logits.argmax(1) for output in outputs], 1).cpu())
     rows = gather(torch.cat(rows) if rows else torch.empty(0, 3 + (lpips is not None)), args)
     result = dict(zip(("psnr", "ssim", "ssim_data_range_2_as_released_code", "lpips"), rows.mean(0).tolist()))
     if network is not None:
@@ -119,6 +121,10 @@ def recon(args):
         for statistics in (real, fake):
             statistics.all_reduce(args.world, args.device)
         result[distance_name(args, "r")] = metrics.frechet_between(real, fake)
+    if args.features == "classifier":
+        found = gather(torch.cat(found), args) == torch.from_numpy(images.labels)[:, None]          # (n, 2)
+        result |= zip(("originals_assigned_to_their_class", "reconstructions_assigned_to_their_class"),
+                      found.double().mean(0).tolist())
     result["images"] = len(rows)
     result["protocol"] = (f"{len(rows)} images of {images.name} at {size} px, centre crop; EMA weights; "
                           "reconstructions rounded to uint8, against the same images; "
@@ -324,8 +330,10 @@ def umap_2d(x):
 # ---------------------------------------------- curve and cfg -----------------------------------------------
 
 @torch.no_grad()
-def score_samples(args, model, tokenizer, config, network, real, scale, interval, title, guide=None):
-    """Draw args.num_images samples and measure them: {"samples", the distance, IS or share of the class}."""
+def score_samples(args, model, tokenizer, config, network, real, redrawn, scale, interval, title,
+                  guide=None):
+    """Draw args.num_images samples and measure them: {the distance, the diffusion gap if `redrawn` is there,
+    IS or share of the class}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
     mine = share(args.num_images, args.rank, args.world)
 
@@ -340,6 +348,8 @@ def score_samples(args, model, tokenizer, config, network, real, scale, interval
 
     fake = collect(args, network, stream(), logits=True)
     result = {distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
+    if redrawn is not None:
+        result["diffusion_gap"] = metrics.frechet_between(fake.pool, redrawn.pool)
     if args.features == "inception":
         result["inception_score"] = metrics.inception_score(fake.logits)[0]
     elif model.config.num_classes:
@@ -349,16 +359,34 @@ def score_samples(args, model, tokenizer, config, network, real, scale, interval
 
 
 def prepare(args, path):
-    """For curve and cfg: (model, tokenizer, config) of one checkpoint, the network, the reference, the
-    protocol."""
+    """For curve and cfg: (model, tokenizer, config) of one checkpoint, the network, the references (real
+    images and, with --gap, reconstructions; else None), the protocol."""
     model, tokenizer, config = load_diffusion(path, args.device)
     data, size = args.data or config["data"], tokenizer.config.image_size
+    if args.tokenizer:
+        other = load_tokenizer(args.tokenizer, args.device)
+        if common.fingerprint(other.encoder) != common.fingerprint(tokenizer.encoder):
+            raise UserError(f"--tokenizer {args.tokenizer} has another encoder than the one whose latents "
+                            f"{path} has learned; only decoders may differ")
+        # A stage that ends measures its latents anew: the statistics of training are the ones to undo.
+        other.latent_mean, other.latent_std = tokenizer.latent_mean, tokenizer.latent_std
+        tokenizer = other
     network, name = feature_network(args, data, size)
     real, against = reference(args, network, name, data, size)
+    redrawn = None
+    if args.gap:
+        images = open_data(args, data, "train", size, args.reference_images)
+        redraw = lambda x: to_uint8(tokenizer.decode(tokenizer.encode(to_float(x.to(args.device))),
+                                                     (size, size)))
+        stream = ((i, redraw(x)) for i, x in batches(images, args, "reconstructing"))
+        redrawn = collect(args, network, stream)
     protocol = (f"{args.num_images} samples at {size} px against {against}; features {name}; float32; "
                 f"EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
+                + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
+                + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
+                   f"{images.name}" if args.gap else "")
                 + few_images(args.num_images, len(real.pool.mean)))
-    return (model, tokenizer, config), network, real, protocol
+    return (model, tokenizer, config), network, (real, redrawn), protocol
 
 
 def curve(args):
@@ -367,13 +395,13 @@ def curve(args):
     if not paths:
         raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
                         "train_diffusion.py; a larger --keep keeps more of them")
-    _, network, real, protocol = prepare(args, paths[0])
+    (_, tokenizer, config), network, references, protocol = prepare(args, paths[0])
     rows = []
     for path in paths:
-        model, tokenizer, config = load_diffusion(path, args.device)
+        model, _, _ = load_diffusion(path, args.device)
         check_guidance(model, args.cfg)
         rows.append({"step": int(path.stem[5:])} | score_samples(
-            args, model, tokenizer, config, network, real, args.cfg, args.cfg_interval, path.stem))
+            args, model, tokenizer, config, network, *references, args.cfg, args.cfg_interval, path.stem))
     out = args.out or str(Path(args.run) / "curve")
     protocol += f"; guidance {args.cfg:g} in {args.cfg_interval}"
     finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
@@ -385,7 +413,7 @@ def curve(args):
 def cfg(args):
     """A sweep of guidance scale x interval [Table 12]: classifier-free guidance, a model of guidance-free
     training, or with --guide-ckpt autoguidance."""
-    (model, tokenizer, config), network, real, protocol = prepare(args, args.run)
+    (model, tokenizer, config), network, references, protocol = prepare(args, args.run)
     guide = load_guide(args.guide_ckpt, model, tokenizer, config, args.device) if args.guide_ckpt else None
     for scale in args.scales:
         check_guidance(model, scale, guide)
@@ -395,8 +423,8 @@ def cfg(args):
     for interval in args.intervals:
         for scale in args.scales:
             rows.append({"interval": list(interval), "scale": scale} | score_samples(
-                args, model, tokenizer, config, network, real, scale, interval, f"{scale:g} in {interval}",
-                guide))
+                args, model, tokenizer, config, network, *references, scale, interval,
+                f"{scale:g} in {interval}", guide))
     out = args.out or str(run_folder(args.run) / "cfg")
     finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
            [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
@@ -539,6 +567,11 @@ def main(argv=None):
         add("--reference", help=".npz with images or ready statistics, as in generation")
         add("--reference-images", type=int, default=10_000,
             help="of the training split; 0: all (default 10000)")
+        add("--gap", action="store_true",
+            help="also the distance between samples and the same tokenizer's reconstructions of reference "
+            "images: what diffusion has not learned, apart from what the tokenizer cannot draw")
+        add("--tokenizer", help="decode by this run of train_tokenizer.py, which must have the same encoder: "
+            "another stage's decoder")
         add("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
         add("--steps", type=int, default=250, help="[Table 8] (default 250)")
         add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")

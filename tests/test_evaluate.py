@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from typing import NamedTuple
 
 import numpy as np
@@ -216,6 +217,34 @@ def test_curve_and_cfg_measure_what_sample_py_draws(tmp_path, diffusion, monkeyp
     measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 60)
     drawn = json.loads((tmp_path / "s.npz.json").read_text())
     assert drawn["gfid"] == pytest.approx(rows[1]["gfid"], rel=1e-6)
+
+
+def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw(
+        tmp_path, diffusion, tokenizer, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    options = ("--num-images", 30, "--steps", 3, "--reference-images", 60, "--gap")
+    measure("curve", diffusion, *options, "--out", tmp_path / "curve")
+    found = json.loads((tmp_path / "curve.json").read_text())["rows"][-1]["diffusion_gap"]
+    images = features.open_data(Namespace(data_root="data"), "shapes", "train", 16, 60)
+    model = train_tokenizer.load_tokenizer(tokenizer)
+    x = to_float(torch.stack([images.read(i) for i in range(60)]))
+    np.savez(tmp_path / "redrawn.npz",
+             arr_0=to_uint8(model.decode(model.encode(x))).permute(0, 2, 3, 1).numpy())
+    sample.main(["--ckpt", str(diffusion), "--num", "30", "--steps", "3", "--out", str(tmp_path / "s.npz"),
+                 "--device", "cpu"])
+    measure("generation", tmp_path / "s.npz", "--reference", tmp_path / "redrawn.npz")
+    assert found == pytest.approx(json.loads((tmp_path / "s.npz.json").read_text())["gfid"], rel=1e-6)
+
+    train_tokenizer.main([*TINY, "--stage", "2", "--init", str(tokenizer),
+                          "--out", str(tmp_path / "other")])
+    for name in (tokenizer, tmp_path / "other"):
+        measure("cfg", diffusion, *options, "--tokenizer", name, "--scales", 1, "--intervals", "0:1",
+                "--out", tmp_path / "cfg")
+        gap = json.loads((tmp_path / "cfg.json").read_text())["rows"][0]["diffusion_gap"]
+        assert (gap == pytest.approx(found, rel=1e-6)) == (name == tokenizer)
+    train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
+    with pytest.raises(UserError, match="another encoder"):
+        measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
 
 
 def test_theory_finds_that_more_modes_need_more_samples(tmp_path):

@@ -1,0 +1,340 @@
+"""The paper's claim at a scale anyone can repeat: does masked training make latents that a diffusion model
+learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
+
+    python study.py                                    # quick: four rows, two seeds; about 2 hours on 2 cores
+    python study.py --setting full                     # nine rows, overnight on 2 cores, or one GPU
+    python study.py --setting full --minutes 10        # one piece of it; run again until it says it is done
+
+Nothing is trained here: for each row and seed this runs train_tokenizer.py (stage 1, stage 2),
+train_diffusion.py and evaluate.py as anyone would by hand, and gathers what they measured. All rows have the
+same steps, model and number of latent values. Stage 2 leaves the encoder alone, so the two decoders of a row
+share one diffusion model; every row gets a stage 2, that none is ahead by its steps.
+Commands that are done are not run again, and one that was cut off goes on from its last checkpoint.
+"""
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import common
+from charts import line_chart
+from common import UserError
+from features import load_classifier
+
+# name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
+ROWS = {
+    "AE": ("cifar10,ae", [], "Table 1a"),
+    "KL-VAE": ("cifar10,vae", [], "Table 1a"),
+    "AE + mask, pixels": ("cifar10,pixel", [], "Table 1b"),
+    "MAETok (HOG)": ("cifar10", [], "Table 1b"),
+    "KL-VAE + mask": ("cifar10,vae-mask", [], "Table 1a"),
+    # 64 image tokens x 4 channels: the same number of values as 16 x 16
+    "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "4"], "Table 6"),
+    "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
+    "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
+}
+SETTINGS = {
+    "quick": dict(rows=list(ROWS)[:4], seeds=2, steps=2400, stage2_steps=800, diffusion_steps=3000,
+                  unconditional_steps=0, samples=1000, classifier_steps=4000),
+    "full": dict(rows=list(ROWS), seeds=2, steps=6400, stage2_steps=2400, diffusion_steps=9000,
+                 unconditional_steps=4500, samples=2000, classifier_steps=4000),
+    # For the test: every command runs, no number means anything.
+    "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
+                  unconditional_steps=3, samples=4, classifier_steps=2),
+}
+DISTANCE = "frechet_in_classifier_features_not_fid"
+
+
+# ------------------------------------------------- commands -------------------------------------------------
+
+def commands(args, name, seed):
+    """What one row with one seed takes: {title: argument list}, in order. Outputs go below its folder."""
+    s, preset, folder = args.plan, ROWS[name][0], unit_folder(args, name, seed)
+    thirds = -(-s["diffusion_steps"] // 3)                      # checkpoints, for the curves over training
+    tiny = s["samples"] < 100
+    images = 20 if tiny else 2000
+    features = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
+                "--cache", Path(args.out) / "cache"]
+    everywhere = ["--data", args.data, "--device", args.device]
+    tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
+                 "--num-latents", 16, "--aux-depth", 1, *ROWS[name][1], "--steps", s["steps"],
+                 "--stage2-steps", s["stage2_steps"], "--grid-every", s["steps"],
+                 "--eval-images", images, "--latent-images", images]
+    diffusion = ["train_diffusion.py", "--preset", "cifar10", *everywhere, "--seed", seed,
+                 "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
+                 "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
+                 "--cache-images", 10 * images, "--log-every", 50]
+    samples = [*everywhere, *features, "--gap", "--num-images", s["samples"], "--reference-images", images,
+               "--sampler", "euler", "--steps", 2 if tiny else 50, "--batch-size", 100]
+    measure = {}
+    for stage in ("stage1", "stage2"):
+        measure[f"recon {stage}"] = ["evaluate.py", "recon", folder / stage, *everywhere, *features,
+                                     "--num-images", images, "--out", folder / f"recon_{stage}"]
+    result = {
+        "stage1": [*tokenizer, "--stage", 1, "--out", folder / "stage1"],
+        "stage2": [*tokenizer, "--stage", 2, "--init", folder / "stage1", "--out", folder / "stage2"],
+        **measure,
+        "latents": ["evaluate.py", "latents", folder / "stage2", "--names", name, *everywhere,
+                    "--train-images", 4 * images, "--test-images", images, "--dims", 2 if tiny else 32,
+                    "--components", *((1, 2) if tiny else (1, 5, 20, 50)), "--starts", 1, "--iterations", 50,
+                    "--out", folder / "latents"],
+        "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds,
+                      "--grid-every", s["diffusion_steps"], "--out", folder / "diffusion"],
+        "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
+    }
+    for decoder in ("stage1", "stage2"):
+        # Not guided and guided by 2, the last checkpoint; the curve above has "stage2, not guided" already.
+        scales = (1, 2) if decoder == "stage1" else (2,)
+        result[f"samples {decoder}"] = ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
+                                        folder / decoder, "--scales", *scales, "--intervals", "0:1",
+                                        "--out", folder / f"samples_{decoder}"]
+    if s["unconditional_steps"]:
+        result["unconditional"] = [*diffusion, "--unconditional", "--steps", s["unconditional_steps"],
+                                   "--save-every", s["unconditional_steps"], "--grid-every",
+                                   s["unconditional_steps"], "--out", folder / "unconditional"]
+        result["samples unconditional"] = ["evaluate.py", "curve", folder / "unconditional", *samples,
+                                           "--out", folder / "samples_unconditional"]
+    return result
+
+
+def unit_folder(args, name, seed):
+    """Where a row with a seed lives."""
+    return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
+
+
+class Study:
+    """Runs the commands of all rows and seeds, --jobs at a time, until they are done or time is up."""
+
+    def __init__(self, args):
+        self.args, self.stop, self.lock, self.running = args, False, threading.Lock(), set()
+        self.deadline = time.time() + 60 * args.minutes if args.minutes else math.inf
+
+    def run(self):
+        """True when everything is done. Raises UserError for the first command that failed."""
+        units = [(name, seed) for seed in range(self.args.plan["seeds"]) for name in self.args.plan["rows"]]
+        with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
+            futures = [pool.submit(self.run_unit, *unit) for unit in units]
+            try:
+                return all([future.result() for future in concurrent.futures.as_completed(futures)])
+            finally:                                     # a failure or Ctrl-C ends what is still running
+                with self.lock:
+                    self.stop = True
+                    for process in self.running:
+                        process.terminate()
+
+    def run_unit(self, name, seed):
+        """What is left to do for one row and seed. False if time was up before all was done."""
+        folder = unit_folder(self.args, name, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "done.json"        # title -> arguments, seconds over all attempts, whether it is done
+        done = json.loads(path.read_text()) if path.exists() else {}
+        for title, arguments in commands(self.args, name, seed).items():
+            arguments, start = [str(a) for a in arguments], time.time()
+            entry = done.setdefault(title, {"arguments": arguments, "seconds": 0.0, "done": False})
+            if entry["arguments"] != arguments:
+                raise UserError(f"{folder} was made with other options ({title}); choose another --out")
+            if entry["done"]:
+                continue
+            entry["done"] = self.run_command(f"{name}, seed {seed}: {title}", arguments, folder / "log.txt")
+            entry["seconds"] += time.time() - start
+            common.atomic_write(path, lambda p: p.write_text(json.dumps(done, indent=1)))
+            if not entry["done"]:
+                return False
+        return True
+
+    def run_command(self, title, arguments, log):
+        """Run one script, its output appended to `log`. False if time was up first. Raises UserError."""
+        with open(log, "a") as file, self.lock:
+            if self.stop or time.time() > self.deadline:
+                return False
+            print(f"{time.strftime('%H:%M:%S')} {title}", flush=True)
+            file.write(f"\n$ python {shlex.join(arguments)}\n")
+            file.flush()
+            script = Path(__file__).with_name(arguments[0])
+            process = subprocess.Popen([sys.executable, script, *arguments[1:]], stdout=file, stderr=file,
+                                       env=os.environ | {"OMP_NUM_THREADS": str(self.args.threads)})
+            self.running.add(process)
+        left = None if math.isinf(self.deadline) else max(0.0, self.deadline - time.time())
+        try:
+            status = process.wait(left)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            process.terminate()
+            process.wait()
+            self.running.discard(process)
+        if self.stop:
+            return False
+        if status:
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1]
+            raise UserError(f"{title} ended with status {status}: {last[-300:]} (all of it: {log})")
+        return True
+
+
+# ------------------------------------------------- results -------------------------------------------------
+
+def read_unit(args, name, seed):
+    """The numbers of one row and seed, from the files its commands left. {measure: number}, and "curve"."""
+    folder = unit_folder(args, name, seed)
+    read = lambda file: json.loads((folder / f"{file}.json").read_text())
+    result = {}
+
+    def add(row, suffix):
+        result.update({f"distance {suffix}": row[DISTANCE], f"gap {suffix}": row["diffusion_gap"]})
+        if "assigned_to_requested_class" in row:
+            result[f"accuracy {suffix}"] = row["assigned_to_requested_class"]
+
+    for stage in ("stage1", "stage2"):
+        recon = read(f"recon_{stage}")
+        result |= {f"psnr {stage}": recon["psnr"], f"recon distance {stage}": recon[DISTANCE],
+                   f"recon accuracy {stage}": recon["reconstructions_assigned_to_their_class"]}
+        for row in read(f"samples_{stage}")["rows"]:
+            add(row, f"{stage} cfg {row['scale']:g}")
+    curve = read("curve")["rows"]
+    add(curve[-1], "stage2 cfg 1")
+    latents = read("latents")[name]
+    result |= {"probe": latents["linear_probe_accuracy"]}
+    for row in latents["mixtures"]:
+        result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
+    records = common.read_metrics(folder / "diffusion")
+    result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
+    if args.plan["unconditional_steps"]:
+        add(read("samples_unconditional")["rows"][-1], "unconditional")
+    done = json.loads((folder / "done.json").read_text())
+    result["minutes"] = sum(entry["seconds"] for entry in done.values()) / 60
+    return result | {"curve": [[row["step"], row[DISTANCE], row["diffusion_gap"],
+                                row["assigned_to_requested_class"]] for row in curve]}
+
+
+# Columns of the two tables: title -> (key, digits, factor). What a setting has not measured is left out.
+TOKENIZERS = {
+    "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
+    "rec. distance, stage 1": ("recon distance stage1", 2, 1), " stage 2": ("recon distance stage2", 2, 1),
+    "class of rec., %": ("recon accuracy stage2", 1, 100), "probe, %": ("probe", 1, 100),
+    "NLL K=1": ("nll full K 1", 2, 1), "K=5": ("nll full K 5", 2, 1), "K=20": ("nll full K 20", 2, 1),
+    "K=50": ("nll full K 50", 2, 1)}
+DIFFUSION = {
+    "loss": ("diffusion loss", 3, 1),
+    "gap": ("gap stage2 cfg 1", 2, 1), "gap, cfg 2": ("gap stage2 cfg 2", 2, 1),
+    "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
+    "distance, stage 1": ("distance stage1 cfg 1", 2, 1),
+    "distance, stage 1, cfg 2": ("distance stage1 cfg 2", 2, 1),
+    "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
+    "uncond. distance": ("distance unconditional", 2, 1), "uncond. gap": ("gap unconditional", 2, 1)}
+
+
+def markdown(rows, columns):
+    """A Markdown table: mean over seeds, and how far the seeds lie on either side of it."""
+    first = next(iter(rows.values()))[0]
+    columns = {title: column for title, column in columns.items() if column[0] in first}
+    lines = ["| row | " + " | ".join(title.strip() for title in columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for key, digits, factor in columns.values():
+            values = [factor * seed[key] for seed in seeds]
+            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(args):
+    """Gather what there is of complete rows: OUT/SETTING.json, tables on the screen, charts and pictures."""
+    plan, out, rows = args.plan, Path(args.out), {}
+    for name in plan["rows"]:
+        try:
+            rows[name] = [read_unit(args, name, seed) for seed in range(plan["seeds"])]
+        except FileNotFoundError:
+            continue                                                         # not measured to the end yet
+    if not rows:
+        return
+    device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
+    result = {"setting": args.setting, "plan": plan, "rows": rows, "seeds": list(range(plan["seeds"])),
+              "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
+              f"{plan['samples']} samples, Euler; distances in features of a classifier trained on the "
+              "real images (not FID)"}
+    common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
+    tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
+    print(f"\n{tables}\n\n{result['protocol']}")
+    common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
+    panels = {}
+    for column, title in ((1, "distance to real images"), (2, "diffusion gap"),
+                          (3, "share of the class asked for")):
+        panels[f"{title}, not guided"] = {
+            name: [(step[0], step[column]) for step in np.mean([seed["curve"] for seed in seeds], 0)]
+            for name, seeds in rows.items()}
+    pictures = {"curves": line_chart(panels, "diffusion step")}
+    panels = {}
+    for kind in ("full", "diagonal"):
+        keys = [key for key in next(iter(rows.values()))[0] if key.startswith(f"nll {kind} K ")]
+        panels[f"NLL of held-out latents, {kind}"] = {
+            name: [(int(key.split()[-1]), np.mean([seed[key] for seed in seeds])) for key in keys]
+            for name, seeds in rows.items()}
+    pictures["mixtures"] = line_chart(panels, "K", log_x=True)
+    pictures["samples"] = sample_sheet(args, rows)
+    for name, picture in pictures.items():
+        common.atomic_write(out / f"{args.setting}_{name}.png", lambda p: picture.save(p, "PNG"))
+    print(f"wrote {out}/{args.setting}.json, .md, _{'.png, _'.join(pictures)}.png")
+
+
+def sample_sheet(args, rows):
+    """The last picture of samples of every row's first seed, one below the other."""
+    sheets = [Image.open(sorted((unit_folder(args, name, 0) / "diffusion").glob("grid_*.png"))[-1])
+              for name in rows]
+    width, height = max(s.width for s in sheets), max(s.height for s in sheets) + 22
+    picture = Image.new("RGB", (width, height * len(sheets)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for number, (name, sheet) in enumerate(zip(rows, sheets)):
+        draw.text((6, number * height + 3), name, fill="black", font=font)
+        picture.paste(sheet, (0, number * height + 22))
+    return picture
+
+
+def main(argv=None):
+    """Run the command line (argv without the program's name; None: sys.argv)."""
+    parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--setting", choices=tuple(SETTINGS), default="quick", help="how much (default quick)")
+    add("--data", default="cifar10",
+        help="labelled images: cifar10 (downloaded once), a folder or an .npz file")
+    add("--out", help="default: runs/study-SETTING")
+    add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
+    add("--seeds", type=int, help="seeds 0 .. N-1 (default: the setting's)")
+    add("--jobs", type=int, default=0, help="commands at a time (default: as many as cores, 4 at most)")
+    add("--minutes", type=float, default=0, help="stop after so long; the same command goes on from there")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse_args(argv)
+    args.plan = dict(SETTINGS[args.setting])
+    args.plan |= {key: getattr(args, key) for key in ("rows", "seeds") if getattr(args, key) is not None}
+    if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
+        raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
+    args.out = args.out or f"runs/study-{args.setting}"
+    cores = os.cpu_count()
+    args.jobs = args.jobs or min(4, cores)
+    args.threads = max(1, cores // args.jobs)
+    _, _, device = common.start_processes(args.device)
+    args.kind, study = device.type, Study(args)
+    # The classifier comes first, or the first commands would all train it.
+    load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
+                                       cache=f"{args.out}/cache",
+                                       classifier_steps=args.plan["classifier_steps"]), args.data, 32)
+    finished = study.run()
+    report(args)
+    print("done" if finished else "time is up; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,74 @@
+"""The study: every command runs, what is done stays done, and its tables say what was measured."""
+import json
+
+import numpy as np
+import pytest
+
+import study
+from common import UserError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twenty random 32-px images of two classes."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, arr_0=rng.integers(0, 256, (20, 32, 32, 3), np.uint8), arr_1=np.arange(20) % 2)
+    return path
+
+
+def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys):
+    command = ["--setting", "smoke", "--rows", "MAETok (HOG)", "--data", str(images), "--out",
+               str(tmp_path), "--device", "cpu"]
+    study.main([*command, "--minutes", "0.0001"])                     # time is up before the first command
+    assert "time is up" in capsys.readouterr().out
+    study.main(command)
+    result = json.loads((tmp_path / "smoke.json").read_text())
+    seed = result["rows"]["MAETok (HOG)"][0]
+    assert [step for step, *_ in seed["curve"]] == [1, 2, 3]
+    folder = tmp_path / "maetok-hog_0"
+    guided = json.loads((folder / "samples_stage1.json").read_text())["rows"][1]
+    assert guided["scale"] == 2 and seed["gap stage1 cfg 2"] == guided["diffusion_gap"]
+    # Both stages have one encoder: PCA and mixtures of its latents are the row's, its decoders differ.
+    assert seed["psnr stage1"] != seed["psnr stage2"]
+    assert f"| MAETok (HOG) | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
+    for picture in ("curves", "mixtures", "samples"):
+        assert (tmp_path / f"smoke_{picture}.png").exists()
+    log = (folder / "log.txt").read_text()
+    study.main(command)
+    assert (folder / "log.txt").read_text() == log                                # nothing was run twice
+    with pytest.raises(UserError, match="other options"):
+        study.main([*command[:-2], "--device", "auto"])
+
+
+def test_a_failed_command_is_named_with_its_log(images, tmp_path):
+    command = ["--setting", "smoke", "--rows", "AE", "--data", str(images), "--out", str(tmp_path)]
+    folder = tmp_path / "ae_0" / "stage1"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="stage1 ended with status 2.*delete them to start anew.*log.txt"):
+        study.main(command)
+
+
+def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():
+    rows = {"AE": [{"psnr stage1": 20.0, "probe": 0.25}, {"psnr stage1": 21.0, "probe": 0.35}]}
+    columns = {"PSNR": ("psnr stage1", 2, 1), "probe, %": ("probe", 1, 100), "gone": ("nowhere", 1, 1)}
+    assert study.markdown(rows, columns).splitlines() == [
+        "| row | PSNR | probe, % |", "|---|---|---|", "| AE | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
+
+
+def test_every_setting_has_rows_of_equal_latents_and_steps():
+    """What "at equal steps and latent size" needs, from the trainers' own configurations."""
+    from train_tokenizer import PRESETS, Config
+    args = study.argparse.Namespace(plan=study.SETTINGS["full"], out="x", data="shapes", device="cpu")
+    sizes = set()
+    for name, (preset, options, _) in study.ROWS.items():
+        values = {k: v for part in preset.split(",") for k, v in PRESETS[part].items()}
+        words = [str(a) for a in study.commands(args, name, 0)["stage1"]]
+        given = lambda option: int(words[len(words) - 1 - words[::-1].index(option) + 1])
+        values |= dict(num_latents=given("--num-latents"), steps=given("--steps"))
+        if "--latent-dim" in words:
+            values["latent_dim"] = given("--latent-dim")
+        config = Config(**values)
+        tokens = config.num_latents if config.learnable_latents else (config.image_size // config.patch_size) ** 2
+        sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
+    assert sizes == {(256, 6400, 3, 96)}
