@@ -47,9 +47,9 @@ ROWS = {
 }
 SETTINGS = {
     "quick": dict(rows=list(ROWS)[:4], seeds=2, steps=2400, stage2_steps=800, diffusion_steps=3000,
-                  unconditional_steps=0, samples=1000, classifier_steps=4000),
+                  unconditional_steps=0, samples=1000, classifier_steps=3000),
     "full": dict(rows=list(ROWS), seeds=2, steps=6400, stage2_steps=2400, diffusion_steps=9000,
-                 unconditional_steps=4500, samples=2000, classifier_steps=4000),
+                 unconditional_steps=4500, samples=2000, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
                   unconditional_steps=3, samples=4, classifier_steps=2),
@@ -327,6 +327,7 @@ def main(argv=None):
     args.threads = max(1, cores // args.jobs)
     _, _, device = common.start_processes(args.device)
     args.kind, study = device.type, Study(args)
+    torch.set_num_threads(args.threads)
     # The classifier comes first, or the first commands would all train it.
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
