@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -48,6 +50,33 @@ def run(main):
     sys.stdout.flush()
     if status:
         os._exit(status) if dist.is_initialized() else sys.exit(status)
+
+
+# ------------------------------------------------- layers -------------------------------------------------
+
+def _amd_processor():
+    """True on an AMD processor whose float32 matrix products PyTorch leaves to Intel's MKL."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+AMD_PROCESSOR = _amd_processor()
+
+
+class Linear(nn.Linear):
+    """nn.Linear; on AMD processors (B, T, D) float32 goes through a 1 x 1 convolution, which is faster. [ours]
+
+    PyTorch gives matrix products on x86 to MKL, which keeps to half-wide vectors on AMD; convolutions go to
+    oneDNN, which does not. The sum is the same, and so is the memory: (B, T, D) is a channels-last picture of
+    1 x T pixels. Twice the speed for whole layers of the small presets, README "Speed".
+    """
+
+    def forward(self, x):
+        if not (AMD_PROCESSOR and x.is_cpu and x.ndim == 3 and x.dtype == torch.float32
+                and not torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        picture = x.transpose(1, 2).unsqueeze(2)                                                # (B, D, 1, T)
+        return F.conv2d(picture, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
 
 
 # ---------------------------------------------- configuration ----------------------------------------------

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import Linear
 from maetok import rotate
 from sit import LabelEmbedder, SiTConfig, TimestepEmbedder, modulate, position_table
 
@@ -84,8 +85,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
@@ -106,8 +107,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width, hidden):
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)                      # both first matrices, one product
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)                      # both first matrices, one product
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x):
         a, b = self.w12(x).chunk(2, -1)

@@ -25,6 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import Linear
+
 
 @dataclass
 class MAETokConfig:
@@ -189,8 +191,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x, rope):
         B, T, D = x.shape
@@ -227,7 +229,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulation_dim)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
         self.layer_scale1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.layer_scale2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.modulation = (nn.Sequential(nn.SiLU(), nn.Linear(modulation_dim, 4 * width))
@@ -294,7 +296,7 @@ class Encoder(nn.Module):
         super().__init__()
         c, D = config, config.width
         self.patch_size = c.patch_size
-        self.patch_embed = nn.Linear(3 * c.patch_size ** 2, D)
+        self.patch_embed = Linear(3 * c.patch_size ** 2, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))                                # m of [Sec. 3.2]
         self.class_token = nn.Parameter(torch.zeros(1, 1, D)) if c.class_token else None
         self.positions = PositionTable(c.image_size // c.patch_size, D) if c.ape != "none" else None
@@ -349,7 +351,7 @@ class Decoder(nn.Module):
             self.latent_positions = nn.Parameter(torch.zeros(1, c.num_latents, width))      # 1D APE
         self.transformer = Transformer(depth, width, heads, c.mlp_ratio, c.rope,
                                        modulation_dim=c.latent_dim if c.latent_modulation else 0)
-        self.head = nn.Linear(width, out_dim)
+        self.head = Linear(width, out_dim)
 
     def image_tokens(self, latents, grid):
         """latents (B, L, C) -> the image tokens after the last norm, (B, N, D): x-hat of [Eq. 5]."""

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import UserError
+from common import Linear, UserError
 from maetok import Attention, LayerScale
 from weight_files import WeightFile, check_state, find_weights, load_frozen, read_weights
 
@@ -62,8 +62,8 @@ class MLP(nn.Module):
     def __init__(self, width, hidden, kind):
         super().__init__()
         self.kind = kind
-        self.fc1 = nn.Linear(width, hidden * (2 if kind == "swiglu" else 1))
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden * (2 if kind == "swiglu" else 1))
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x):
         x = self.fc1(x)

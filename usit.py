@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import Linear
 from sit import LabelEmbedder, SiTConfig, time_features
 
 
@@ -60,8 +61,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x):
         B, T, D = x.shape
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x, skip=None):

@@ -172,3 +172,22 @@ def test_pictures_hold_what_they_are_given():
     assert pixels.shape[0] == 48 and (pixels[:20, 150:170] == 0).all()
     plot = np.asarray(common.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": []}))
     assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn
+
+
+@pytest.mark.parametrize("batch", [2, 32])                 # PyTorch's choice of library depends on it
+def test_linear_by_convolution_is_linear(batch, monkeypatch):
+    plain, ours = torch.nn.Linear(48, 96), common.Linear(48, 96)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(batch, 80, 48, requires_grad=True)
+    g = torch.randn(batch, 80, 96)
+    expected = torch.autograd.grad(plain(x), (x, *plain.parameters()), g)
+    called = []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(common.F, "conv2d", lambda *a: called.append(1) or convolve(*a))
+    for amd in (True, False):
+        monkeypatch.setattr(common, "AMD_PROCESSOR", amd)
+        y = ours(x)
+        assert len(called) == 1 and y.is_contiguous()                             # by convolution on AMD only
+        torch.testing.assert_close(y, plain(x), atol=1e-5, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad(y, (x, *ours.parameters()), g), expected):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
