@@ -70,7 +70,7 @@ def commands(args, name, seed):
     everywhere = ["--data", args.data, "--device", args.device]
     tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
                  "--num-latents", 16, "--aux-depth", 1, *ROWS[name][1], "--steps", s["steps"],
-                 "--stage2-steps", s["stage2_steps"], "--grid-every", s["steps"],
+                 "--grid-every", s["steps"],
                  "--eval-images", images, "--latent-images", images]
     diffusion = ["train_diffusion.py", "--preset", "cifar10", *everywhere, "--seed", seed,
                  "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
@@ -84,7 +84,8 @@ def commands(args, name, seed):
                                      "--num-images", images, "--out", folder / f"recon_{stage}"]
     result = {
         "stage1": [*tokenizer, "--stage", 1, "--out", folder / "stage1"],
-        "stage2": [*tokenizer, "--stage", 2, "--init", folder / "stage1", "--out", folder / "stage2"],
+        "stage2": [*tokenizer, "--stage", 2, "--init", folder / "stage1", "--stage2-steps", s["stage2_steps"],
+                   "--out", folder / "stage2"],
         **measure,
         "latents": ["evaluate.py", "latents", folder / "stage2", "--names", name, *everywhere,
                     "--train-images", 4 * images, "--test-images", images, "--dims", 2 if tiny else 32,
