@@ -5,7 +5,10 @@ BIN := .venv/bin
 # machine does something else as well.
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 
-.PHONY: demo test
+# Labelled images for the study: cifar10 is downloaded once; or a folder of it.
+DATA ?= cifar10
+
+.PHONY: demo study test
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 demo: .venv/runtime
@@ -19,6 +22,10 @@ demo: .venv/runtime
 	$(TORCHRUN) sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 100 --num-images 1000 --out runs/demo/samples.npz
 	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier \
 		--reference-images 2000 --tokenizer runs/demo/tokenizer
+
+# The paper's comparison of autoencoders on CIFAR-10, about two hours on two cores; run again to go on.
+study: .venv/runtime
+	$(BIN)/python study.py --data $(DATA)
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

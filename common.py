@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import inspect
 import json
@@ -26,6 +27,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
@@ -226,6 +228,12 @@ def all_mean(values):
     return values
 
 
+def to_device(tensor, device):
+    """A CPU tensor on `device`. On CUDA by way of pinned memory, or the host would wait until the GPU has
+    done all it was given before, and the GPU then for the host."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def autocast_dtype(name, device):
     """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, else float32."""
     if name == "auto":
@@ -235,6 +243,25 @@ def autocast_dtype(name, device):
     return getattr(torch, name)
 
 
+# ----------------------------------------- activation checkpointing -----------------------------------------
+
+def recompute(function, *inputs):
+    """function(*inputs) under activation checkpointing: of all that it computes only the inputs are kept, and
+    the backward pass calls it a second time. It may have no side effects and draw no random numbers.
+    """
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)                       # a frozen network, say; torch.compile fails on these
+
+
+def recompute_blocks(network, kinds):
+    """Put every module of `network` that is of one of these classes under activation checkpointing."""
+    for module in network.modules():
+        if isinstance(module, kinds):
+            # a partial, not a closure: in a deep copy, as EMA makes one, it belongs to the copy
+            module.forward = functools.partial(recompute, module.forward)
+
+
 # ------------------------------------------------ EMA ------------------------------------------------
 
 class EMA:
@@ -242,19 +269,30 @@ class EMA:
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
     start for tens of thousands of steps. By step 90,000 the two are the same.
+    place: "auto", beside the model, or "cpu", which saves a GPU one copy of the weights and costs their way
+    to the host in every step.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model, decay, place="auto"):
+        if place not in ("auto", "cpu"):
+            raise UserError(f"--ema-device {place}: choose auto or cpu")
         self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        if place == "cpu":
+            self.model.cpu()
 
     @torch.no_grad()
     def update(self, model):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(weight.detach(), 1 - decay)
+            average.lerp_(weight.detach().to(average.device), 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+    def on(self, device):
+        """The averaged model on `device`, to be used at once: itself, or a copy if it is kept elsewhere."""
+        here = next(self.model.parameters()).device.type == device.type
+        return self.model if here else copy.deepcopy(self.model).to(device)
 
 
 def fingerprint(model):

@@ -35,11 +35,11 @@ def sobel(images):
     return gx, gy
 
 
-def gaussian_window(cell_size):
+def gaussian_window(cell_size, device=None):
     """(2*cell, 2*cell) float32 window of sigma = cell_size, sum 1: 16 x 16 with sigma 8 for the usual cell.
     [MaskFeat]"""
     size = 2 * cell_size
-    i = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    i = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
     w = torch.exp(-0.5 * (i / cell_size) ** 2)
     return torch.outer(w, w) / w.sum() ** 2
 
@@ -82,7 +82,7 @@ def hog_features(images, patch_size, cell_size=8, bins=9):
     orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
     # MaskFeat lays one 16-px window after the other over the image, not one around each cell.
-    window = gaussian_window(c).to(images.device).repeat(H // (2 * c) + 1, W // (2 * c) + 1)
+    window = gaussian_window(c, images.device).repeat(H // (2 * c) + 1, W // (2 * c) + 1)
     magnitude *= window[:H, :W]
 
     def cells(x):                                                                   # -> (B, 3, H/c, W/c, c*c)

@@ -10,6 +10,7 @@ Two discriminators: DinoDiscriminator, trainable heads on a frozen DINO ViT-S/16
 PatchDiscriminator, a small convolutional network that needs no weights from elsewhere [ours].
 Images are (B, 3, H, W) float in [-1, 1] throughout.
 """
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 import common
 from hog import hog_features
 from maetok import masked_feature_loss
-from pretrained import IMAGENET, load_lpips_heads, load_teacher, load_vgg16, load_vit, normalize
+from pretrained import (IMAGENET, ViTBlock, channel_constants, load_lpips_heads, load_teacher, load_vgg16,
+                        load_vit, normalize)
 from text import text_loss
 
 
@@ -42,7 +44,7 @@ class LPIPS:
         self.vgg, self.heads = vgg, heads
 
     def features(self, images):
-        shift, scale = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.SHIFT, self.SCALE))
+        shift, scale = (channel_constants(v, images.device) for v in (self.SHIFT, self.SCALE))
         # Unit length over channels at each place. The sum is guarded too: the derivative of a root at 0 is
         # infinite, and flat patches do give features that are 0 in every channel.
         return [f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt().add(1e-10)
@@ -51,8 +53,11 @@ class LPIPS:
     def __call__(self, a, b):
         """Distance of each pair: two (B, 3, H, W) in [-1, 1] -> (B,) float32. Gradients go to both images."""
         with torch.autocast(a.device.type, enabled=False):
-            pairs = zip(self.features(a.float()), self.features(b.float()), self.heads)
-            return sum(F.conv2d((f - g).square(), w.to(f)).mean((1, 2, 3)) for f, g, w in pairs)
+            return self.distance(a.float(), *self.features(b.float()))
+
+    def distance(self, a, *b_features):
+        pairs = zip(self.features(a), b_features, self.heads)
+        return sum(F.conv2d((f - g).square(), w.to(f)).mean((1, 2, 3)) for f, g, w in pairs)
 
 
 # ------------------------------------------- adversarial losses -------------------------------------------
@@ -295,10 +300,17 @@ def build_objective(config, device):
     teachers = {name: load_teacher(name, config.patch_size, **where, **style)
                 for name in config.aux_targets if name not in ("hog", "text") and config.stage != "2"}
     lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where)) if config.percep_weight else None
+    if lpips is not None and config.checkpointing:
+        lpips.distance = functools.partial(common.recompute, lpips.distance)
     if config.disc == "none":
         return Objective(teachers, lpips, None)
-    discriminator = (PatchDiscriminator(config.image_size) if config.disc == "patch" else
-                     DinoDiscriminator(load_vit("dino-s", 16, gelu="tanh", **where)))
+    if config.disc == "patch":
+        discriminator = PatchDiscriminator(config.image_size)
+    else:
+        dino = load_vit("dino-s", 16, gelu="tanh", **where)
+        if config.checkpointing:      # not the heads: a second call would turn spectral norm's vectors again
+            common.recompute_blocks(dino, ViTBlock)
+        discriminator = DinoDiscriminator(dino)
     # LeCAM's average moves once a forward pass: with accumulation, as far in all as in one step of the whole.
     return Objective(teachers, lpips, Adversary(discriminator, 0.999 ** (1 / config.accumulate)).to(device))
 

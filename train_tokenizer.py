@@ -30,7 +30,7 @@ from data import GlobalBatches, build_dataset, collate, some_images, to_float, t
 from hog import hog_dim, hog_features, hog_picture
 from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_targets, diff_augment, distance,
                     generator_loss)
-from maetok import (MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
+from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
                     random_mask, unpatchify)
 from metrics import psnr
 from pretrained import TEACHERS
@@ -52,6 +52,9 @@ class Config(MAETokConfig):
     device: str = "auto"         # auto, cpu, cuda or mps
     dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
+    checkpointing: bool = False  # keep only the inputs of blocks and losses for the backward pass, which
+                                 # computes the rest again: less memory, more time
+    ema_device: str = "auto"     # where the averaged weights are kept: auto (beside the model) or cpu
     workers: int = -1            # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
     data: str = ""               # shapes, captioned-shapes, cifar10, a folder or an .npz file; see data.py
@@ -208,8 +211,9 @@ ABLATIONS = {
 }
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
-FREE = {"out", "stage", "init", "device", "dtype", "compile", "workers", "accumulate", "data_root",
-        "log_every", "save_every", "keep", "grid_every", "eval_images", "latent_images", "weights_dir"}
+FREE = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
+        "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "eval_images",
+        "latent_images", "weights_dir"}
 
 
 # ------------------------------------------- schedules and draws -------------------------------------------
@@ -311,22 +315,22 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                 raise batch
             images = to_float(batch[0].to(device, non_blocking=True))                # (B, 3, H, W) in [-1, 1]
             num_patches = (images.shape[-1] // config.patch_size) ** 2
-            mask = random_mask(step_rngs(config, "mask", step, positions),
-                               num_patches, low, high).to(device)                      # (B, N)
+            mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
+            mask = common.to_device(mask, device)                                    # (B, N)
             noise = None
             if config.variational and stage == 1:
                 latent_shape = (config.num_latents if config.learnable_latents else num_patches,
                                 config.latent_dim)
                 draws = [rng.standard_normal(latent_shape, np.float32)
                          for rng in step_rngs(config, "noise", step, positions)]
-                noise = torch.from_numpy(np.stack(draws)).to(device)                 # (B, L, C)
+                noise = common.to_device(torch.from_numpy(np.stack(draws)), device)  # (B, L, C)
             targets = compute_targets(config, images, teachers, *batch[2:]) if stage == 1 else {}
             # nothing hidden: Eq. 8 on all patches
             where = mask if config.mask_high > 0 else torch.ones_like(mask)
             draws = None
             if adversarial and (config.diffaug or config.consistency > 0):
                 draws = [rng.random(34, np.float32) for rng in step_rngs(config, "augment", step, positions)]
-                draws = torch.from_numpy(np.stack(draws)).to(device)                 # (B, 34)
+                draws = common.to_device(torch.from_numpy(np.stack(draws)), device)  # (B, 34)
 
             with contextlib.ExitStack() as stack:
                 if world > 1 and micro + 1 < config.accumulate:
@@ -407,7 +411,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                                 | {"img/s": f"{rate:.0f}"}, refresh=False)
         bar.update()
         if rank == 0 and drawing:
-            save_grid(config, stage, ema.model, test_set, out / f"grid_{step:07d}.png", device)
+            save_grid(config, stage, ema.on(device), test_set, out / f"grid_{step:07d}.png", device)
         if saving:
             save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world)
     bar.close()
@@ -624,7 +628,9 @@ def main(argv=None):
                             "or an --out with a finished stage 1")
         step = config.steps
     model.to(device)
-    ema = common.EMA(model, config.ema)
+    if config.checkpointing:
+        common.recompute_blocks(model, Block)
+    ema = common.EMA(model, config.ema, config.ema_device)
     optimizer = build_optimizer(config, model, device)
     adversary_optimizer = build_optimizer(config, adversary, device) if adversary else None
     if state is not None:
@@ -654,20 +660,22 @@ def main(argv=None):
             # and whose latents are decoded.
             model.load_state_dict(ema.model.state_dict())
             model.freeze_encoder()
-            stage, ema, optimizer = 2, common.EMA(model, config.ema), build_optimizer(config, model, device)
-            measured = False
+            ema = common.EMA(model, config.ema, config.ema_device)
+            stage, optimizer, measured = 2, build_optimizer(config, model, device), False
         step = train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer,
                            train_set, test_set, world, rank, device)
         # The stage is saved by now: should a test image be unreadable,
         # only the measurements are to be made again.
         if rank == 0:
+            averaged = ema.on(device)
             record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
-                      **evaluate(config, ema.model, test_set, objective.teachers, device)}
+                      **evaluate(config, averaged, test_set, objective.teachers, device)}
             common.append_metrics(out, record)
             print(json.dumps(record), flush=True)
-            measure_latents(config, ema.model, train_set, device)
-            model.latent_mean.copy_(ema.model.latent_mean)
-            model.latent_std.copy_(ema.model.latent_std)
+            measure_latents(config, averaged, train_set, device)
+            for part in (model, ema.model):
+                part.latent_mean.copy_(averaged.latent_mean)
+                part.latent_std.copy_(averaged.latent_std)
         measured = True
         save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world,
              measured)

@@ -1,4 +1,5 @@
 """common.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,54 @@ def test_ema_follows_its_closed_form_and_warms_up():
         expected = decay * expected + (1 - decay) * value
     assert abs(ema.model.weight.item() - expected) < 1e-6
     assert ema.model.running_mean.item() == 4.0 and not ema.model.weight.requires_grad
+
+
+def test_ema_kept_elsewhere_is_lent_as_a_copy():
+    model = torch.nn.Linear(2, 2)
+    ema = common.EMA(model, decay=0.5, place="cpu")
+    assert ema.on(torch.device("cpu")) is ema.model
+    lent = ema.on(torch.device("meta"))                              # a second device that every machine has
+    assert lent.weight.is_meta and not ema.model.weight.is_meta and not lent.training
+    with pytest.raises(UserError, match="--ema-device gpu: choose auto or cpu"):
+        common.EMA(model, decay=0.5, place="gpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ema_on_the_cpu_of_a_model_on_a_gpu():
+    model = torch.nn.Linear(2, 2).cuda()
+    here, there = (common.EMA(model, 0.5, place) for place in ("auto", "cpu"))
+    for _ in range(3):
+        torch.nn.init.normal_(model.weight)
+        here.update(model)
+        there.update(model)
+    assert there.model.weight.device.type == "cpu" and there.on(torch.device("cuda", 0)).weight.is_cuda
+    torch.testing.assert_close(here.model.weight.cpu(), there.model.weight)
+
+
+def test_recomputed_blocks_run_again_in_the_backward_pass_and_nowhere_else():
+    calls = []
+
+    class Double(torch.nn.Linear):
+        def forward(self, x):
+            calls.append(self)
+            return torch.tanh(super().forward(x))
+
+    plain = torch.nn.Sequential(*(Double(4, 4) for _ in range(3)))
+    again = copy.deepcopy(plain)
+    common.recompute_blocks(again, Double)
+    x = torch.randn(5, 4, requires_grad=True)
+    for network in (plain, again):
+        network(x).square().sum().backward()
+    assert [calls.count(block) for block in (*plain, *again)] == [1, 1, 1, 2, 2, 2]
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), again.parameters()))
+    assert plain.state_dict().keys() == again.state_dict().keys()
+    # A copy, which an EMA makes, has its own weights; and without gradients there is nothing to do twice.
+    ema = common.EMA(again, 0.5)
+    before, _ = ema.model(x), [p.data.zero_() for p in again.parameters()]
+    calls.clear()
+    with torch.no_grad():
+        assert torch.equal(ema.model(x), before)
+    assert len(calls) == 3
 
 
 # ----------------------------------------------- checkpoints -----------------------------------------------

@@ -52,7 +52,7 @@ def test_equals_scikit_image_where_the_recipes_coincide(monkeypatch):
     # On a sum of a row profile and a column profile Sobel is 4 x the central difference. scikit-image has no
     # Gaussian window and counts the angle from the other axis (hence the transposed image);
     # the border differs by design.
-    monkeypatch.setattr(hog, "gaussian_window", lambda cell: torch.ones(2 * cell, 2 * cell))
+    monkeypatch.setattr(hog, "gaussian_window", lambda cell, device: torch.ones(2 * cell, 2 * cell))
     rng = np.random.default_rng(0)
     image = rng.normal(size=(40, 1)).cumsum(0) + rng.normal(size=(1, 40)).cumsum(1)
     ours = hog_features(torch.tensor(image).float().expand(1, 3, 40, 40), 8)[0].reshape(5, 5, 3, 9)

@@ -69,6 +69,7 @@ def test_every_setting_has_rows_of_equal_latents_and_steps():
         if "--latent-dim" in words:
             values["latent_dim"] = given("--latent-dim")
         config = Config(**values)
-        tokens = config.num_latents if config.learnable_latents else (config.image_size // config.patch_size) ** 2
+        patches = (config.image_size // config.patch_size) ** 2
+        tokens = config.num_latents if config.learnable_latents else patches
         sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
-    assert sizes == {(256, 6400, 3, 96)}
+    assert sizes == {(512, 6000, 3, 96)}

@@ -326,6 +326,20 @@ def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
         train(tmp_path / "cached", tokenizer, "--repa", "dinov2-s")
 
 
+@pytest.mark.parametrize("options", [
+    [], ["--model", "lightningdit", "--guidance-free"], ["--model", "usit"],
+    ["--no-cache", "--repa", "dinov2-s", "--repa-block", "1", "--random-frozen", "--accumulate", "2"]])
+def test_checkpointing_gives_the_same_weights_bit_for_bit(tmp_path, tokenizer, options):
+    options = [*options, "--steps", 4, "--save-every", 4]
+    plain, less = (train(tmp_path / name, tokenizer, *options, *more)
+                   for name, more in (("plain", []), ("less", ["--checkpointing", "--ema-device", "cpu"])))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "less")
+    for part in ("model", "ema"):
+        assert all(torch.equal(plain[part][name], less[part][name]) for name in plain[part])
+    # It may be switched on and off between the parts of a run.
+    train(tmp_path / "less", tokenizer, *options)
+
+
 def test_autoguidance_from_an_earlier_checkpoint(tmp_path, diffusion, tokenizer):
     train(tmp_path / "early", tokenizer, "--lr", "2e-3")
     images = {}

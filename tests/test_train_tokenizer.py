@@ -1,4 +1,5 @@
 """train_tokenizer.py: presets, schedules, stages, exact resumption, process counts, crashes and bad input."""
+import copy
 import json
 import os
 import signal
@@ -12,13 +13,16 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import losses
+import maetok
 import train_tokenizer as trainer
 from common import UserError
 from data import Shapes
 from maetok import MAETok
+from pretrained import ViTConfig, VisionTransformer
 from train_tokenizer import ABLATIONS, PRESETS, SCALES, Config
 
 TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
@@ -525,7 +529,67 @@ def test_a_missing_weight_file_is_one_line(tmp_path, monkeypatch):
 
 
 
+# ------------------------------------------- speed and memory -------------------------------------------
+
+def test_checkpointing_gives_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses.DinoDiscriminator, "SIZE", 32)
+    monkeypatch.setattr(losses, "load_vit", lambda *args, **options: VisionTransformer(
+        ViTConfig(32, 12, 2, 16, 14), 16).eval().requires_grad_(False))                    # a narrow DINO
+    options = ("--disc dino --disc-start 1 --percep-weight 1 --percep-warmup 2 "
+               "--random-frozen --steps 3 --stage2-steps 1 --batch-size 4 --accumulate 2 "
+               "--eval-images 2").split()
+    plain = train(tmp_path / "plain", *options)
+    calls, block = [], maetok.Block.forward
+    monkeypatch.setattr(maetok.Block, "forward",
+                        lambda self, *x: (calls.append(self.training), block(self, *x))[1])
+    less = train(tmp_path / "less", *options, "--checkpointing")
+    assert logged_losses(tmp_path / "plain") == logged_losses(tmp_path / "less")
+    assert_same_weights(plain, less)
+    assert all(torch.equal(plain["adversary"][k], less["adversary"][k]) for k in plain["adversary"])
+    # Two micro-batches a step. Stage 1: encoder, decoder and auxiliary decoder of one block, twice each;
+    # stage 2: the decoder twice, the frozen encoder once.
+    assert sum(calls) == 2 * (3 * 3 * 2 + 1 * (2 + 1))
+
+
+def test_checkpointing_in_two_processes_with_the_gan(tmp_path):
+    options = [*GAN, "--accumulate", "2", "--steps", "5", "--stage", "1"]
+    train(tmp_path / "one", *options)
+    two = run(command(tmp_path / "two", *options, "--checkpointing", launcher=torchrun(2)))
+    assert two.returncode == 0, two.stderr
+    np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), rtol=1e-3)
+
+
+def test_averaged_weights_on_another_device_end_in_the_same_checkpoint(tmp_path, monkeypatch):
+    near = train(tmp_path / "near", "--grid-every", "3")
+    monkeypatch.setattr(common.EMA, "on", lambda self, device: copy.deepcopy(self.model))    # as from a CPU
+    far = train(tmp_path / "far", "--grid-every", "3", "--ema-device", "cpu")
+    assert_same_weights(near, far)
+    assert far["ema"]["latent_std"] != 1
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading a number, and sizes that depend on values."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select",
+                                                           "is_nonzero", "equal")
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_never_reads_a_number_back(tmp_path, monkeypatch):
+    """As many reads in 7 steps as in 4: those of logging, saving and measuring, once a stage."""
+    counts = []
+    for steps in (4, 7):
+        with CountReads() as mode:
+            train(tmp_path / str(steps), *GAN, "--variational", "--steps", str(steps), "--stage", "1",
+                  "--log-every", "100", "--save-every", "100")
+        counts.append(mode.count)
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_bfloat16_and_compile(tmp_path):
-    state = train(tmp_path, "--device", "cuda", "--dtype", "bfloat16", "--compile")
+@pytest.mark.parametrize("less", [[], ["--checkpointing", "--ema-device", "cpu"]])
+def test_cuda_bfloat16_and_compile(tmp_path, less):
+    state = train(tmp_path, "--device", "cuda", "--dtype", "bfloat16", "--compile", *less)
     assert state["step"] == 10 and np.isfinite(logged_losses(tmp_path)).all()
