@@ -370,10 +370,11 @@ class EfficientNetTeacher:
         images, net, features = images.float().contiguous(memory_format=torch.channels_last), self.network, []
         # Eight images at a time stay in a CPU's cache: another 2.3 times as fast.
         for x in images.split(8) if images.device.type == "cpu" else [images]:
-            x = F.interpolate(x, size, mode="bilinear")
-            x = net._swish(net._bn0(net._conv_stem(x)))             # it was trained on images in [-1, 1]
-            for block in net._blocks:
-                x = block(x)
+            with torch.autocast(x.device.type, enabled=False):
+                x = F.interpolate(x, size, mode="bilinear")
+                x = net._swish(net._bn0(net._conv_stem(x)))         # it was trained on images in [-1, 1]
+                for block in net._blocks:
+                    x = block(x)
             features.append(x)
         return F.layer_norm(torch.cat(features).flatten(2).transpose(1, 2), (self.dim,))
 

