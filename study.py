@@ -258,20 +258,23 @@ def markdown(rows, columns):
 
 
 def report(args):
-    """Gather what there is of complete rows: OUT/SETTING.json, tables on the screen, charts and pictures."""
+    """Gather what is complete: OUT/SETTING.json, tables on the screen, charts and pictures."""
     plan, out, rows = args.plan, Path(args.out), {}
     for name in plan["rows"]:
-        try:
-            rows[name] = [read_unit(args, name, seed) for seed in range(plan["seeds"])]
-        except FileNotFoundError:
-            continue                                                         # not measured to the end yet
+        for seed in range(plan["seeds"]):
+            try:
+                rows.setdefault(name, []).append(read_unit(args, name, seed))
+            except FileNotFoundError:
+                continue                                                     # not measured to the end yet
+    rows = {name: seeds for name, seeds in rows.items() if seeds}
     if not rows:
         return
     device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
-    result = {"setting": args.setting, "plan": plan, "rows": rows, "seeds": list(range(plan["seeds"])),
+    result = {"setting": args.setting, "plan": plan, "rows": rows,
               "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
               f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the features of "
-              "a classifier trained on the real images (not FID)"}
+              "a classifier trained on the real images (not FID); seeds of each row: "
+              + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
     tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
     print(f"\n{tables}\n\n{result['protocol']}")
