@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -345,6 +346,7 @@ def main(argv=None):
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
                                        classifier_steps=args.plan["classifier_steps"]), args.data, 32)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # kill ends the commands as Ctrl-C does
     finished = study.run()
     report(args)
     print("done" if finished else "time is up; the same command goes on from here")
