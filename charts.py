@@ -33,24 +33,27 @@ def _axes(draw, font, panel, title, xlabel, low, high, unscale):
 
 
 def line_chart(panels, xlabel, log_x=False, log_y=False):
-    """panels: title -> {name of a series: [(x, y), ...]}. Marks at the points; a legend where there is more
-    than one series. Returns a PIL image."""
+    """panels: title -> {name of a series: [(x, y) or (x, y, lowest y, highest y), ...]}. Marks at the points,
+    a whisker from lowest to highest; a legend where there is more than one series. Returns a PIL image."""
     sheet = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     scale = [math.log10 if log else float for log in (log_x, log_y)]
     unscale = [(lambda v: 10 ** v) if log else float for log in (log_x, log_y)]
     for panel, (title, series) in enumerate(panels.items()):
-        series = {name: [(scale[0](x), scale[1](y)) for x, y in points] for name, points in series.items()}
-        every = np.array([point for points in series.values() for point in points])
+        series = {name: [(scale[0](x), *map(scale[1], ys)) for x, *ys in points]
+                  for name, points in series.items()}
+        every = np.array([(x, y) for points in series.values() for x, *ys in points for y in ys])
         to_pixel = _axes(draw, font, panel, title, xlabel, every.min(0), every.max(0), unscale)
         # The legend stands on the right where the curves do not end.
         ends = np.mean([points[-1][1] for points in series.values()])
         legend = PANEL[1] - BOTTOM - 8 - 15 * len(series) if ends > every[:, 1].mean() else TOP + 6
         for number, (name, points) in enumerate(series.items()):
-            colour, pixels = COLOURS[number % len(COLOURS)], [to_pixel(*point) for point in points]
+            colour, pixels = COLOURS[number % len(COLOURS)], [to_pixel(x, y) for x, y, *_ in points]
             draw.line(pixels, fill=colour, width=2)
             for x, y in pixels:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            for x, _, *spread in points:
+                draw.line([to_pixel(x, y) for y in spread], fill=colour, width=3)
             if len(series) > 1:
                 corner = (panel + 1) * PANEL[0] - RIGHT - 6, legend + 15 * number
                 draw.text(corner, name, fill=colour, font=font, anchor="ra")

@@ -252,10 +252,15 @@ def markdown(rows, columns):
         cells = []
         for key, digits, factor in columns.values():
             values = [factor * seed[key] for seed in seeds]
-            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{spread}")
+            both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{both}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(values):
+    """(mean, lowest, highest), for a chart."""
+    return np.mean(values), min(values), max(values)
 
 
 def report(args):
@@ -273,8 +278,8 @@ def report(args):
     device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
     result = {"setting": args.setting, "plan": plan, "rows": rows,
               "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
-              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the features of "
-              "a classifier trained on the real images (not FID); seeds of each row: "
+              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the features "
+              "of a classifier trained on the real images (not FID); seeds of each row: "
               + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
     tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
@@ -284,14 +289,14 @@ def report(args):
     for column, title in ((1, "distance to real images"), (2, "diffusion gap"),
                           (3, "share of the class asked for")):
         panels[f"{title}, not guided"] = {
-            name: [(step[0], step[column]) for step in np.mean([seed["curve"] for seed in seeds], 0)]
-            for name, seeds in rows.items()}
+            name: [(points[0][0], *spread([point[column] for point in points]))
+                   for points in zip(*(seed["curve"] for seed in seeds))] for name, seeds in rows.items()}
     pictures = {"curves": line_chart(panels, "diffusion step")}
     panels = {}
     for kind in ("full", "diagonal"):
         keys = [key for key in next(iter(rows.values()))[0] if key.startswith(f"nll {kind} K ")]
         panels[f"NLL of held-out latents, {kind}"] = {
-            name: [(int(key.split()[-1]), np.mean([seed[key] for seed in seeds])) for key in keys]
+            name: [(int(key.split()[-1]), *spread([seed[key] for seed in seeds])) for key in keys]
             for name, seeds in rows.items()}
     pictures["mixtures"] = line_chart(panels, "K", log_x=True)
     pictures["samples"] = sample_sheet(args, rows)

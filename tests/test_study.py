@@ -4,7 +4,9 @@ import json
 import numpy as np
 import pytest
 
+import charts
 import study
+from charts import line_chart
 from common import UserError
 
 
@@ -73,3 +75,14 @@ def test_every_setting_has_rows_of_equal_latents_and_steps():
         tokens = config.num_latents if config.learnable_latents else patches
         sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
     assert sizes == {(512, 6000, 3, 96)}
+
+
+def test_charts_show_how_far_seeds_lie():
+    series = {"a": [(0, 0.0), (1, 5.0, 2.0, 8.0), (2, 10.0)]}
+    chart, plain = (np.array(line_chart({"": {"a": points}}, "x")) for points in
+                    (series["a"], [point[:2] for point in series["a"]]))
+    rows, columns = np.nonzero((chart != plain).any(-1))
+    top, bottom = charts.TOP, charts.PANEL[1] - charts.BOTTOM
+    assert (columns - columns.mean() < 3).all()                                     # one vertical whisker
+    assert rows.min() == pytest.approx(bottom - 0.8 * (bottom - top), abs=2)
+    assert rows.max() == pytest.approx(bottom - 0.2 * (bottom - top), abs=2)
