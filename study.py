@@ -278,8 +278,8 @@ def report(args):
     device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
     result = {"setting": args.setting, "plan": plan, "rows": rows,
               "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
-              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the features "
-              "of a classifier trained on the real images (not FID); seeds of each row: "
+              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the "
+              "features of a classifier trained on the real images (not FID); seeds of each row: "
               + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
     tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
