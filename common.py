@@ -59,18 +59,19 @@ def run(main):
 def _amd_processor():
     """True on an AMD processor whose float32 matrix products PyTorch leaves to Intel's MKL."""
     cpuinfo = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+            and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text())
 
 
 AMD_PROCESSOR = _amd_processor()
 
 
 class Linear(nn.Linear):
-    """nn.Linear; on AMD processors (B, T, D) float32 goes through a 1 x 1 convolution, which is faster. [ours]
+    """nn.Linear; on AMD processors float32 (B, T, D) goes through a 1 x 1 convolution: it is faster. [ours]
 
     PyTorch gives matrix products on x86 to MKL, which keeps to half-wide vectors on AMD; convolutions go to
-    oneDNN, which does not. The sum is the same, and so is the memory: (B, T, D) is a channels-last picture of
-    1 x T pixels. Twice the speed for whole layers of the small presets, README "Speed".
+    oneDNN, which does not. The sum is the same, and a contiguous (B, T, D) is in memory a channels-last
+    picture of 1 x T pixels. Up to twice the speed: README, "Speed".
     """
 
     def forward(self, x):
@@ -269,8 +270,8 @@ class EMA:
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
     start for tens of thousands of steps. By step 90,000 the two are the same.
-    place: "auto", beside the model, or "cpu", which saves a GPU one copy of the weights and costs their way
-    to the host in every step.
+    place: "auto", beside the model, or "cpu", which from the start of training on saves a GPU one copy of the
+    weights and costs their way to the host in every step.
     """
 
     def __init__(self, model, decay, place="auto"):

