@@ -5,11 +5,14 @@ floating-point operations per second that a row achieves by those of a large mat
 measured in the same run, before and after the rows, so that it means something on a noisy machine too. It can
 exceed 100: on AMD processors common.Linear is a convolution, which runs on a faster library; "of conv."
 divides by a large product of that kind. Operations are counted by PyTorch's own counter on the meta device:
-matrix products, convolutions and attention, forward and backward, two operations a multiply-accumulate. What
-else a step does (norms, GELU, optimizer, copies) takes time but counts as nothing.
+matrix products, convolutions and attention, forward and backward, two operations a multiply-accumulate (with
+--checkpointing the full objective's second forward pass too). What else a step does (norms, GELU, optimizer,
+copies) takes time but counts as nothing.
 
 A file of its own because it imports every other one.
 """
+import ctypes
+import gc
 import re
 import statistics
 import time
@@ -56,15 +59,19 @@ def seconds(function, device, repeats, budget=20.0):
 
 
 def reset_peak_memory(device):
-    """On Linux the kernel forgets the process's peak when 5 is written here."""
+    """On Linux the kernel forgets the process's peak when 5 is written here. What the C library keeps of
+    freed memory goes back to the system first, or it would count as the next row's."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device):
-    """GiB since reset_peak_memory: of the GPU's allocator, or resident in this process; None where unknown."""
+    """GiB since reset_peak_memory: of the GPU's allocator, or resident in this process; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     status = Path("/proc/self/status")
@@ -142,7 +149,11 @@ def tokenizer_step(args, full):
         output = tokenizer(x, torch.empty(B, N, dtype=torch.bool))
         (output.reconstruction.sum() + sum(a.sum() for a in output.aux.values())).backward()
 
-    return call, B, None if full else count_flops(on_meta)
+    if full:                        # the frozen networks would not run on the meta device: a real step counts
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return call, B, counter.get_total_flops()
+    return call, B, count_flops(on_meta)
 
 
 def tokenizer_pass(args, decode):
@@ -313,6 +324,5 @@ def measure_speed(args):
     summary["protocol"] = (f"{name}; torch {torch.__version__}; {args.torch_dtype}; median of up to "
                            f"{args.repeats} repeats after warm-up; peak is the median of matrix products "
                            "before, between and after the rows; random weights"
-                           + ("; activation checkpointing in training, whose second forward pass is in no "
-                              "FLOP count" if args.checkpointing else ""))
+                           + ("; activation checkpointing in training" if args.checkpointing else ""))
     return {"rows": result, **summary}, table

@@ -242,6 +242,8 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
                 "--out", tmp_path / "cfg")
         gap = json.loads((tmp_path / "cfg.json").read_text())["rows"][0]["diffusion_gap"]
         assert (gap == pytest.approx(found, rel=1e-6)) == (name == tokenizer)
+    measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "other", "--scales", 2, "--intervals", "0:1",
+            "--guide-ckpt", next(diffusion.glob("step_*05.pt")), "--out", tmp_path / "cfg")
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
     with pytest.raises(UserError, match="another encoder"):
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
@@ -258,6 +260,23 @@ def test_theory_finds_that_more_modes_need_more_samples(tmp_path):
 
 
 # ------------------------------------------------ bad input ------------------------------------------------
+
+def test_speed_counts_every_product_of_a_row(tmp_path):
+    measure("speed", "--only", "SiT-B sampling call, 128", "HOG", "--sample-batch", 1, "--repeats", 1,
+            "--out", tmp_path / "speed")
+    result = json.loads((tmp_path / "speed.json").read_text())
+    T, D, C, depth = 128, 768, 32, 12
+    block = 12 * D * D * T + 2 * T * T * D + 6 * D * D                    # products, attention's two, adaLN
+    around = 2 * T * D * C + 2 * D * D + 256 * D + D * D                  # in and out, last adaLN, time
+    row = result["rows"]["SiT-B sampling call, 128 tokens"]
+    assert list(result["rows"]) == ["HOG, 256 px", "SiT-B sampling call, 128 tokens"]
+    assert row["flops"] == 2 * (depth * block + around)
+    assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
+    assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / result["peak_gflops"] / 1e9)
+    assert 0.1 < row["peak_memory_gib"] < 20                    # its 130 M weights alone are 0.5
+    with pytest.raises(UserError, match="no row"):
+        measure("speed", "--only", "SiT-Z")
+
 
 def test_bad_input_is_named(tmp_path, cache):
     images, labels = shapes(4)

@@ -1,5 +1,6 @@
 """The study: every command runs, what is done stays done, and its tables say what was measured."""
 import json
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +52,50 @@ def test_a_failed_command_is_named_with_its_log(images, tmp_path):
     (folder / "last.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="stage1 ended with status 2.*delete them to start anew.*log.txt"):
         study.main(command)
+
+
+def fake_study(tmp_path, monkeypatch, scripts, jobs=2, minutes=0):
+    """A Study whose rows run these one-line scripts. Each may write a file beside itself."""
+    folder = tmp_path / "scripts"
+    folder.mkdir(exist_ok=True)
+    for name, lines in scripts.items():
+        for number, line in enumerate(lines):
+            (folder / f"{name}{number}.py").write_text(f"import time, pathlib, sys\n{line}\n")
+    monkeypatch.setattr(study, "__file__", str(folder / "study.py"))
+    monkeypatch.setattr(study, "commands", lambda args, name, seed: {
+        str(number): [f"{name}{number}.py", str(tmp_path / f"{name}{number}")]
+        for number in range(len(scripts[name]))})
+    args = study.argparse.Namespace(plan={"rows": list(scripts), "seeds": 1}, out=tmp_path / "out",
+                                    jobs=jobs, minutes=minutes, threads=1)
+    return study.Study(args)
+
+
+TOUCH = "pathlib.Path(sys.argv[1]).open('a').write('x')"
+
+
+def test_one_failure_does_not_end_the_other_rows(tmp_path, monkeypatch):
+    scripts = {"a": ["sys.exit('it broke')", TOUCH], "b": ["time.sleep(1)", TOUCH], "c": [TOUCH]}
+    finished, errors = fake_study(tmp_path, monkeypatch, scripts).run()
+    assert not finished and len(errors) == 1
+    assert "a, seed 0: 0 ended with status 1: it broke" in str(errors[0])
+    assert (tmp_path / "b1").exists() and (tmp_path / "c0").exists() and not (tmp_path / "a1").exists()
+    scripts["a"][0] = TOUCH                                                     # mended: only what is left runs
+    assert fake_study(tmp_path, monkeypatch, scripts).run() == (True, [])
+    assert {name: (tmp_path / name).read_text() for name in ("a0", "a1", "b1", "c0")} == dict.fromkeys(
+        ("a0", "a1", "b1", "c0"), "x")
+
+
+def test_time_up_ends_commands_and_the_next_call_goes_on(tmp_path, monkeypatch):
+    go = tmp_path / "go"
+    scripts = {"a": [TOUCH, f"pathlib.Path({str(go)!r}).exists() or time.sleep(60); {TOUCH}"]}
+    begun = time.time()
+    assert fake_study(tmp_path, monkeypatch, scripts, minutes=0.05).run() == (False, [])
+    assert time.time() - begun < 30 and not (tmp_path / "a1").exists()
+    done = json.loads((tmp_path / "out" / "a_0" / "done.json").read_text())
+    assert done["0"]["done"] and not done["1"]["done"] and done["1"]["seconds"] > 0
+    go.touch()
+    assert fake_study(tmp_path, monkeypatch, scripts).run() == (True, [])
+    assert (tmp_path / "a0").read_text() == (tmp_path / "a1").read_text() == "x"
 
 
 def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():

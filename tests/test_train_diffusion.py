@@ -129,6 +129,17 @@ def test_kill_during_extraction_loses_one_shard_at_most(tmp_path, tokenizer):
     assert len(list((tmp_path / "latents").glob("latents_*.npy"))) == 4
 
 
+def test_some_images_of_a_sorted_data_set_are_of_all_classes(tmp_path, tokenizer):
+    images = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(100) // 10)            # sorted by class
+    data = ["--data", tmp_path / "x.npz", "--steps", 1]
+    train(tmp_path / "some", tokenizer, *data)                                        # --cache-images 40
+    labels = np.load(tmp_path / "some" / "latents" / "labels_00000.npy")
+    assert len(labels) == 40 and len(set(labels)) == 10
+    train(tmp_path / "all", tokenizer, *data, "--cache-images", 0)
+    assert (np.load(tmp_path / "all" / "latents" / "labels_00000.npy") == np.arange(100) // 10).all()
+
+
 def test_no_cache_trains_on_the_same_latents(tmp_path, tokenizer):
     np.savez(tmp_path / "x.npz", np.stack([np.array(Shapes("train", 16, 0)[i][0]) for i in range(40)]),
              np.arange(40) % 10)
