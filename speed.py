@@ -210,13 +210,15 @@ def sit(args, size, tokens, train):
 
 
 def jpeg_loading(args, plain):
-    """A folder's images to (3, 256, 256) tensors in one process: ours, or Pillow's open, resize, crop."""
+    """A folder's images to (3, 256, 256) tensors on one core, as in a loader's worker: ours, or Pillow's open,
+    resize, crop."""
     if not args.images:
         raise UserError("the JPEG rows need --images FOLDER of photos")
     dataset = build_dataset(args.images, "test", 256)
-    files, number = dataset.source.files[:64], iter(range(10 ** 9))
+    files, number, threads = dataset.source.files[:64], iter(range(10 ** 9)), torch.get_num_threads()
 
     def call():
+        torch.set_num_threads(1)
         for index in range(16):
             index = (next(number) + index) % len(files)
             if not plain:
@@ -228,6 +230,7 @@ def jpeg_loading(args, plain):
                 image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
                 left, top = ((side - 256) // 2 for side in image.size)
                 torch.from_numpy(np.array(image.crop((left, top, left + 256, top + 256)))).permute(2, 0, 1)
+        torch.set_num_threads(threads)
 
     return call, 16, None
 
@@ -263,8 +266,8 @@ def all_rows(args):
         "decode": lambda: tokenizer_pass(args, decode=True),
     }
     if args.images:
-        rows |= {"JPEG to tensor": lambda: jpeg_loading(args, plain=False),
-                 "JPEG to tensor, plain Pillow": lambda: jpeg_loading(args, plain=True)}
+        rows |= {"JPEG to tensor, one core": lambda: jpeg_loading(args, plain=False),
+                 "JPEG by plain Pillow, one core": lambda: jpeg_loading(args, plain=True)}
     for size in ("B", "L", "XL"):
         for tokens in (128, 256, 1024):
             for train in (True, False):
