@@ -592,6 +592,7 @@ def main(argv=None):
     add("--repeats", type=int, default=7, help="timed calls of a row at most (default 7)")
     add("--images", help="folder of photos, for the JPEG rows")
     add("--checkpointing", action="store_true", help="training steps with activation checkpointing")
+    add("--plain-linear", action="store_true", help="nn.Linear on AMD processors too, to compare")
     for part, cpu, gpu in (("tokenizer", 2, 64), ("encode", 4, 64), ("sit", 2, 256), ("sample", 4, 64)):
         add(f"--{part}-batch", type=int, default=0,
             help=f"images at 128 tokens (default {cpu}, on GPUs {gpu}; as many tokens at other lengths)")

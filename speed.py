@@ -283,6 +283,7 @@ def measure_speed(args):
     """All rows: (result for JSON, table of strings)."""
     dtype = args.torch_dtype = common.autocast_dtype(args.dtype, args.device)
     cuda = args.device.type == "cuda"
+    common.AMD_PROCESSOR = common.AMD_PROCESSOR and not args.plain_linear
     args.tokenizer_batch = args.tokenizer_batch or (64 if cuda else 2)
     args.encode_batch = args.encode_batch or (64 if cuda else 4)
     args.sit_batch = args.sit_batch or (256 if cuda else 2)
@@ -327,5 +328,6 @@ def measure_speed(args):
     summary["protocol"] = (f"{name}; torch {torch.__version__}; {args.torch_dtype}; median of up to "
                            f"{args.repeats} repeats after warm-up; peak is the median of matrix products "
                            "before, between and after the rows; random weights"
-                           + ("; activation checkpointing in training" if args.checkpointing else ""))
+                           + ("; activation checkpointing in training" if args.checkpointing else "")
+                           + ("; Linear by convolution" if common.AMD_PROCESSOR and not cuda else ""))
     return {"rows": result, **summary}, table
