@@ -352,7 +352,7 @@ def score_samples(args, model, tokenizer, config, network, real, redrawn, scale,
         result["diffusion_gap"] = metrics.frechet_between(fake.pool, redrawn.pool)
     if args.features == "inception":
         result["inception_score"] = metrics.inception_score(fake.logits)[0]
-    elif model.config.num_classes:
+    elif args.features == "classifier" and model.config.num_classes:
         right = fake.logits.argmax(1) == torch.from_numpy(labels)
         result["assigned_to_requested_class"] = right.double().mean().item()
     return result
@@ -503,7 +503,7 @@ def main(argv=None):
     parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, features=("inception", "classifier"), data="the real images"):
+    def command(function, features=("inception", "classifier", "efficientnet"), data="the real images"):
         """A subcommand with the options that all share, and those of feature networks where it uses one."""
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
@@ -517,7 +517,8 @@ def main(argv=None):
         if features:
             add("--features", choices=features, default="inception",
                 help="inception is FID's network; classifier: a small one trained on --data, "
-                     "for data on which FID has no meaning (default inception)")
+                     "for data on which FID has no meaning; efficientnet: EfficientNet-Lite0 from a package "
+                     "(default inception)")
             add("--resize", choices=("tf1", "pytorch-fid"), default="tf1",
                 help="input path of the FID network: the original's, as in ADM's suite, "
                      "or pytorch-fid's (default tf1)")
@@ -527,7 +528,7 @@ def main(argv=None):
         return add
 
     of_run = "the images (default: what the run was trained on)"
-    add = command(recon, ("inception", "classifier", "none"), of_run)
+    add = command(recon, ("inception", "classifier", "efficientnet", "none"), of_run)
     add("run", nargs="?", help="run or checkpoint of train_tokenizer.py")
     add("--released", type=int, choices=tuple(RELEASED), help="instead of a run: the authors' tokenizer")
     add("--size", type=int, default=0, help="px (default: the tokenizer's)")

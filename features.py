@@ -24,7 +24,7 @@ import common
 from common import UserError, sample_rng
 from data import Folder, GlobalBatches, build_dataset, collate, read_npz, to_float
 from metrics import FeatureStatistics
-from pretrained import load_inception
+from pretrained import load_inception, load_teacher
 
 
 # ------------------------------------------- images and processes -------------------------------------------
@@ -143,9 +143,10 @@ def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
 
 
 class ClassifierFeatures(NamedTuple):
-    """What the small classifier offers in place of Inception's output; it has no spatial features."""
+    """What the small classifier offers in place of Inception's output; it has no spatial features.
+    EfficientNet's averaged features have no logits either."""
     pool: torch.Tensor                # (B, 128)
-    logits: torch.Tensor              # (B, num_classes)
+    logits: torch.Tensor | None       # (B, num_classes)
     spatial: None = None
 
 
@@ -180,6 +181,11 @@ def feature_network(args, data, size):
         with common.rank_zero_first(args.rank, args.world):
             network = load_inception(args.weights_dir, args.device)
         return lambda images: network(images, args.resize), f"inception {args.resize}"
+    if args.features == "efficientnet":
+        # ImageNet-trained, from a package; an 8 x 8 grid of features whatever the size, averaged
+        teacher = load_teacher("efficientnet-lite0", size // 8, device=args.device)
+        return (lambda images: ClassifierFeatures(teacher(to_float(images)).mean(1), None),
+                "efficientnet-lite0, stride 16")
     if data is None:
         raise UserError("--features classifier needs --data: labelled real images to train the classifier on")
     model, name = load_classifier(args, data, size)
@@ -193,7 +199,7 @@ def feature_network(args, data, size):
 
 def distance_name(args, kind):
     """What the Fréchet distance is called: rfid or gfid (kind "r", "g") in Inception's features only."""
-    return f"{kind}fid" if args.features == "inception" else "frechet_in_classifier_features_not_fid"
+    return f"{kind}fid" if args.features == "inception" else f"frechet_in_{args.features}_features_not_fid"
 
 
 class Features(NamedTuple):
@@ -221,7 +227,7 @@ def collect(args, network, stream, vectors=0, logits=False):
         if spatial is not None:
             spatial.update(output.spatial)
         kept["vectors"] += [output.pool[:max(0, vectors - indices[0])].float().cpu()] if vectors else []
-        kept["logits"] += [output.logits.float().cpu()] if logits else []
+        kept["logits"] += [output.logits.float().cpu()] if logits and output.logits is not None else []
     if pool is None:
         raise UserError(f"too few images for {args.world} processes: each must have one at least")
     for statistics in (pool, spatial):

@@ -249,6 +249,23 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
 
 
+def test_distance_in_efficientnet_features(tmp_path):
+    """Against numpy and scipy on the teacher's own features; nothing of a classifier is in the result."""
+    images = [np.random.default_rng(seed).integers(0, 256, (130, 16, 16, 3), np.uint8) for seed in (0, 1)]
+    images[1] //= 2
+    for name, array in zip(("s.npz", "r.npz"), images):
+        np.savez(tmp_path / name, arr_0=array)
+    measure("generation", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "efficientnet")
+    found = json.loads((tmp_path / "s.npz.json").read_text())
+    teacher = features.load_teacher("efficientnet-lite0", 2)
+    x, y = (teacher(to_float(torch.from_numpy(a).permute(0, 3, 1, 2))).mean(1).double().numpy()
+            for a in images)
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    assert found["frechet_in_efficientnet_features_not_fid"] == pytest.approx(expected, rel=1e-3)
+    assert not any("assigned" in key for key in found)
+
+
 def test_theory_finds_that_more_modes_need_more_samples(tmp_path):
     measure("theory", "--components", 2, 8, "--dims", 8, "--samples", 64, 512, 4096, "--repeats", 2,
             "--steps", 150, "--out", tmp_path / "t")
