@@ -77,9 +77,8 @@ def commands(args, name, seed):
     everywhere = ["--data", args.data, "--device", args.device]
     tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
                  "--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1, *ROWS[name][1],
-                 "--steps", s["steps"],
-                 "--grid-every", s["steps"],
-                 "--eval-images", images, "--latent-images", images]
+                 "--steps", s["steps"], "--grid-every", s["steps"], "--eval-images", images,
+                 "--latent-images", images]
     diffusion = ["train_diffusion.py", "--preset", "cifar10", *everywhere, "--seed", seed,
                  "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
                  "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
@@ -198,7 +197,8 @@ class Study:
 # ------------------------------------------------- results -------------------------------------------------
 
 def read_unit(args, name, seed):
-    """The numbers of one row and seed, from the files its commands left. {measure: number}, and "curve"."""
+    """The numbers of one row and seed, from the files its commands left: {measure: number}, and "curve cfg 1",
+    "curve cfg 2" as lists of [step, distance, gap, share of the class]. FileNotFoundError before the end."""
     folder = unit_folder(args, name, seed)
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
