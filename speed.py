@@ -210,8 +210,8 @@ def sit(args, size, tokens, train):
 
 
 def jpeg_loading(args, plain):
-    """A folder's images to (3, 256, 256) tensors on one core, as in a loader's worker: ours, or Pillow's open,
-    resize, crop."""
+    """A folder's images to (3, 256, 256) tensors on one core, as in a loader's worker: ours, or Pillow's
+    open, resize, crop."""
     if not args.images:
         raise UserError("the JPEG rows need --images FOLDER of photos")
     dataset = build_dataset(args.images, "test", 256)
@@ -319,7 +319,7 @@ def measure_speed(args):
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     summary = {"device": name, "peak_gflops": peak / 1e9, "convolution_peak_gflops": convolution_peak / 1e9,
                "peak_gflops_lowest_highest": [min(peaks)[0] / 1e9, max(peaks)[0] / 1e9]}
-    # [Sec. 4.5]: SiT-XL at 1024 against 128 tokens, 373.3 and 48.5 GFLOPs (7.7x), 0.1 and 3.12 images/s (31x).
+    # [Sec. 4.5]: SiT-XL at 1024 and 128 tokens: 373.3 and 48.5 GFLOPs (7.7x), 0.1 and 3.12 images/s (31x).
     for size in ("B", "L", "XL"):
         few, many = (result.get(f"SiT-{size} sampling call, {tokens} tokens") for tokens in (128, 1024))
         if few and many:
