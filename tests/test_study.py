@@ -36,13 +36,22 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     # Both stages have one encoder: PCA and mixtures of its latents are the row's, its decoders differ.
     assert seed["psnr stage1"] != seed["psnr stage2"]
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
-    for picture in ("curves", "mixtures", "samples"):
+    # the second network's distances: with its package, which the development requirements have
+    features = json.loads((folder / "samples_imagenet.json").read_text())["rows"]
+    assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
+    assert seed["recon distance imagenet"] > 0
+    assert set(seed["seconds"]) == set(result["commands"]["MAETok (HOG)"])
+    for picture in ("curves", "mixtures", "samples", "losses"):
         assert (tmp_path / f"smoke_{picture}.png").exists()
     log = (folder / "log.txt").read_text()
     study.main(command)
     assert (folder / "log.txt").read_text() == log                                # nothing was run twice
     with pytest.raises(UserError, match="other options"):
         study.main([*command[:-2], "--device", "auto"])
+    with open(tmp_path / "lock", "w") as lock:
+        study.fcntl.flock(lock, study.fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another study is at work"):
+            study.main(command)
 
 
 def test_a_failed_command_is_named_with_its_log(images, tmp_path):
@@ -79,7 +88,7 @@ def test_one_failure_does_not_end_the_other_rows(tmp_path, monkeypatch):
     assert not finished and len(errors) == 1
     assert "a, seed 0: 0 ended with status 1: it broke" in str(errors[0])
     assert (tmp_path / "b1").exists() and (tmp_path / "c0").exists() and not (tmp_path / "a1").exists()
-    scripts["a"][0] = TOUCH                                                     # mended: only what is left runs
+    scripts["a"][0] = TOUCH                                              # mended: only what is left runs
     assert fake_study(tmp_path, monkeypatch, scripts).run() == (True, [])
     assert {name: (tmp_path / name).read_text() for name in ("a0", "a1", "b1", "c0")} == dict.fromkeys(
         ("a0", "a1", "b1", "c0"), "x")
@@ -105,12 +114,26 @@ def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():
         "| row | PSNR | probe, % |", "|---|---|---|", "| AE [Table 1a] | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
 
 
+def test_verdicts_need_every_seed_on_one_side():
+    seeds = lambda *values: {i: {"gap stage2 cfg 1": v, "probe": v / 10} for i, v in enumerate(values)}
+    of = lambda rows: [line.split(" | ") for line in study.verdicts(rows).splitlines()[2:]]
+    line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 2.9), "KL-VAE + mask": seeds(0.0)})
+    assert line[:3] == ["| MAETok (HOG)", "AE", "13.54, 24.47 [Tables 1a, 1b]"]
+    assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[7] == "no: 19.5, 31.0 |"
+    line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 3.1)})
+    assert line[6] == "open: 2.05, 3.10"
+    assert all({better, worse} <= set(study.ROWS) and low < high
+               for better, worse, low, high, _ in study.PAPER)
+
+
 def test_every_setting_has_rows_of_equal_latents_and_steps():
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
     from train_tokenizer import PRESETS, Config
-    args = study.argparse.Namespace(plan=study.SETTINGS["full"], out="x", data="shapes", device="cpu")
+    args = study.argparse.Namespace(plan=study.SETTINGS["full"], out="x", data="shapes", device="cpu",
+                                    imagenet=True)
     sizes = set()
-    for name, (preset, options, _) in study.ROWS.items():
+    for name in study.SETTINGS["full"]["rows"]:
+        preset, options, _ = study.ROWS[name]
         values = {k: v for part in preset.split(",") for k, v in PRESETS[part].items()}
         words = [str(a) for a in study.commands(args, name, 0)["stage1"]]
         given = lambda option: int(words[len(words) - 1 - words[::-1].index(option) + 1])
