@@ -110,9 +110,9 @@ def commands(args, name, seed):
                  "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
                  "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
                  "--cache-images", 10 * images, "--log-every", 50]
-    draw = [*everywhere, "--gap", "--num-images", s["samples"], "--reference-images", images,
+    draw = ["--gap", "--num-images", s["samples"], "--reference-images", images,
             "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
-    samples, guidance = [*draw, *classifier], ["--scales", 1, 2, "--intervals", "0:1"]
+    samples, guidance = [*everywhere, *classifier, *draw], ["--scales", 1, 2, "--intervals", "0:1"]
 
     def recon(stage, features, out):
         return ["evaluate.py", "recon", folder / stage, *everywhere, *features, "--num-images", images,
@@ -145,8 +145,8 @@ def commands(args, name, seed):
     if args.imagenet:
         efficientnet = ["--features", "efficientnet"]
         result |= {"recon, ImageNet": recon("stage2", efficientnet, "recon_imagenet"),
-                   "samples, ImageNet": ["evaluate.py", "cfg", folder / "diffusion", *draw, *efficientnet,
-                                         *guidance, "--out", folder / "samples_imagenet"]}
+                   "samples, ImageNet": ["evaluate.py", "cfg", folder / "diffusion", *everywhere,
+                                         *efficientnet, *draw, *guidance, "--out", folder / "samples_imagenet"]}
     return result
 
 
