@@ -144,9 +144,9 @@ def commands(args, name, seed):
     }
     if args.imagenet:
         efficientnet = ["--features", "efficientnet"]
-        result |= {"recon, ImageNet": recon("stage2", efficientnet, "recon_imagenet"),
-                   "samples, ImageNet": ["evaluate.py", "cfg", folder / "diffusion", *everywhere,
-                                         *efficientnet, *draw, *guidance, "--out", folder / "samples_imagenet"]}
+        result["recon, ImageNet"] = recon("stage2", efficientnet, "recon_imagenet")
+        result["samples, ImageNet"] = ["evaluate.py", "cfg", folder / "diffusion", *everywhere, *efficientnet,
+                                       *draw, *guidance, "--out", folder / "samples_imagenet"]
     return result
 
 
@@ -165,6 +165,8 @@ class Study:
     def run(self):
         """(whether everything is done, UserErrors of the rows and seeds in which a command failed)."""
         units = [(name, seed) for seed in range(self.args.plan["seeds"]) for name in self.args.plan["rows"]]
+        for unit in units:                                # a wrong option is to be known before hours of work
+            self.read_done(*unit)
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
             try:
@@ -177,22 +179,30 @@ class Study:
                     for process in self.running:
                         process.terminate()
 
+    def read_done(self, name, seed):
+        """done.json of one row and seed: {title: {"arguments": [str], "seconds": over all attempts, "done":
+        bool}} for every command, in order. Raises UserError if one was run with other arguments."""
+        folder = unit_folder(self.args, name, seed)
+        path = folder / "done.json"
+        found, done = json.loads(path.read_text()) if path.exists() else {}, {}
+        for title, arguments in commands(self.args, name, seed).items():
+            fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False}
+            done[title] = found.get(title, fresh)
+            if done[title]["arguments"] != fresh["arguments"]:
+                raise UserError(f"{folder} was made with other options ({title}); choose another --out")
+        return done
+
     def run_unit(self, name, seed):
         """What is left to do for one row and seed. False if time was up before all was done."""
-        folder = unit_folder(self.args, name, seed)
+        folder, done = unit_folder(self.args, name, seed), self.read_done(name, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "done.json"        # title -> arguments, seconds over all attempts, whether it is done
-        done = json.loads(path.read_text()) if path.exists() else {}
-        for title, arguments in commands(self.args, name, seed).items():
-            arguments, start = [str(a) for a in arguments], time.time()
-            entry = done.setdefault(title, {"arguments": arguments, "seconds": 0.0, "done": False})
-            if entry["arguments"] != arguments:
-                raise UserError(f"{folder} was made with other options ({title}); choose another --out")
+        for title, entry in done.items():
             if entry["done"]:
                 continue
-            entry["done"] = self.run_command(f"{name}, seed {seed}: {title}", arguments, folder / "log.txt")
+            start, log = time.time(), folder / "log.txt"
+            entry["done"] = self.run_command(f"{name}, seed {seed}: {title}", entry["arguments"], log)
             entry["seconds"] += time.time() - start
-            common.atomic_write(path, lambda p: p.write_text(json.dumps(done, indent=1)))
+            common.atomic_write(folder / "done.json", lambda p: p.write_text(json.dumps(done, indent=1)))
             if not entry["done"]:
                 return False
         return True
