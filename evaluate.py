@@ -121,6 +121,9 @@ def recon(args):
         for statistics in (real, fake):
             statistics.all_reduce(args.world, args.device)
         result[distance_name(args, "r")] = metrics.frechet_between(real, fake)
+        # Soft pictures have features that differ less; distances to *them* (--gap) come out smaller for it.
+        variance = [statistics.mean_and_covariance()[1].trace().item() for statistics in (fake, real)]
+        result["share_of_feature_variance_kept"] = variance[0] / variance[1]
     if args.features == "classifier":
         found = gather(torch.cat(found), args) == torch.from_numpy(images.labels)[:, None]          # (n, 2)
         result |= zip(("originals_assigned_to_their_class", "reconstructions_assigned_to_their_class"),

@@ -163,6 +163,8 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
                     for a, b in zip(images, redrawn)])
     assert found["psnr"] == pytest.approx(psnr) and found["images"] == 30
     assert found["ssim"] < found["ssim_data_range_2_as_released_code"] and found["rfid"] > 0
+    spread = [tiny_inception()(x).pool.numpy().var(0).sum() for x in (redrawn, images)]
+    assert found["share_of_feature_variance_kept"] == pytest.approx(spread[0] / spread[1])
     largest = (to_float(images) - to_float(redrawn)).abs().amax((1, 2, 3))                   # LPIPS' stand-in
     assert found["lpips"] == pytest.approx(largest.mean().item())
     assert Image.open(tmp_path / "r.png").width > 8 * 128

@@ -127,7 +127,7 @@ def test_verdicts_need_every_seed_on_one_side():
     assert all({better, worse} <= set(study.ROWS) for better, worse, *_ in study.PAPER)
 
 
-@pytest.mark.parametrize("setting", ["quick", "full"])
+@pytest.mark.parametrize("setting", ["quick", "full", "longer"])
 def test_rows_differ_in_their_own_options_only(setting):
     args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="shapes", device="cpu",
                                     imagenet=True)
