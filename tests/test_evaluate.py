@@ -244,8 +244,8 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
                 "--out", tmp_path / "cfg")
         gap = json.loads((tmp_path / "cfg.json").read_text())["rows"][0]["diffusion_gap"]
         assert (gap == pytest.approx(found, rel=1e-6)) == (name == tokenizer)
-    measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "other", "--scales", 2, "--intervals", "0:1",
-            "--guide-ckpt", next(diffusion.glob("step_*05.pt")), "--out", tmp_path / "cfg")
+    measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "other", "--scales", 2, "--intervals",
+            "0:1", "--guide-ckpt", next(diffusion.glob("step_*05.pt")), "--out", tmp_path / "cfg")
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
     with pytest.raises(UserError, match="another encoder"):
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
@@ -347,7 +347,8 @@ def test_the_sweep_compares_autoguidance_and_protocols_name_the_guidance(tmp_pat
     guides = []
     monkeypatch.setattr(evaluate, "sample_latents", lambda *args, guide=None, **options: (
         guides.append(guide), sample.sample_latents(*args, guide=guide, **options))[1])
-    options = ("--num-images", 20, "--steps", 3, "--reference-images", 40, "--scales", 3, "--intervals", "0:1")
+    options = ("--num-images", 20, "--steps", 3, "--reference-images", 40, "--scales", 3, "--intervals",
+               "0:1")
     for name, guide in (("autoguidance", ["--guide-ckpt", diffusion]), ("classifier-free", [])):
         measure("cfg", diffusion, *options, *guide, "--out", tmp_path / name)
         assert name in json.loads((tmp_path / f"{name}.json").read_text())["protocol"]
