@@ -50,7 +50,7 @@ from pretrained import EfficientNetTeacher
 # name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
 ROWS = {
     "AE": ("cifar10,ae", [], "Table 1a"),
-    # A quarter of the values: so few that the AE draws no better than MAETok does with all of them.
+    # A quarter of the values: an AE that draws no better than MAETok. Between it and "AE" lies equal PSNR.
     "AE, 8 channels": ("cifar10,ae", ["--latent-dim", "8"], "ours"),
     # The sum over 512 values weighs on each as the paper's does over 4096.
     "KL-VAE": ("cifar10,vae", ["--kl-weight", "8e-6"], "Table 1a"),
@@ -67,16 +67,19 @@ ROWS = {
 }
 # Which of two rows the paper finds better: (better, worse, gFID of both by SiT-L without guidance, where).
 # The semantic teachers are DINOv2 and SigLIP there, and Table 6 has them in both rows. Table 1c gives HOG
-# another gFID (17.18) than Table 1b (13.54) at one rFID (2.43).
+# another gFID (17.18) than Table 1b (13.54) at one rFID (2.43). EQUAL is no row: ae_at_psnr makes it.
+EQUAL = "AE at the same PSNR"
 PAPER = [
     ("MAETok (HOG)", "AE", "13.54, 24.47", "Tables 1a, 1b"),
-    ("MAETok (HOG)", "AE, 8 channels", "–", "at equal reconstruction"),
+    ("MAETok (HOG)", EQUAL, "–", "its claim"),
     ("MAETok (HOG), 8 channels", "AE, 8 channels", "–", "as the first"),
+    ("MAETok (HOG, EfficientNet)", EQUAL, "–", "its claim"),
     ("MAETok (HOG, EfficientNet)", "AE", "5.78, 24.47", "Table 1a"),
     ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", "5.78, 13.54", "Table 1b"),
     ("MAETok (HOG)", "AE + mask, pixels", "13.54, 17.18", "Table 1b"),
     ("AE + mask, pixels", "AE", "17.18, 24.47", "Tables 1a, 1b"),
     ("KL-VAE", "AE", "22.17, 24.47", "Table 1a"),
+    ("KL-VAE", EQUAL, "–", "as the line above"),
     ("MAETok (HOG)", "KL-VAE", "13.54, 22.17", "Tables 1a, 1b"),
     ("KL-VAE + mask", "KL-VAE", "18.17, 22.17", "Table 1a"),
     ("MAETok (HOG)", "no learnable tokens", "5.78, 6.85", "Table 6"),
@@ -349,6 +352,18 @@ def markdown(rows, columns):
     return "\n".join(lines)
 
 
+def ae_at_psnr(rows, name):
+    """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on the straight line through the
+    AEs of 8 and of 32 channels, at that row's PSNR after stage 2. Empty without them."""
+    narrow, wide, result = rows.get("AE, 8 channels", {}), rows.get("AE", {}), {}
+    for seed in set(rows[name]) & set(narrow) & set(wide):
+        low, high, psnr = narrow[seed], wide[seed], "psnr stage2"
+        t = (rows[name][seed][psnr] - low[psnr]) / (high[psnr] - low[psnr])
+        result[seed] = {key: low[key] + t * (high[key] - low[key]) for key, *_ in ORDER.values()
+                        if key in low and key in high}
+    return result
+
+
 def verdicts(rows):
     """A Markdown table: does each pair of PAPER that was measured stand in the paper's order? "yes" or "no"
     where every seed of one row is better than every seed of the other; where their ranges touch, "open". Two
@@ -356,12 +371,13 @@ def verdicts(rows):
     lines = ["| better | worse | gFID in the paper | " + " | ".join(ORDER) + " |",
              "|---" * (len(ORDER) + 3) + "|"]
     for better, worse, gfid, source in PAPER:
-        if not {better, worse} <= set(rows):
+        other = rows.get(worse) if worse != EQUAL else better in rows and ae_at_psnr(rows, better)
+        if not (better in rows and other):
             continue
         cells = []
         for key, digits, factor, less in ORDER.values():
-            a, b = ([factor * seed[key] for seed in rows[name].values() if key in seed]
-                    for name in (better, worse))
+            a, b = ([factor * seed[key] for seed in seeds.values() if key in seed]
+                    for seeds in (rows[better], other))
             if not (a and b):
                 cells.append("–")
                 continue
@@ -418,6 +434,16 @@ def report(args):
             name: [(int(key.split()[-1]), *spread([seed[key] for seed in seeds.values()])) for key in keys]
             for name, seeds in rows.items()}
     pictures["mixtures"] = line_chart(panels, "K", log_x=True)
+    panels, widths = {}, {name: [n for n in (f"{name}, 8 channels", name) if n in rows] for name in rows}
+    for title in ("distance, ImageNet features", "distance, classifier", "gap, classifier", "probe, %"):
+        key, _, factor, _ = ORDER[title]
+        points = {name: [(np.mean([seed["psnr stage2"] for seed in rows[n].values()]),
+                          *spread([factor * seed[key] for seed in rows[n].values()]))
+                         for n in widths[name] if all(key in seed for seed in rows[n].values())]
+                  for name in rows if "channels" not in name}
+        panels[title] = {name: series for name, series in points.items() if series}
+    pictures["psnr"] = line_chart({title: series for title, series in panels.items() if series},
+                                  "PSNR after stage 2, dB; lines join 8 and 32 channels")
     pictures["samples"] = sample_sheet(args, rows)
     losses = {f"{part}: {key}": [(record["step"], record[key]) for record in records if key in record]
               for part, records in result["reference_curves"].items() for key in ("recon", "hog", "loss")

@@ -41,7 +41,7 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
     assert seed["recon distance imagenet"] > 0
     assert set(seed["seconds"]) == set(result["commands"]["MAETok (HOG)"])
-    for picture in ("curves", "mixtures", "samples", "losses"):
+    for picture in ("curves", "mixtures", "samples", "losses", "psnr"):
         assert (tmp_path / f"smoke_{picture}.png").exists()
     log = (folder / "log.txt").read_text()
     study.main(command)
@@ -124,7 +124,16 @@ def test_verdicts_need_every_seed_on_one_side():
     assert line[6] == "open: 2.05, 3.10"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0)})
     assert line[6] == "yes (1 seed): 1.00, 3.10"
-    assert all({better, worse} <= set(study.ROWS) for better, worse, *_ in study.PAPER)
+    assert all({better, worse} <= {*study.ROWS, study.EQUAL} for better, worse, *_ in study.PAPER)
+
+
+def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
+    seed = lambda psnr, gap: {0: {"psnr stage2": psnr, "gap stage2 cfg 1": gap}}
+    rows = {"AE": seed(25.0, 3.0), "AE, 8 channels": seed(21.0, 1.0), "MAETok (HOG)": seed(22.0, 1.4)}
+    assert study.ae_at_psnr(rows, "MAETok (HOG)") == {0: {"gap stage2 cfg 1": 1.5}}
+    table = study.verdicts(rows).splitlines()[2:]
+    assert len(table) == 2 and f"| MAETok (HOG) | {study.EQUAL} | – [its claim] |" in table[1]
+    assert "yes (1 seed): 1.40, 1.50" in table[1]
 
 
 @pytest.mark.parametrize("setting", ["quick", "full", "longer"])
