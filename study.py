@@ -91,13 +91,13 @@ SETTINGS = {
                   unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
     "full": dict(rows=list(ROWS), seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
                  unconditional_steps=4500, samples=2000, sampler_steps=50, classifier_steps=3000),
-    # Is it for want of steps that masked tokenizers draw worse?
-    "longer": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000, stage2_steps=3000, diffusion_steps=2400,
-                   unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
                   unconditional_steps=3, samples=4, sampler_steps=2, classifier_steps=2),
 }
+# Is it for want of steps that masked tokenizers draw worse?
+SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,
+                                              stage2_steps=3000)
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 
 
