@@ -73,7 +73,6 @@ PAPER = [
     ("MAETok (HOG)", "AE", "13.54, 24.47", "Tables 1a, 1b"),
     ("MAETok (HOG)", EQUAL, "–", "its claim"),
     ("MAETok (HOG), 8 channels", "AE, 8 channels", "–", "as the first"),
-    ("MAETok (HOG, EfficientNet)", EQUAL, "–", "its claim"),
     ("MAETok (HOG, EfficientNet)", "AE", "5.78, 24.47", "Table 1a"),
     ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", "5.78, 13.54", "Table 1b"),
     ("MAETok (HOG)", "AE + mask, pixels", "13.54, 17.18", "Table 1b"),
@@ -353,14 +352,15 @@ def markdown(rows, columns):
 
 
 def ae_at_psnr(rows, name):
-    """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on the straight line through the
-    AEs of 8 and of 32 channels, at that row's PSNR after stage 2. Empty without them."""
+    """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on the straight line between the
+    AEs of 8 and of 32 channels, at that row's PSNR after stage 2. Empty without them, or beyond them."""
     narrow, wide, result = rows.get("AE, 8 channels", {}), rows.get("AE", {}), {}
     for seed in set(rows[name]) & set(narrow) & set(wide):
         low, high, psnr = narrow[seed], wide[seed], "psnr stage2"
         t = (rows[name][seed][psnr] - low[psnr]) / (high[psnr] - low[psnr])
-        result[seed] = {key: low[key] + t * (high[key] - low[key]) for key, *_ in ORDER.values()
-                        if key in low and key in high}
+        if 0 <= t <= 1:
+            result[seed] = {key: low[key] + t * (high[key] - low[key]) for key, *_ in ORDER.values()
+                            if key in low and key in high}
     return result
 
 
