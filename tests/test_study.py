@@ -131,7 +131,7 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     seed = lambda psnr, gap: {0: {"psnr stage2": psnr, "gap stage2 cfg 1": gap}}
     rows = {"AE": seed(25.0, 3.0), "AE, 8 channels": seed(21.0, 1.0), "MAETok (HOG)": seed(22.0, 1.4)}
     assert study.ae_at_psnr(rows, "MAETok (HOG)") == {0: {"gap stage2 cfg 1": 1.5}}
-    assert study.ae_at_psnr(rows | {"KL-VAE": seed(20.9, 1.0)}, "KL-VAE") == {}                   # no guessing
+    assert study.ae_at_psnr(rows | {"KL-VAE": seed(20.9, 1.0)}, "KL-VAE") == {}                  # no guessing
     table = study.verdicts(rows).splitlines()[2:]
     assert len(table) == 2 and f"| MAETok (HOG) | {study.EQUAL} | – [its claim] |" in table[1]
     assert "yes (1 seed): 1.40, 1.50" in table[1]
