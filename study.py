@@ -7,8 +7,8 @@ learns better?                                                           [Tables
 
 For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
 anyone would by hand, and gathers what they measured. All rows have the same steps, models and number of
-latent values, but for those named after their channels ("no learnable tokens" has them in four times as many,
-smaller tokens, so that its diffusion model computes four times as much). Stage 2 leaves the encoder alone, so
+latent values, but for those named after their channels (those with "no learnable tokens" have them in four
+times as many, smaller tokens, so that the diffusion model computes four times as much). Stage 2 leaves the encoder alone, so
 the two decoders of a row share one diffusion model; every row gets a stage 2, that none is ahead by its
 steps. Commands that are done are not run again; training that was cut off goes on from its last checkpoint.
 
@@ -64,6 +64,7 @@ ROWS = {
     "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
+    "AE, no learnable tokens": ("cifar10,ae,image-latents", ["--latent-dim", "8"], "ours"),
 }
 # Which of two rows the paper finds better: (better, worse, gFID of both by SiT-L without guidance, where).
 # The semantic teachers are DINOv2 and SigLIP there, and Table 6 has them in both rows. Table 1c gives HOG
@@ -84,6 +85,7 @@ PAPER = [
     ("MAETok (HOG)", "no learnable tokens", "5.78, 6.85", "Table 6"),
     ("MAETok (HOG)", "MAETok, mask 0-60 %", "17.18, 24.15", "Table 1c"),
     ("MAETok (HOG)", "MAETok, mask 40 %", "17.18, 18.27", "Table 1c"),
+    ("no learnable tokens", "AE, no learnable tokens", "–", "as the first"),
 ]
 SETTINGS = {
     "quick": dict(rows=list(ROWS)[:7], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
