@@ -39,6 +39,7 @@ def line_chart(panels, xlabel, log_x=False, log_y=False):
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     scale = [math.log10 if log else float for log in (log_x, log_y)]
     unscale = [(lambda v: 10 ** v) if log else float for log in (log_x, log_y)]
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))     # one colour in all
     for panel, (title, series) in enumerate(panels.items()):
         series = {name: [(scale[0](x), *map(scale[1], ys)) for x, *ys in points]
                   for name, points in series.items()}
@@ -48,7 +49,8 @@ def line_chart(panels, xlabel, log_x=False, log_y=False):
         ends = np.mean([points[-1][1] for points in series.values()])
         legend = PANEL[1] - BOTTOM - 8 - 15 * len(series) if ends > every[:, 1].mean() else TOP + 6
         for number, (name, points) in enumerate(series.items()):
-            colour, pixels = COLOURS[number % len(COLOURS)], [to_pixel(x, y) for x, y, *_ in points]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            pixels = [to_pixel(x, y) for x, y, *_ in points]
             draw.line(pixels, fill=colour, width=2)
             for x, y in pixels:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
