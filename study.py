@@ -447,8 +447,8 @@ def report(args):
                          for n in widths[name] if all(key in seed for seed in rows[n].values())]
                   for name in rows if "channels" not in name}
         panels[title] = {name: series for name, series in points.items() if series}
-    pictures["psnr"] = line_chart({title: series for title, series in panels.items() if series},
-                                  "PSNR after stage 2, dB; lines join 8 and 32 channels")
+    if panels := {title: series for title, series in panels.items() if series}:
+        pictures["psnr"] = line_chart(panels, "PSNR after stage 2, dB; lines join 8 and 32 channels")
     pictures["samples"] = sample_sheet(args, rows)
     losses = {f"{part}: {key}": [(record["step"], record[key]) for record in records if key in record]
               for part, records in result["reference_curves"].items() for key in ("recon", "hog", "loss")
