@@ -7,6 +7,7 @@ import pytest
 
 import charts
 import study
+import study_report
 from charts import line_chart
 from common import UserError
 
@@ -36,6 +37,8 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     # Both stages have one encoder: PCA and mixtures of its latents are the row's, its decoders differ.
     assert seed["psnr stage1"] != seed["psnr stage2"]
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
+    summary = (tmp_path / "smoke.md").read_text().split("\n## ")[0]
+    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.1f} | {100 * seed['probe']:.1f} |" in summary
     # the second network's distances: with its package, which the development requirements have
     features = json.loads((folder / "samples_imagenet.json").read_text())["rows"]
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
@@ -110,13 +113,13 @@ def test_time_up_ends_commands_and_the_next_call_goes_on(tmp_path, monkeypatch):
 def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():
     rows = {"AE": {0: {"psnr stage1": 20.0, "probe": 0.25}, 1: {"psnr stage1": 21.0, "probe": 0.35}}}
     columns = {"PSNR": ("psnr stage1", 2, 1), "probe, %": ("probe", 1, 100), "gone": ("nowhere", 1, 1)}
-    assert study.markdown(rows, columns).splitlines() == [
+    assert study_report.markdown(rows, columns, {"AE": "Table 1a"}).splitlines() == [
         "| row | PSNR | probe, % |", "|---|---|---|", "| AE [Table 1a] | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
 
 
 def test_verdicts_need_every_seed_on_one_side():
     seeds = lambda *values: {i: {"gap stage2 cfg 1": v, "probe": v / 10} for i, v in enumerate(values)}
-    of = lambda rows: [line.split(" | ") for line in study.verdicts(rows).splitlines()[2:]]
+    of = lambda rows: [line.split(" | ") for line in study_report.verdicts(rows).splitlines()[2:]]
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 2.9), "KL-VAE + mask": seeds(0.0)})
     assert line[:3] == ["| MAETok (HOG)", "AE", "13.54, 24.47 [Tables 1a, 1b]"]
     assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[8] == "no: 19.5, 31.0 |"
@@ -124,16 +127,17 @@ def test_verdicts_need_every_seed_on_one_side():
     assert line[6] == "open: 2.05, 3.10"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0)})
     assert line[6] == "yes (1 seed): 1.00, 3.10"
-    assert all({better, worse} <= {*study.ROWS, study.EQUAL} for better, worse, *_ in study.PAPER)
+    names = {*study.ROWS, study_report.EQUAL}
+    assert all({better, worse} <= names for better, worse, *_ in study_report.PAPER)
 
 
 def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     seed = lambda psnr, gap: {0: {"psnr stage2": psnr, "gap stage2 cfg 1": gap}}
     rows = {"AE": seed(25.0, 3.0), "AE, 8 channels": seed(21.0, 1.0), "MAETok (HOG)": seed(22.0, 1.4)}
-    assert study.ae_at_psnr(rows, "MAETok (HOG)") == {0: {"gap stage2 cfg 1": 1.5}}
-    assert study.ae_at_psnr(rows | {"KL-VAE": seed(20.9, 1.0)}, "KL-VAE") == {}                  # no guessing
-    table = study.verdicts(rows).splitlines()[2:]
-    assert len(table) == 2 and f"| MAETok (HOG) | {study.EQUAL} | – [its claim] |" in table[1]
+    assert study_report.ae_at_psnr(rows, "MAETok (HOG)") == {0: {"gap stage2 cfg 1": 1.5}}
+    assert study_report.ae_at_psnr(rows | {"KL-VAE": seed(20.9, 1.0)}, "KL-VAE") == {}       # no guessing
+    table = study_report.verdicts(rows).splitlines()[2:]
+    assert len(table) == 2 and f"| MAETok (HOG) | {study_report.EQUAL} | – [its claim] |" in table[1]
     assert "yes (1 seed): 1.40, 1.50" in table[1]
 
 
