@@ -88,7 +88,7 @@ def read_unit(name, folder, done):
 
 # Columns: title -> (key, digits, factor). What a setting has not measured is left out.
 SUMMARY = {
-    "PSNR": ("psnr stage2", 1, 1), "probe, %": ("probe", 1, 100),
+    "PSNR": ("psnr stage2", 2, 1), "probe, %": ("probe", 1, 100),
     "gap": ("gap stage2 cfg 1", 2, 1), "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1),
     "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1),

@@ -38,7 +38,7 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["psnr stage1"] != seed["psnr stage2"]
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
     summary = (tmp_path / "smoke.md").read_text().split("\n## ")[0]
-    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.1f} | {100 * seed['probe']:.1f} |" in summary
+    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.2f} | {100 * seed['probe']:.1f} |" in summary
     # the second network's distances: with its package, which the development requirements have
     features = json.loads((folder / "samples_imagenet.json").read_text())["rows"]
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
