@@ -12,6 +12,20 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
 PANEL, LEFT, RIGHT, TOP, BOTTOM = (460, 340), 64, 14, 30, 44            # px: size of a panel, its margins
 
 
+def _sheet(panels, names):
+    """An empty picture for that many panels, the names in their colours below them: (image, draw, font)."""
+    font = ImageFont.load_default(12)
+    width = 16 + max((math.ceil(font.getlength(name)) for name in names), default=0)
+    columns = max(1, (PANEL[0] * panels - LEFT) // width)
+    height = 8 + 16 * -(-len(names) // columns) if names else 0
+    sheet = Image.new("RGB", (PANEL[0] * panels, PANEL[1] + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, name in enumerate(names):
+        draw.text((LEFT + number % columns * width, PANEL[1] + 4 + 16 * (number // columns)), name,
+                  fill=COLOURS[number % len(COLOURS)], font=font)
+    return sheet, draw, font
+
+
 def _axes(draw, font, panel, title, xlabel, low, high, unscale):
     """Frame, title and three ticks a side; returns the function from data to pixels. low, high: (x, y)."""
     left, right = panel * PANEL[0] + LEFT, (panel + 1) * PANEL[0] - RIGHT
@@ -34,21 +48,18 @@ def _axes(draw, font, panel, title, xlabel, low, high, unscale):
 
 def line_chart(panels, xlabel, log_x=False, log_y=False):
     """panels: title -> {name of a series: [(x, y) or (x, y, lowest y, highest y), ...]}. Marks at the points,
-    a whisker from lowest to highest; a legend where there is more than one series. Returns a PIL image."""
-    sheet = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    a whisker from lowest to highest; a legend below where there is more than one series, each in one colour
+    in all panels. Returns a PIL image."""
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    sheet, draw, font = _sheet(len(panels), names if len(names) > 1 else [])
     scale = [math.log10 if log else float for log in (log_x, log_y)]
     unscale = [(lambda v: 10 ** v) if log else float for log in (log_x, log_y)]
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))     # one colour in all
     for panel, (title, series) in enumerate(panels.items()):
         series = {name: [(scale[0](x), *map(scale[1], ys)) for x, *ys in points]
                   for name, points in series.items()}
         every = np.array([(x, y) for points in series.values() for x, *ys in points for y in ys])
         to_pixel = _axes(draw, font, panel, title, xlabel, every.min(0), every.max(0), unscale)
-        # The legend stands on the right where the curves do not end.
-        ends = np.mean([points[-1][1] for points in series.values()])
-        legend = PANEL[1] - BOTTOM - 8 - 15 * len(series) if ends > every[:, 1].mean() else TOP + 6
-        for number, (name, points) in enumerate(series.items()):
+        for name, points in series.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             pixels = [to_pixel(x, y) for x, y, *_ in points]
             draw.line(pixels, fill=colour, width=2)
@@ -56,24 +67,16 @@ def line_chart(panels, xlabel, log_x=False, log_y=False):
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
             for x, _, *spread in points:
                 draw.line([to_pixel(x, y) for y in spread], fill=colour, width=3)
-            if len(series) > 1:
-                corner = (panel + 1) * PANEL[0] - RIGHT - 6, legend + 15 * number
-                draw.text(corner, name, fill=colour, font=font, anchor="ra")
     return sheet
 
 
 def scatter_chart(panels, names):
     """panels: title -> (points (n, 2), classes (n,) ints below len(names)). One colour a class, the legend
     below. Returns a PIL image."""
-    rows = -(-len(names) // 5)
-    sheet = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1] + 16 * rows), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    sheet, draw, font = _sheet(len(panels), names)
     for panel, (title, (points, classes)) in enumerate(panels.items()):
         to_pixel = _axes(draw, font, panel, title, "", points.min(0), points.max(0), (float, float))
         for point, label in zip(points, classes):
             x, y = to_pixel(*point)
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=COLOURS[label % len(COLOURS)])
-    for number, name in enumerate(names):
-        draw.text((LEFT + number % 5 * 78, PANEL[1] - 8 + 16 * (number // 5)), name[:11],
-                  fill=COLOURS[number % len(COLOURS)], font=font)
     return sheet

@@ -478,10 +478,12 @@ def theory(args):
     result = {"exponent": float(exponent), "rows": rows, "what_it_shows": sentence, "protocol": protocol}
     finish(args, result, f"{args.out}.json", [("K", "samples needed"), *found])
     fit = [(K, math.exp(offset) * K ** exponent) for K, _ in found]
-    side_by_side = Image.new("RGB", (920, 340), "white")
-    side_by_side.paste(line_chart({"error against samples n": curves}, "n", log_x=True, log_y=True))
-    side_by_side.paste(line_chart({f"n for error {args.error:g} against K": {
-        f"fit: K^{exponent:.2f}": fit, "measured": found}}, "K", log_x=True, log_y=True), (460, 0))
+    errors = line_chart({"error against samples n": curves}, "n", log_x=True, log_y=True)
+    needed = line_chart({f"n for error {args.error:g} against K": {
+        f"fit: K^{exponent:.2f}": fit, "measured": found}}, "K", log_x=True, log_y=True)
+    side_by_side = Image.new("RGB", (errors.width + needed.width, max(errors.height, needed.height)), "white")
+    side_by_side.paste(errors)
+    side_by_side.paste(needed, (errors.width, 0))
     save_picture(args, side_by_side, f"{args.out}.png")
 
 

@@ -241,13 +241,16 @@ def line_charts(rows):
             name: [(int(key.split()[-1]), *spread([seed[key] for seed in seeds.values()])) for key in keys]
             for name, seeds in rows.items()}
     pictures["mixtures"] = line_chart(panels, "K", log_x=True)
-    panels, widths = {}, {name: [n for n in (f"{name}, 8 channels", name) if n in rows] for name in rows}
+    # Rows of four times as many tokens, at 30 dB, would squeeze the others into a corner.
+    widths = {name: [n for n in (f"{name}, 8 channels", name) if n in rows]
+              for name in rows if "8 channels" not in name and "no learnable" not in name}
+    panels = {}
     for title in ("distance, ImageNet features", "distance, classifier", "gap, classifier", "probe, %"):
         key, _, factor, _ = ORDER[title]
         points = {name: [(np.mean([seed["psnr stage2"] for seed in rows[n].values()]),
                           *spread([factor * seed[key] for seed in rows[n].values()]))
-                         for n in widths[name] if all(key in seed for seed in rows[n].values())]
-                  for name in rows if "channels" not in name}
+                         for n in names if all(key in seed for seed in rows[n].values())]
+                  for name, names in widths.items()}
         panels[title] = {name: series for name, series in points.items() if series}
     if panels := {title: series for title, series in panels.items() if series}:
         pictures["psnr"] = line_chart(panels, "PSNR after stage 2, dB; lines join 8 and 32 channels")
