@@ -113,6 +113,13 @@ IMAGENET = {
     "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
     "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
     "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1)}
+READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
+
+- rec.: the reconstructions' distance to the real images, the share of them in which the classifier sees their
+  class, the share of its features' variance that they keep (soft pictures differ less).
+- gap: the distance between samples and the same tokenizer's reconstructions. cfg 2: guidance 2. class: the
+  share of samples in which the classifier sees the class asked for. uncond.: of the unconditional model.
+- loss: does not compare across latent spaces. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1, True),
@@ -212,7 +219,8 @@ def report(args, units, sources):
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
-    tables |= {"Does the paper's order hold?": verdicts(rows), "Protocol": result["protocol"]}
+    tables |= {"Does the paper's order hold?": verdicts(rows), "How to read this": READING,
+               "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")
     common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
