@@ -2,7 +2,7 @@
 learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
 
     python study.py                              # quick: seven rows, two seeds; 2 to 3 hours on 2 cores
-    python study.py --setting full               # all rows, overnight on 2 cores
+    python study.py --setting full               # all rows, longer: a night on 2 cores (not run)
     python study.py --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
 
 For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
@@ -58,6 +58,8 @@ ROWS = {
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     # In place of DINOv2: what a package brings along. Left out where the package is not installed.
     "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
+    # In the middle of that line, to see whether it is one.
+    "AE, 16 channels": ("cifar10,ae", ["--latent-dim", "16"], "ours"),
     "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
     "KL-VAE + mask": ("cifar10,vae-mask", ["--kl-weight", "8e-6"], "Table 1a"),
     # 64 image tokens x 8 channels: the same number of values as 16 x 32
@@ -68,8 +70,9 @@ ROWS = {
 SETTINGS = {
     "quick": dict(rows=list(ROWS)[:7], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
                   unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
-    "full": dict(rows=list(ROWS), seeds=2, steps=6000, stage2_steps=3000, diffusion_steps=9000,
-                 unconditional_steps=4500, samples=2000, sampler_steps=50, classifier_steps=3000),
+    # By the times of the quick one, 11 hours on 2 cores.
+    "full": dict(rows=list(ROWS), seeds=2, steps=4000, stage2_steps=2000, diffusion_steps=6000,
+                 unconditional_steps=3000, samples=2000, sampler_steps=25, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
                   unconditional_steps=3, samples=4, sampler_steps=2, classifier_steps=2),
