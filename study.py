@@ -58,7 +58,7 @@ ROWS = {
     "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
     # In place of DINOv2: what a package brings along. Left out where the package is not installed.
     "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
-    # In the middle of that line, to see whether it is one.
+    # Between the AEs of 8 and 32 channels, to see whether what lies there is on a straight line.
     "AE, 16 channels": ("cifar10,ae", ["--latent-dim", "16"], "ours"),
     "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
     "KL-VAE + mask": ("cifar10,vae-mask", ["--kl-weight", "8e-6"], "Table 1a"),
