@@ -44,6 +44,11 @@ def run(main):
     except (UserError, OSError) as e:             # OSError: a full disk, a file where a folder should be, ...
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 2
+    except torch.OutOfMemoryError as e:
+        print(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more (more, "
+              "smaller forward passes a step), --checkpointing, or a smaller --batch-size", file=sys.stderr,
+              flush=True)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         status = 130
@@ -207,7 +212,9 @@ def start_processes(device="auto"):
         torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast at 10 mantissa bits
     if "RANK" in os.environ and not dist.is_initialized():
         # The others wait while rank 0 downloads weights or evaluates, at times for more than the usual 10 min.
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
+        # device_id: NCCL then need not guess which GPU is this process's at its first collective.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
+                                device_id=torch.device("cuda", local) if device == "cuda" else None)
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
@@ -238,7 +245,9 @@ def to_device(tensor, device):
 def autocast_dtype(name, device):
     """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # Without emulation: a V100 or T4 computes in bfloat16 too, many times slower than in float32.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     if name not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")
     return getattr(torch, name)
@@ -268,25 +277,28 @@ def recompute_blocks(network, kinds):
 class EMA:
     """Exponential moving average of a model's weights: ema += (1 - decay) * (weights - ema), buffers copied.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
-    start for tens of thousands of steps. By step 90,000 the two are the same.
+    With `warmup` the decay grows as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
+    start for tens of thousands of steps. By step 90,000 the two are the same. [ours; SiT and the released
+    code have no warm-up and start the average at the weights]
     place: "auto", beside the model, or "cpu", which from the start of training on saves a GPU one copy of the
     weights and costs their way to the host in every step.
     """
 
-    def __init__(self, model, decay, place="auto"):
+    def __init__(self, model, decay, place="auto", warmup=True):
         if place not in ("auto", "cpu"):
             raise UserError(f"--ema-device {place}: choose auto or cpu")
         self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        self.warmup = warmup
         if place == "cpu":
             self.model.cpu()
 
     @torch.no_grad()
     def update(self, model):
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
-        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(weight.detach().to(average.device), 1 - decay)
+        averages = list(self.model.parameters())
+        weights = [w.detach().to(a.device) for a, w in zip(averages, model.parameters(), strict=True)]
+        torch._foreach_lerp_(averages, weights, 1 - decay)         # few kernels, not one for each tensor
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -403,6 +415,8 @@ def check_same_config(saved, config, free, path):
     """Refuse to go on with a run under another configuration; fields in `free` may change.
     Raises UserError."""
     now = dataclasses.asdict(config)
+    # A field younger than the checkpoint: its default is what was done before there was a choice.
+    saved = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING} | saved
     changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
                if k not in free and saved.get(k) != now.get(k)]
     if changed:

@@ -111,31 +111,40 @@ class LeCAM(nn.Module):
 
 # --------------------------------------- differentiable augmentation ---------------------------------------
 
-def diff_augment(images, draws, cutout=0.2):
-    """DiffAug (Zhao et al. 2020): colour, translation and cutout, each with probability 0.5 [released code].
+class View(NamedTuple):
+    """How one call of the discriminator looks at its images; the trainer draws a new one for every call."""
+    crop: tuple | None = None                 # (top, left) of DinoDiscriminator's window; None: the whole image
+    augment: tuple = (False, False, False)    # colour, translation, cutout: on or off for the whole batch
+    amounts: torch.Tensor | None = None       # (B, 7) float uniform in [0, 1): how much, for each image
+
+
+def diff_augment(images, view, cutout=0.2):
+    """DiffAug (Zhao et al. 2020): colour, translation and cutout of `cutout` times the sides.
 
     Both sides of the discriminator see augmented images, and gradients pass, so that a discriminator that
-    has learned the training images by heart is of no more use to itself.
-    draws: (B, 10) float uniform in [0, 1), a row an image; the trainer makes them from (seed, step, index).
+    has learned the training images by heart is of no more use to itself. Which of the three are on is drawn
+    once a batch, each with probability 0.5; their amounts are an image's own [released code].
     """
     B, _, H, W = images.shape
-    u = draws.to(images)[:, :, None, None, None]                                      # (B, 10, 1, 1, 1)
-    on = u[:, :3] < 0.5
-    x = images + (u[:, 3] - 0.5)                                                      # brightness
-    grey = x.mean(1, keepdim=True)
-    x = (x - grey) * (2 * u[:, 4]) + grey                                             # saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (u[:, 5] + 0.5) + mean                                           # contrast
-    x = torch.where(on[:, 0], x, images)
-    # Translation by up to an eighth, zeros from outside: a gather in a padded picture.
-    dy, dx = ((u[:, 6 + i, :, :, 0] * 2 - 1) * size / 8 for i, size in ((0, H), (1, W)))   # (B, 1, 1)
-    rows = (torch.arange(H, device=x.device)[:, None] + dy.round().long()).expand(B, H, W)
-    columns = (torch.arange(W, device=x.device) + dx.round().long()).expand(B, H, W)
-    inside = ((rows >= 0) & (rows < H) & (columns >= 0) & (columns < W))[:, None]
-    place = rows.clamp(0, H - 1) * W + columns.clamp(0, W - 1)                        # (B, H, W)
-    moved = x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, 3, -1)).view_as(x) * inside
-    x = torch.where(on[:, 1], moved, x)
-    return torch.where(on[:, 2], cut_out(x, draws[:, 8:], cutout), x)
+    colour, translation, cut = view.augment
+    x = images
+    if any(view.augment):
+        u = view.amounts.to(images)[:, :, None, None, None]                           # (B, 7, 1, 1, 1)
+    if colour:
+        x = x + (u[:, 0] - 0.5)                                                       # brightness
+        grey = x.mean(1, keepdim=True)
+        x = (x - grey) * (2 * u[:, 1]) + grey                                         # saturation
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = (x - mean) * (u[:, 2] + 0.5) + mean                                       # contrast
+    if translation:
+        # By up to an eighth, zeros from outside: a gather in a padded picture.
+        dy, dx = ((u[:, 3 + i, :, :, 0] * 2 - 1) * size / 8 for i, size in ((0, H), (1, W)))     # (B, 1, 1)
+        rows = (torch.arange(H, device=x.device)[:, None] + dy.round().long()).expand(B, H, W)
+        columns = (torch.arange(W, device=x.device) + dx.round().long()).expand(B, H, W)
+        inside = ((rows >= 0) & (rows < H) & (columns >= 0) & (columns < W))[:, None]
+        place = rows.clamp(0, H - 1) * W + columns.clamp(0, W - 1)                    # (B, H, W)
+        x = x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, 3, -1)).view_as(x) * inside
+    return cut_out(x, view.amounts[:, 5:], cutout) if cut else x
 
 
 def cut_out(images, draws, size):
@@ -177,7 +186,7 @@ class BatchNorm(nn.Module):
     there are no running averages.
     """
 
-    def __init__(self, channels, eps=1e-5):
+    def __init__(self, channels, eps=1e-6):                        # 1e-6 [released code]
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.eps = eps
@@ -231,15 +240,16 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images, crop=None):
         """(B, 3, H, W) -> (B, 5 * 196) logits.
 
-        crop: (top, left) of a 224-px window, each as a share in [0, 1) of the room there is; None resizes
-        the whole image by area. The released code flips a coin between them.
+        crop: (top, left) of a 224-px window, each as a share in [0, 1) of the room there is; None brings the
+        whole image to 224 px: larger ones by area, smaller ones bicubically. The released code flips a coin
+        between them at every call.
         """
         S, (H, W) = self.SIZE, images.shape[-2:]
         if crop is not None and min(H, W) > S:
             top, left = int(crop[0] * (H - S + 1)), int(crop[1] * (W - S + 1))
             images = images[..., top:top + S, left:left + S]
         elif (H, W) != (S, S):
-            images = F.interpolate(images, (S, S), mode="area")
+            images = F.interpolate(images, (S, S), mode="area" if min(H, W) >= S else "bicubic")
         readouts = self.frozen[0].intermediate(normalize(images, *IMAGENET), after=(0, 3, 6, 9, 12))
         return torch.cat([head((x[:, 1:] + x[:, :1]).transpose(1, 2)).flatten(1)
                           for head, x in zip(self.heads, readouts, strict=True)], dim=1)
@@ -256,28 +266,28 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.lecam = discriminator, LeCAM(lecam_decay)
 
-    def forward(self, images, reconstructions, crop=None, lecam_weight=0.0, augment=False, consistency=0.0,
-                draws=None):
-        """-> (loss, {name: detached term}). The reconstructions must be detached by the caller.
+    def look(self, images, view, cutout=0.2):
+        """Logits of images as `view` shows them. float32: the networks may run in bfloat16, losses do not."""
+        return self.discriminator(diff_augment(images, view, cutout), view.crop).float()
 
-        augment: DiffAug on both sides. consistency: weight of the consistency term. Either needs
-        draws (B, 24), uniform in [0, 1): DiffAug of images and reconstructions (10 each), holes (2 each).
+    def forward(self, images, reconstructions, views=(View(),) * 4, weight=1.0, lecam_weight=0.0,
+                consistency=0.0):
+        """weight (hinge + lecam_weight LeCAM) + consistency * C -> (loss, {name: detached term}).
+
+        The reconstructions must be detached by the caller. views: of images and of reconstructions, then both
+        once more for C, the mean squared difference between these logits and those of the un-augmented
+        images under all of colour, translation and a cutout of half the sides: a good discriminator is
+        indifferent to bad augmentation. C stands outside the discriminator's weight [released code].
         """
-        if augment:
-            images, reconstructions = (diff_augment(images, draws[:, :10]),
-                                       diff_augment(reconstructions, draws[:, 10:20]))
-        # .float(): the networks may run in bfloat16, losses and averages do not.
-        real, fake = (self.discriminator(x, crop).float() for x in (images, reconstructions))
+        pair = images, reconstructions
+        real, fake = (self.look(x, view) for x, view in zip(pair, views))
+        self.lecam.update(real.detach(), fake.detach())          # before the penalty is taken [released code]
         terms = {"disc": hinge_loss(real, fake), "lecam": self.lecam(real, fake)}
-        loss = terms["disc"] + lecam_weight * terms["lecam"]
+        loss = weight * (terms["disc"] + lecam_weight * terms["lecam"])
         if consistency > 0:
-            # Bad augmentation is what a good discriminator is indifferent to: the same logits with half
-            # of the picture cut out.
-            cut = [self.discriminator(cut_out(x, d, 0.5), crop).float()
-                   for x, d in ((images, draws[:, 20:22]), (reconstructions, draws[:, 22:24]))]
-            terms["consistency"] = F.mse_loss(real, cut[0]) + F.mse_loss(fake, cut[1])
+            harsh = [self.look(x, view, cutout=0.5) for x, view in zip(pair, views[2:])]
+            terms["consistency"] = F.mse_loss(torch.cat((real, fake)), torch.cat(harsh))
             loss = loss + consistency * terms["consistency"]
-        self.lecam.update(real.detach(), fake.detach())
         terms |= {"disc_real": real.mean(), "disc_fake": fake.mean()}
         return loss, {name: term.detach() for name, term in terms.items()}
 

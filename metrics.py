@@ -176,6 +176,9 @@ def precision_recall(real, fake, k=3, block=1000):
     # numbers.
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
+    # Equal distances (of duplicated images, say) come out of it unequal in their last digits, and `<=` must
+    # not miss them: what differs by less than the rounding of d products is equal.
+    rounding = 1e-11 * max(x.square().sum(1).max().item() for x in (real, fake))
 
     def radii(points):
         result = []
@@ -186,7 +189,7 @@ def precision_recall(real, fake, k=3, block=1000):
         return torch.cat(result)
 
     def covered(queries, points):
-        reach = radii(points)
+        reach = radii(points) + rounding
         return sum((squared_distances(part, points) <= reach).any(1).sum().item()
                    for part in queries.split(block)) / len(queries)
 

@@ -85,8 +85,8 @@ def time_features(t, size=256):
 
     t goes in as it is, in [0, 1]. The frequencies were made for step numbers up to 1000, so only the first
     few features move much; the weights learned with it leave no choice [released code]. Angles are float32
-    under any autocast: near t = 1, bfloat16 cannot tell times apart that are 1/256 apart,
-    which is the length of a sampling step.
+    under any autocast: just below t = 1 bfloat16's spacing is 1/256, about the length of one of 250 sampling
+    steps, so neighbouring steps would be rounded to the same time, or to two that are twice as far apart.
     """
     frequency = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
     angle = t.float()[:, None] * frequency
@@ -296,17 +296,19 @@ def flow_matching_loss(prediction, target):
     return (prediction.float() - target.float()).square().mean((1, 2))
 
 
-def sample_times(rngs, kind="uniform"):
+def sample_times(rngs, kind="uniform", path="linear"):
     """Training times, (B,) float32 on the CPU, from one numpy Generator a sample:
     independent of batch and process.
 
-    kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal", the sigmoid of
-    a standard normal: fewer times near either end [the released code's README]. Raises ValueError for others.
+    kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal": fewer times
+    near either end [the released code's README]. With n standard normal, sigma / alpha = e^n on either path:
+    t = sigmoid(n) on the linear one, (2 / pi) atan(e^n) on the cosine one. Raises ValueError for others.
     """
     if kind == "uniform":
         return torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
     if kind == "logit-normal":
-        return torch.tensor([rng.standard_normal() for rng in rngs], dtype=torch.float64).sigmoid().float()
+        n = torch.tensor([rng.standard_normal() for rng in rngs], dtype=torch.float64)
+        return (n.sigmoid() if path == "linear" else n.exp().atan() * (2 / math.pi)).float()
     raise ValueError(f"times are {kind!r}: choose uniform or logit-normal")
 
 

@@ -97,7 +97,9 @@ class Config(SiTConfig):
     beta2: float = 0.999          # AdamW [Table 8]
     weight_decay: float = 0.0     # [Table 8]
     clip: float = 1.0             # largest gradient norm [released code]
-    ema: float = 0.9999           # decay, warmed up [SiT]
+    ema: float = 0.9999           # decay [SiT]
+    ema_warmup: bool = True       # smaller decay in the first steps, or small runs would average over their
+                                  # random start [ours; SiT and the released code: none]
     # ---- logs ----
     log_every: int = 100          # steps between lines of metrics.jsonl
     save_every: int = 10_000      # steps between checkpoints
@@ -142,7 +144,9 @@ PRESETS = {
     "sit-xl": SIZES["XL"],                                                             # [Table 8]
     "lightningdit-xl": SIZES["XL"] | dict(model="lightningdit", times="logit-normal", direction_loss=1.0,
                                           lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000),   # [Table 9]
-    "usit-2b": USIT_SIZES["2B"] | dict(model="usit", steps=500_000),                   # [Table 3; rebuttal]
+    # DC-AE's own recipe for its U-ViTs, which the paper takes over with the model.      [Table 3; rebuttal]
+    "usit-2b": USIT_SIZES["2B"] | dict(model="usit", batch_size=1024, beta1=0.99, beta2=0.99, warmup=5000,
+                                       steps=500_000),
 }
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
         "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "grid_cfg", "weights_dir"}
@@ -294,7 +298,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                     x = tokenizer.encode(images, normalize=True)
             # Everything random comes from (seed, step, global sample index), never from the process.
             rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-            t = common.to_device(sample_times(rngs, config.times), device)                  # (B,) in [0, 1]
+            t = common.to_device(sample_times(rngs, config.times, config.path), device)                  # (B,) in [0, 1]
             noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
             y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
                  else torch.zeros_like(y))
@@ -462,7 +466,7 @@ def main(argv=None):
     model, step = build_model(dataclasses.asdict(config)).to(device), 0
     if config.checkpointing:
         common.recompute_blocks(model, (SiTBlock, LightningDiTBlock, USiTBlock))
-    ema = common.EMA(model, config.ema, config.ema_device)
+    ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
     repa = teacher = None
     if config.repa:
         with common.rank_zero_first(rank, world):

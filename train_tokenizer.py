@@ -28,7 +28,7 @@ import common
 from common import UserError, sample_rng
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
-from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_targets, diff_augment, distance,
+from losses import (View, adaptive_weight, auxiliary_loss, build_objective, compute_targets, distance,
                     generator_loss)
 from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
                     random_mask, unpatchify)
@@ -89,10 +89,10 @@ class Config(MAETokConfig):
     disc_weight: float = 0.4     # lambda_2, times the adaptive weight [Eq. 6, Table 7]
     disc_start: int = 30_000     # step, counted through both stages, at which the GAN begins [Table 7]
     disc_lr: float = 1e-4        # peak, on the tokenizer's schedule; the paper is silent
-    disc_loss_weight: float = 1.0  # of the discriminator's own loss; released code: 0.4
+    disc_loss_weight: float = 1.0  # of hinge and LeCAM in the discriminator's own loss; released code: 0.4
     lecam: float = 1e-3          # weight of the LeCAM term in the discriminator's loss [Table 7]
     diffaug: bool = False        # differentiable augmentation of what it sees; on in the released code
-    consistency: float = 0.0     # weight of equal logits for cut-out views; released code: 4.0
+    consistency: float = 0.0     # weight of equal logits for harshly augmented views; released code: 4.0
     weights_dir: str = ""        # folder of the frozen networks' files; else torch hub's cache, else download
     random_frozen: bool = False  # FOR TESTS ONLY: frozen networks with random weights, nothing downloaded
     # ---- optimisation ----
@@ -103,12 +103,15 @@ class Config(MAETokConfig):
     lr_start: float = 0.0        # at the first step of the warm-up; released code: 1e-5
     lr_end: float = 0.0          # at the end of the cosine; released code: 2e-5
     warmup: int = 10_000         # steps [Table 7]
+    cosine_from: str = "warmup"  # where the cosine begins: warmup, at its end, or start, step 0 [released code]
     beta1: float = 0.9           # AdamW [Table 7]
     beta2: float = 0.95          # AdamW [Table 7]
     weight_decay: float = 1e-4   # [Table 7]; none on norms, biases, tokens, positions
                                  # [ours, the usual choice]
     clip: float = 1.0            # largest gradient norm [released code]
-    ema: float = 0.9999          # decay, warmed up [released code]
+    ema: float = 0.9999          # decay [released code]
+    ema_warmup: bool = True      # smaller decay in the first steps, or small runs would average over their
+                                 # random start [ours; released code: none]
     # ---- stage 2 ----
     stage2_steps: int = 50_000   # decoder fine-tuning with the encoder frozen [Sec. 4.1]
     stage2_mask: float = 0.6     # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
@@ -148,6 +151,7 @@ class Config(MAETokConfig):
                                      ("crop", self.crop, ("center", "random")),
                                      ("aux-loss", self.aux_loss, ("mse", "cosine", "mixed")),
                                      ("disc", self.disc, ("none", "dino", "patch")),
+                                     ("cosine-from", self.cosine_from, ("warmup", "start")),
                                      ("text-vocab", self.text_vocab, ("clip", "words")),
                                      ("teachers-as", self.teachers_as, ("published", "released")),
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
@@ -187,7 +191,7 @@ SCALES = {
                                   crop="random", lr=2e-4, lr_start=1e-5, lr_end=2e-5, warmup=5004,
                                   steps=500_400, weight_decay=0.0, targets="hog,dinov2-l,siglip-so400m",
                                   aux_loss="mixed", teachers_as="released", diffaug=True, consistency=4.0,
-                                  disc_loss_weight=0.4),
+                                  disc_lr=2e-4, disc_loss_weight=0.4, ema_warmup=False, cosine_from="start"),
 }
 # The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset
 # maetok-b-256,vae --steps 250000.
@@ -218,11 +222,15 @@ FREE = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "
 
 # ------------------------------------------- schedules and draws -------------------------------------------
 
-def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0):
-    """Linear warm-up to `peak`, then half a cosine down to `end` at `steps` [Table 7]."""
+def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0, cosine_from="warmup"):
+    """Linear warm-up to `peak`, then half a cosine down to `end` at `steps` [Table 7].
+
+    cosine_from: "warmup", the cosine begins at `peak` where the warm-up ends; "start", it is counted from
+    step 0, so the peak is never quite reached, and step n of the warm-up has n / warmup [released code].
+    """
     if step < warmup:
-        return start + (peak - start) * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+        return start + (peak - start) * (step + (cosine_from == "warmup")) / warmup
+    progress = step / max(1, steps) if cosine_from == "start" else (step - warmup) / max(1, steps - warmup)
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1, progress)))
 
 
@@ -245,6 +253,25 @@ def mask_range(config, stage, step):
 def step_rngs(config, name, step, positions):
     """One generator for each sample of a micro-batch, from (seed, step, global sample index)."""
     return [sample_rng(config.seed, name, step, int(i)) for i in positions]
+
+
+def draw_views(config, step, micro, positions, device):
+    """How the discriminator looks at each of its five calls in a step, a list of losses.View: at images, at
+    reconstructions, at both for the consistency term, and at reconstructions for the decoder's own loss.
+
+    Window or whole image, and with DiffAug each of its three parts on or off, are coins thrown anew for every
+    call and shared by its batch [released code]; window and amounts follow from (seed, step, sample), so that
+    processes agree.
+    """
+    coins = sample_rng(config.seed, "disc-view", step, micro).random((5, 6)).tolist()
+    amounts = [rng.random((5, 7), np.float32) for rng in step_rngs(config, "augment", step, positions)]
+    amounts = common.to_device(torch.from_numpy(np.stack(amounts, 1)), device)                  # (5, B, 7)
+    views = []
+    for call, (crop, top, left, *on) in enumerate(coins):
+        harsh = call in (2, 3)                                       # consistency: all three, certainly
+        augment = tuple(harsh or config.diffaug and coin < 0.5 for coin in on)
+        views.append(View((top, left) if crop < 0.5 else None, augment, amounts[call]))
+    return views
 
 
 def build_optimizer(config, model, device):
@@ -296,7 +323,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                mininterval=1.0)
     while step < last:
         if stage == 1:
-            lr = learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end)
+            lr = learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end,
+                               config.cosine_from)
         else:
             lr = learning_rate(step - first, config.stage2_steps, config.stage2_lr, config.stage2_warmup,
                                end=config.lr_end)
@@ -306,8 +334,6 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
         if adversarial:
             for group in adversary_optimizer.param_groups:
                 group["lr"] = config.disc_lr * lr / (config.lr if stage == 1 else config.stage2_lr)
-            coin, *crop = sample_rng(config.seed, "disc-crop", step, 0).random(3)
-            view = dict(crop=crop if coin < 0.5 else None)     # where the discriminator looks [released code]
         low, high = mask_range(config, stage, step - first)
         for micro, positions in enumerate(batches.positions()):
             batch = next(loader)
@@ -327,10 +353,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             targets = compute_targets(config, images, teachers, *batch[2:]) if stage == 1 else {}
             # nothing hidden: Eq. 8 on all patches
             where = mask if config.mask_high > 0 else torch.ones_like(mask)
-            draws = None
-            if adversarial and (config.diffaug or config.consistency > 0):
-                draws = [rng.random(34, np.float32) for rng in step_rngs(config, "augment", step, positions)]
-                draws = common.to_device(torch.from_numpy(np.stack(draws)), device)  # (B, 34)
+            views = draw_views(config, step, micro, positions, device) if adversarial else None
 
             with contextlib.ExitStack() as stack:
                 if world > 1 and micro + 1 < config.accumulate:
@@ -352,9 +375,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                     loss = loss + config.percep_weight * ramp * terms["percep"]
                 if adversarial:
                     adversary.requires_grad_(False)                       # its own step is below
-                    fake = diff_augment(reconstruction, draws[:, 24:]) if config.diffaug else reconstruction
                     with autocast:
-                        terms["adv"] = generator_loss(adversary.discriminator(fake, **view).float())
+                        terms["adv"] = generator_loss(adversary.look(reconstruction, views[4]))
                     balance = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
                     loss = loss + config.disc_weight * balance * terms["adv"]
                     terms["adaptive_weight"] = balance
@@ -370,9 +392,9 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                     adversary.requires_grad_(True)
                     with autocast:
                         judgement, its_terms = wrapped_adversary(
-                            images, reconstruction.detach(), lecam_weight=config.lecam, draws=draws,
-                            augment=config.diffaug, consistency=config.consistency, **view)
-                    (config.disc_loss_weight * judgement / config.accumulate).backward()
+                            images, reconstruction.detach(), views[:4], config.disc_loss_weight,
+                            config.lecam, config.consistency)
+                    (judgement / config.accumulate).backward()
                     terms |= its_terms
             for name, term in (terms | {"loss": loss}).items():
                 totals.setdefault(name, []).append(term.detach())
@@ -630,7 +652,7 @@ def main(argv=None):
     model.to(device)
     if config.checkpointing:
         common.recompute_blocks(model, Block)
-    ema = common.EMA(model, config.ema, config.ema_device)
+    ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
     optimizer = build_optimizer(config, model, device)
     adversary_optimizer = build_optimizer(config, adversary, device) if adversary else None
     if state is not None:
@@ -660,7 +682,7 @@ def main(argv=None):
             # and whose latents are decoded.
             model.load_state_dict(ema.model.state_dict())
             model.freeze_encoder()
-            ema = common.EMA(model, config.ema, config.ema_device)
+            ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
             stage, optimizer, measured = 2, build_optimizer(config, model, device), False
         step = train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer,
                            train_set, test_set, world, rank, device)

@@ -89,6 +89,27 @@ def test_ema_follows_its_closed_form_and_warms_up():
     assert ema.model.running_mean.item() == 4.0 and not ema.model.weight.requires_grad
 
 
+def test_average_without_warm_up_starts_at_the_weights_with_its_full_decay():
+    model = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        plain, warm = common.EMA(model, 0.9, warmup=False), common.EMA(model, 0.9)
+        model.weight.fill_(2.0)
+    plain.update(model), warm.update(model)
+    assert plain.model.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
+    assert warm.model.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+
+
+def test_a_run_begun_before_an_option_existed_resumes_with_its_default():
+    @dataclass
+    class Config:
+        lr: float = 1.0
+        young: str = "as before"
+    common.check_same_config({"lr": 1.0}, Config(), set(), "out")
+    with pytest.raises(common.UserError, match="young 'as before' -> 'new'"):
+        common.check_same_config({"lr": 1.0}, Config(young="new"), set(), "out")
+
+
 def test_ema_kept_elsewhere_is_lent_as_a_copy():
     model = torch.nn.Linear(2, 2)
     ema = common.EMA(model, decay=0.5, place="cpu")

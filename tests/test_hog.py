@@ -37,6 +37,22 @@ def naive_hog(image, patch, cell=8, bins=9):
     return np.stack(features)
 
 
+def test_sobel_sums_in_the_order_of_a_convolution():
+    """Kernel row by row from the left, in float32: another order turns exact zeros into +-1e-8, and bins flip.
+    Equality is by construction: each operation is rounded once, and doubling is exact."""
+    image = torch.rand(1, 1, 9, 11, generator=torch.Generator().manual_seed(3))
+    padded = np.pad(image[0, 0].numpy(), 1, mode="reflect")
+    kernel = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.float32)
+    for found, k in zip(sobel(image), (kernel, kernel.T)):
+        for y in range(9):
+            for x in range(11):
+                total = np.float32(0)
+                for i in range(3):
+                    for j in range(3):
+                        total = np.float32(total + np.float32(k[i, j] * padded[y + i, x + j]))
+                assert found[0, 0, y, x].item() == total
+
+
 @pytest.mark.parametrize("shape, patch, cell",
                          [((32, 48), 16, 8), ((24, 24), 8, 8), ((16, 16), 8, 4), ((12, 12), 4, 4)])
 def test_equals_the_pixel_loop(shape, patch, cell):
@@ -79,7 +95,11 @@ def test_108_values_at_256_and_512_and_the_order_of_images_in_large_batches():
 def test_every_cell_has_unit_norm_and_flat_images_are_zero():
     features = hog_features(torch.rand(1, 3, 32, 32), 16).reshape(4, 3, 9, 4)
     torch.testing.assert_close(features.norm(dim=2), torch.ones(4, 3, 4))
-    assert (hog_features(torch.full((1, 3, 32, 32), 0.7), 16) == 0).all()
+    for grey in range(0, 256, 5):
+        assert (hog_features(torch.full((1, 3, 32, 32), grey / 127.5 - 1), 16) == 0).all()
+    step = torch.zeros(1, 3, 32, 32)
+    step[..., 16:] = 1 / 127.5                                               # one grey level, the faintest edge
+    assert hog_features(step, 16).reshape(4, 3, 9, 4).norm(dim=2).max() == pytest.approx(1)
 
 
 def test_computed_in_float32_from_bfloat16_images_too():

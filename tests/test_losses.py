@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (LPIPS, Adversary, BatchNorm, DinoDiscriminator, LeCAM, PatchDiscriminator,
+from losses import (LPIPS, Adversary, BatchNorm, DinoDiscriminator, LeCAM, PatchDiscriminator, View,
                     adaptive_weight, cut_out, diff_augment, generator_loss, hinge_loss)
-from pretrained import TEACHERS, VisionTransformer, ViTConfig
+from pretrained import IMAGENET, TEACHERS, VisionTransformer, ViTConfig
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------
@@ -81,33 +81,28 @@ def test_lecam_follows_a_sequence_by_hand():
 
 # ----------------------------------------------- augmentation -----------------------------------------------
 
-def draws(**values):
-    """One row of draws that leaves the image as it is, but for the columns named by number."""
-    row = torch.full((1, 10), 0.9)
-    for column, value in values.items():
-        row[0, int(column[1:])] = value
-    return row
+def view(colour=False, translation=False, cutout=False, amounts=(0.5,) * 7):
+    return View(None, (colour, translation, cutout), torch.tensor([amounts]))
 
 
 def test_augmentation_off_is_the_image_itself():
     image = torch.rand(1, 3, 8, 8)
-    assert torch.equal(diff_augment(image, draws()), image)
+    assert torch.equal(diff_augment(image, view()), image)
 
 
 def test_translation_moves_by_whole_pixels_and_fills_with_zeros():
     image = torch.rand(1, 3, 16, 16) + 1
-    moved = diff_augment(image, draws(_1=0.0, _6=1.0, _7=0.25))          # 2 rows, -1 column
+    moved = diff_augment(image, view(translation=True, amounts=(0, 0, 0, 1.0, 0.25, 0, 0)))  # 2 rows, -1 column
     assert torch.equal(moved[..., :14, 1:], image[..., 2:, :15])
     assert moved[..., 14:, :].abs().max() == 0 and moved[..., 0].abs().max() == 0
 
 
 def test_colour_changes_by_the_drawn_amounts():
     image = torch.rand(1, 3, 8, 8)
-    assert torch.allclose(diff_augment(image, draws(_0=0.0, _3=0.7, _4=0.5, _5=0.5)), image + 0.2, atol=1e-6)
-    grey = diff_augment(image, draws(_0=0.0, _3=0.5, _4=0.0, _5=0.5))
-    assert torch.allclose(grey, image.mean(1, keepdim=True).expand_as(image), atol=1e-6)
-    contrast = diff_augment(image, draws(_0=0.0, _3=0.5, _4=0.5, _5=1.0))
-    assert torch.allclose(contrast, image.mean() + 1.5 * (image - image.mean()), atol=1e-5)
+    colour = lambda *amounts: diff_augment(image, view(colour=True, amounts=(*amounts, 0, 0, 0, 0)))
+    assert torch.allclose(colour(0.7, 0.5, 0.5), image + 0.2, atol=1e-6)
+    assert torch.allclose(colour(0.5, 0.0, 0.5), image.mean(1, keepdim=True).expand_as(image), atol=1e-6)
+    assert torch.allclose(colour(0.5, 0.5, 1.0), image.mean() + 1.5 * (image - image.mean()), atol=1e-5)
 
 
 def test_cutout_makes_a_square_of_its_size_and_lets_gradients_pass_elsewhere():
@@ -119,11 +114,12 @@ def test_cutout_makes_a_square_of_its_size_and_lets_gradients_pass_elsewhere():
 
 
 def test_augmentation_of_an_image_does_not_depend_on_its_batch():
-    images, rows = torch.rand(4, 3, 16, 16), torch.rand(4, 10)
-    together = diff_augment(images, rows)
+    images, amounts, on = torch.rand(4, 3, 16, 16), torch.rand(4, 7), (True, True, True)
+    together = diff_augment(images, View(None, on, amounts))
     assert not torch.equal(together, images)
     for i in range(4):
-        assert torch.allclose(diff_augment(images[i:i + 1], rows[i:i + 1]), together[i:i + 1], atol=1e-6)
+        alone = diff_augment(images[i:i + 1], View(None, on, amounts[i:i + 1]))
+        assert torch.allclose(alone, together[i:i + 1], atol=1e-6)
 
 
 # ---------------------------------------------- discriminators ----------------------------------------------
@@ -171,7 +167,7 @@ def test_convolutions_of_the_patch_discriminator_have_spectral_norm_one():
 
 
 def test_batch_norm_is_torchs_in_training_mode():
-    x, ours, theirs = torch.randn(4, 6, 10), BatchNorm(6), torch.nn.BatchNorm1d(6)
+    x, ours, theirs = torch.randn(4, 6, 10), BatchNorm(6), torch.nn.BatchNorm1d(6, eps=1e-6)
     with torch.no_grad():
         for layer in (ours, theirs):
             layer.weight.copy_(torch.arange(6)), layer.bias.copy_(torch.arange(6) / 3)
@@ -182,16 +178,52 @@ def test_batch_norm_is_torchs_in_training_mode():
     assert torch.allclose(a.grad, b.grad, atol=1e-3)
 
 
-def test_adversarys_loss_is_the_sum_of_its_terms():
+def test_small_images_are_enlarged_bicubically_and_large_ones_shrunk_by_area():
+    seen, discriminator = [], DinoDiscriminator(small_dino())
+    discriminator.frozen[0].intermediate = lambda x, after: seen.append(x) or [torch.zeros(2, 197, 32)] * 5
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
+    for size, mode in ((32, "bicubic"), (448, "area")):
+        images = torch.rand(2, 3, size, size) * 2 - 1
+        discriminator(images)
+        expected = (F.interpolate(images, (224, 224), mode=mode) / 2 + 0.5 - mean) / std
+        assert torch.allclose(seen[-1], expected, atol=1e-4)
+
+
+class Identity(torch.nn.Module):
+    """A discriminator that shows what it was given."""
+
+    def forward(self, images, crop=None):
+        return images.flatten(1)
+
+
+def test_consistency_compares_with_the_unaugmented_images_harshly_augmented_outside_the_weight():
+    adversary, amounts = Adversary(Identity()), torch.rand(4, 2, 7)
+    pair, all_on = torch.rand(2, 2, 3, 16, 16) * 2 - 1, (True, True, True)
+    views = [View(None, (True, False, False), a) for a in amounts[:2]]
+    views += [View(None, all_on, a) for a in amounts[2:]]
+    plain, _ = adversary(*pair, views, weight=0.4)
+    loss, terms = adversary(*pair, views, weight=0.4, consistency=4.0)
+    mild = [diff_augment(x, v) for x, v in zip(pair, views)]
+    harsh = [diff_augment(x, v, 0.5) for x, v in zip(pair, views[2:])]
+    oracle = sum((a - b).square().mean().item() for a, b in zip(mild, harsh)) / 2
+    assert terms["consistency"].item() == pytest.approx(oracle, rel=1e-4)
+    assert (loss - plain).item() == pytest.approx(4 * oracle, rel=1e-4)
+
+
+def test_lecam_moves_before_its_penalty_and_is_inside_the_weight():
     adversary = Adversary(PatchDiscriminator(16))
     adversary.lecam.real_ema.fill_(1.0), adversary.lecam.fake_ema.fill_(-1.0)
+    adversary.lecam.decay = 0.5
     images, fakes = torch.rand(2, 4, 3, 16, 16)
-    loss, terms = adversary(images, fakes, lecam_weight=0.3, augment=True, consistency=4.0,
-                            draws=torch.rand(4, 24))
-    expected = terms["disc"] + 0.3 * terms["lecam"] + 4 * terms["consistency"]
-    assert loss.item() == pytest.approx(expected.item())
-    assert terms["consistency"] > 0 and terms["lecam"] > 0
-    assert adversary.lecam.real_ema.item() == pytest.approx(0.999 + 0.001 * terms["disc_real"].item())
+    logits = []
+    adversary.discriminator.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    loss, terms = adversary(images, fakes, weight=0.4, lecam_weight=0.3)
+    real, fake = logits
+    moved = 0.5 + 0.5 * real.mean(), -0.5 + 0.5 * fake.mean()
+    expected = (real - moved[1]).relu().square().mean() + (moved[0] - fake).relu().square().mean()
+    assert terms["lecam"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert adversary.lecam.real_ema.item() == pytest.approx(moved[0].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.4 * (terms["disc"] + 0.3 * terms["lecam"]).item(), rel=1e-5)
 
 
 def test_discriminator_learns_to_tell_two_kinds_of_images_apart():

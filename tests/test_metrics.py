@@ -136,6 +136,20 @@ def test_inception_score_by_the_definition_in_chunks_of_file_order():
     assert mean == pytest.approx(np.mean(scores)) and std == pytest.approx(np.std(scores))
 
 
+def test_precision_and_recall_count_equal_distances():
+    """Integer features: many distances are equal. The oracle counts in whole numbers, where equal is equal."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.integers(0, 3, (200, 6)), rng.integers(0, 3, (220, 6)) + (rng.random((220, 6)) < 0.1)
+
+    def covered(queries, points, k=3):
+        distances = np.square(points[:, None] - points).sum(-1)
+        reach = np.sort(distances, 1)[:, k]                                     # [:, 0] is the point itself
+        return (np.square(queries[:, None] - points).sum(-1) <= reach).any(1).mean()
+
+    found = metrics.precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float())
+    assert found == pytest.approx((covered(fake, real), covered(real, fake)))
+
+
 def test_precision_and_recall_by_brute_force():
     g = torch.Generator().manual_seed(1)
     real = torch.randn(60, 3, generator=g) + 100                                # far from 0

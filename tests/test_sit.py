@@ -328,6 +328,14 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
     assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])
 
 
+def test_logit_normal_times_are_logit_normal_in_sigma_over_alpha_on_both_paths():
+    for path in ("linear", "cosine"):
+        t = sample_times(rngs(3000), "logit-normal", path).double()
+        alpha, sigma, *_ = path_coefficients(t, path)
+        n = (sigma / alpha).log()
+        assert abs(n.mean()) < 0.06 and abs(n.std() - 1) < 0.05, path
+
+
 def test_dropped_labels_become_the_null_class():
     y = torch.arange(3000) % 10
     dropped = drop_labels(rngs(3000), y, null_class=10)
