@@ -60,6 +60,8 @@ class MAETokConfig:
     class_token: bool = False        # encoder and aux decoders carry a class token [released code]
     layer_scale: float = 0.0         # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
+    initialisation: str = "xavier"   # of new weights: xavier [as MAE], or released: normals of 0.02
+                                     # [released code]; see initialise()
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "heads", "encoder_depth", "decoder_depth",
@@ -78,6 +80,8 @@ class MAETokConfig:
                                  "multiple of 4")
         if self.rope not in ("axial", "mixed", "none"):
             raise ValueError(f"rope is {self.rope!r}: choose axial, mixed or none")
+        if self.initialisation not in ("xavier", "released"):
+            raise ValueError(f"initialisation is {self.initialisation!r}: choose xavier or released")
         if self.ape not in ("none", "encoder", "both"):
             raise ValueError(f"ape is {self.ape!r}: choose none, encoder or both")
         if self.latent_modulation and not self.learnable_latents:
@@ -379,8 +383,10 @@ class Decoder(nn.Module):
         return self.head(x.mean(1) if self.pool else x)
 
 
-def initialise(model):
-    """Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1) for tokens and positions [ours].
+def initialise(model, kind="xavier"):
+    """New weights, in place. kind "xavier": Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1) for
+    tokens and positions [ours]. "released": truncated normal 0.02 for linear layers, normal 0.02 for tokens and
+    positions, 1e-6 for class tokens; the decoder's modulation starts at 0 [released code].
 
     The latter is as large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot
     tell apart until the positions have grown, and small runs lose much of their time to that.
@@ -388,11 +394,15 @@ def initialise(model):
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.xavier_uniform_(module.weight) if kind == "xavier" else nn.init.trunc_normal_(module.weight,
+                                                                                                  std=0.02)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if name.endswith(("_token", "_tokens", "_positions", ".table")):
-            nn.init.normal_(parameter)
+            class_token = name.endswith("class_token")
+            nn.init.normal_(parameter, std=1.0 if kind == "xavier" else 1e-6 if class_token else 0.02)
+        elif kind == "released" and ".modulation." in name:
+            nn.init.zeros_(parameter)
 
 
 # ------------------------------------------------ the model ------------------------------------------------
@@ -429,7 +439,7 @@ class MAETok(nn.Module):
         # the weights: a diffusion model wants unit variance, and forgetting this at one end costs everything.
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_std", torch.ones(()))
-        initialise(self)
+        initialise(self, c.initialisation)
 
     def grid(self, size):
         """(H, W) in px -> (rows, columns) of patches.

@@ -191,7 +191,8 @@ SCALES = {
                                   crop="random", lr=2e-4, lr_start=1e-5, lr_end=2e-5, warmup=5004,
                                   steps=500_400, weight_decay=0.0, targets="hog,dinov2-l,siglip-so400m",
                                   aux_loss="mixed", teachers_as="released", diffaug=True, consistency=4.0,
-                                  disc_lr=2e-4, disc_loss_weight=0.4, ema_warmup=False, cosine_from="start"),
+                                  disc_lr=2e-4, disc_loss_weight=0.4, ema_warmup=False, cosine_from="start",
+                                  initialisation="released"),
 }
 # The paper's comparisons. Join one to a scale: --preset cifar10,vae or --preset
 # maetok-b-256,vae --steps 250000.
@@ -584,7 +585,7 @@ def start_from(config, model, adversary, path):
     """
     state = common.load_checkpoint(path)
     source = tokenizer_of(state, path)
-    free = ("image_size", "aux_targets", "aux_depth", "aux_width", "aux_heads")
+    free = ("image_size", "aux_targets", "aux_depth", "aux_width", "aux_heads", "initialisation")
     differ = [f"{f.name} {getattr(source.config, f.name)!r} -> {getattr(config, f.name)!r}" for f in
               dataclasses.fields(MAETokConfig) if f.name not in free
               and getattr(source.config, f.name) != getattr(config, f.name)]

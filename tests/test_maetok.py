@@ -34,6 +34,23 @@ def test_parameter_count_of_the_paper_size():
     assert parameters(image_size=512) == parameters()          # nothing depends on the image size
 
 
+def test_released_initialisation():
+    model = MAETok(MAETokConfig(image_size=64, width=64, heads=4, encoder_depth=2, decoder_depth=2, num_latents=64,
+                                ape="encoder", class_token=True, latent_modulation=True,
+                                initialisation="released"))
+    seen = 0
+    for name, p in model.named_parameters():
+        if ".modulation." in name:
+            assert (p == 0).all(), name
+            seen += 1
+        elif name.endswith("class_token"):
+            assert 0 < p.abs().max() < 1e-5, name
+        elif name.endswith(("_tokens", "_positions", ".table", "qkv.weight", "head.weight")):
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+            seen += 1
+    assert seen >= 10
+
+
 def test_parameter_count_of_the_released_variant():
     # 173,890,592 by the released key list, of which these are stored but never used: the decoder's
     # patch_embed and pos_embed and its last norm's modulation.
