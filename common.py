@@ -342,12 +342,21 @@ def numbered_checkpoints(out):
     return sorted(files, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
-def save_checkpoint(out, state, keep):
+def checkpoint_budget(model, save_every, steps, keep, keep_every):
+    """A line that says how much disk a run's checkpoints take: weights, EMA and AdamW's two moments each."""
+    gigabytes = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    milestones = steps // math.lcm(save_every, keep_every) if keep_every else 0
+    return (f"checkpoints: about {gigabytes:.2g} GB each, every {save_every} steps; the newest {keep} stay"
+            + (f" and {milestones} milestones, one in {math.lcm(save_every, keep_every)} steps" if milestones else "")
+            + f": up to {gigabytes * (keep + milestones):.3g} GB in all")
+
+
+def save_checkpoint(out, state, keep, keep_every=0):
     """Write `state` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and
     out/last.pt.
 
     Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
-    numbered files stay. Whenever a crash comes, the last whole checkpoint is there under one of the names.
+    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a crash comes, the last whole checkpoint is there under one of the names.
     """
     out = Path(out)
     numbered = out / f"step_{state['step']:07d}.pt"
@@ -361,8 +370,9 @@ def save_checkpoint(out, state, keep):
 
     atomic_write(out / "last.pt", link)
     # .tmp: a killed process's debris
-    for old in (*numbered_checkpoints(out)[keep:], *out.glob(".*.pt.*.tmp")):
-        old.unlink()
+    old = [path for path in numbered_checkpoints(out)[keep:] if not keep_every or int(path.stem[5:]) % keep_every]
+    for path in (*old, *out.glob(".*.pt.*.tmp")):
+        path.unlink()
 
 
 def load_checkpoint(path):

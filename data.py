@@ -14,8 +14,10 @@ import hashlib
 import json
 import math
 import os
+import struct
 import tarfile
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -143,10 +145,37 @@ class Arrays:
         self.images, self.labels, self.classes, self.length = images, labels, classes, len(images)
 
     def fingerprint(self):
-        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes() + self.labels.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, self.length, 1000):                         # they may be a memory map of gigabytes
+            digest.update(np.ascontiguousarray(self.images[start:start + 1000]))
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index):
         return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def map_array(path, name):
+    """An array of an .npz file as a read-only memory map, so that each process touches only the images it
+    reads; None if it is compressed. (numpy.load takes no notice of mmap_mode inside an .npz.)"""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset)
+        header = file.read(30)                             # the local header; lengths of name and extra field
+        file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            return None
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject or 0 in shape:
+            return None
+        if file.tell() + dtype.itemsize * math.prod(shape) > os.path.getsize(path):
+            raise ValueError("the file is cut short")
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def read_npz(path):
@@ -155,7 +184,8 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file:
                 raise UserError(f"{path} has no array 'arr_0' (found: {', '.join(file.files) or 'nothing'})")
-            images = file["arr_0"]
+            images = map_array(path, "arr_0")
+            images = file["arr_0"] if images is None else images
             labels = file["arr_1"] if "arr_1" in file else np.full(len(images), -1)
     except UserError:
         raise

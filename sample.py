@@ -49,21 +49,25 @@ def choose_labels(num, classes, num_classes, kind, seed):
 
 
 def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
-                   steps=250, path="linear", trajectory=None, guide=None):
+                   steps=250, path="linear", trajectory=None, guide=None, as_released=False):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
-    guide: the worse model of autoguidance, see sit.guided_velocity.
+    guide: the worse model of autoguidance, see sit.guided_velocity. as_released: Euler-Maruyama with w = 2t on
+    any path and Heun deciding on guidance once a step, as the authors' code samples; see sit.py.
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
     """
     device, shape = next(model.parameters()).device, (model.config.num_latents, model.config.latent_dim)
     rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
-    draw = lambda: torch.from_numpy(
-        np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])).to(device)
+    # By way of pinned memory: a plain copy would make the host wait for the GPU in every step.
+    draw = lambda: common.to_device(torch.from_numpy(
+        np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])), device)
     velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval, guide)
     if sampler == "euler-maruyama":
         return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
-                              trajectory=trajectory)
-    return {"euler": euler, "heun": heun}[sampler](velocity, draw(), steps, trajectory=trajectory)
+                              trajectory=trajectory, diffusion="t" if as_released else "sigma")
+    if sampler == "heun":
+        return heun(velocity, draw(), steps, trajectory=trajectory, decide="step" if as_released else "call")
+    return euler(velocity, draw(), steps, trajectory=trajectory)
 
 
 def load_guide(path, model, tokenizer, config, device):
@@ -274,7 +278,8 @@ def main(argv=None):
                         else contextlib.nullcontext())
             with torch.no_grad(), autocast:
                 z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval,
-                                   args.sampler, args.steps, config["path"], guide=guide)
+                                   args.sampler, args.steps, config["path"], guide=guide,
+                                   as_released=bool(args.released))
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             common.atomic_write(part, lambda p: common.save_npy(p, images))
             bar.update(args.batch_size * world)

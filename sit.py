@@ -396,7 +396,7 @@ def euler(velocity, x, steps=250, trajectory=None):
 
 
 @torch.no_grad()
-def heun(velocity, x, steps=125, trajectory=None):
+def heun(velocity, x, steps=125, trajectory=None, decide="call"):
     """Heun's method for the ODE dx/dt = v: an Euler step,
     then again with the mean of the velocities at its two ends.
 
@@ -404,13 +404,16 @@ def heun(velocity, x, steps=125, trajectory=None):
     is an Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state
     for data and would leave half of the noise that is still there.
     One step of first order among many leaves the whole at second.
+    decide: where guidance has an interval, "call" asks at each call's own time whether it holds [ours], "step"
+    once at the start of a step for both of its calls [released code]; velocity is then guided_velocity's.
     """
     dtype, x, times = x.dtype, _state(x), _times(steps)
     _keep(trajectory, 1.0, x, dtype)
     for t, t_next in zip(times, times[1:]):
         v = velocity(x, t).to(x)
         if t_next > 0:
-            v = (v + velocity(x + (t_next - t) * v, t_next).to(x)) / 2
+            asked = {"start": t} if decide == "step" else {}
+            v = (v + velocity(x + (t_next - t) * v, t_next, **asked).to(x)) / 2
         x = x + (t_next - t) * v
         _keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
@@ -418,21 +421,24 @@ def heun(velocity, x, steps=125, trajectory=None):
 
 @torch.no_grad()
 def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear", generator=None,
-                   trajectory=None):
+                   trajectory=None, diffusion="sigma"):
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
         dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
         x_t is distributed as the ODE's for any w(t) >= 0 [SiT]
 
-    w = 2 sigma(t): 2t on the linear path [released code], and its counterpart on the cosine path [ours]. As s
-    is -E[eps|x_t] / sigma, the drift v - sigma s is v + E[eps|x_t], and nothing is divided by a small number.
+    diffusion "sigma": w = 2 sigma(t) [ours], "t": w = 2t whatever the path [released code]; on the linear path
+    both are 2t. As s is -E[eps|x_t] / sigma, the drift v - w/2 s is v + w/(2 sigma) E[eps|x_t]: for "sigma"
+    nothing is divided by a small number, and for "t" on the cosine path t / sigma is within [2/pi, 1].
     `steps` calls, at linspace(1, last, steps). The step from `last` to 0 adds no noise, since none after it
     could take that away; it uses the SDE's drift over its whole length, so `last` must be small beside the
     data's spread [released code].
     noise: a callable, step 0 ... steps - 2 -> (B, L, C) standard normal, with which each sample can have its
     own stream and come out the same in any batch. None: torch's, from `generator`.
-    Raises ValueError for steps < 1 or last outside (0, 1).
+    Raises ValueError for steps < 1, last outside (0, 1) or another diffusion.
     """
+    if diffusion not in ("sigma", "t"):
+        raise ValueError(f"diffusion is {diffusion!r}: choose sigma or t")
     if not 0 < last < 1:
         raise ValueError(f"last is {last}: the last step starts between 0 and 1")
     dtype, x, times = x.dtype, _state(x), _times(steps, last)
@@ -443,9 +449,10 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
     _keep(trajectory, 1.0, x, dtype)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, t).to(x)
-        x = x + (t_next - t) * (v + split_velocity(v, x, t, path)[1])
+        half_w = sigmas[step] if diffusion == "sigma" else t
+        x = x + (t_next - t) * (v + half_w / sigmas[step] * split_velocity(v, x, t, path)[1])
         if t_next > 0:
-            x = x + math.sqrt(2 * sigmas[step] * (t - t_next)) * noise(step).to(x)
+            x = x + math.sqrt(2 * half_w * (t - t_next)) * noise(step).to(x)
         _keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
@@ -495,9 +502,9 @@ def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
         raise ValueError("a model of guidance-free training knows guidance scales from 1 on")
     dtype, null = next(model.parameters()).dtype, torch.full_like(y, null_class)
 
-    def velocity(x, t):
+    def velocity(x, t, start=None):
         # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
-        guided = cfg_scale != 1 and low - 1e-6 <= t <= high + 1e-6
+        guided = cfg_scale != 1 and low - 1e-6 <= (t if start is None else start) <= high + 1e-6
         if model.config.guidance_free or guide is not None:
             times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
             if guide is None:

@@ -104,6 +104,8 @@ class Config(SiTConfig):
     log_every: int = 100          # steps between lines of metrics.jsonl
     save_every: int = 10_000      # steps between checkpoints
     keep: int = 3                 # numbered checkpoints that stay, at least 2
+    keep_every: int = 500_000     # and all whose step is a multiple of this, for Fig. 5b and autoguidance's 1 M
+                                  # [rebuttal]; 0: none
     grid_every: int = 10_000      # steps between pictures of samples; 0 for none
     grid_cfg: float = 2.0         # guidance scale of the second row of those pictures
 
@@ -129,27 +131,29 @@ class Config(SiTConfig):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        if min(self.cache_images, self.warmup, self.grid_every) < 0:
-            raise UserError("--cache-images, --warmup and --grid-every cannot be negative")
+        if min(self.cache_images, self.warmup, self.grid_every, self.keep_every) < 0:
+            raise UserError("--cache-images, --warmup, --grid-every and --keep-every cannot be negative")
 
 
 # The scale of a run. The first is the default.
 PRESETS = {
     "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=3000, batch_size=64,
-                   lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=500, grid_every=500),
+                   lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=375, keep_every=375,
+                   grid_every=500),
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
-                    ema=0.9995, save_every=2000, grid_every=2000),
+                    ema=0.9995, save_every=2000, keep_every=10_000, grid_every=2000),
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],
-    "sit-l": SIZES["L"] | dict(steps=400_000),                                         # [Sec. 4.1, ablations]
+    "sit-l": SIZES["L"] | dict(steps=400_000, keep_every=50_000),                               # [Sec. 4.1, ablations]
     "sit-xl": SIZES["XL"],                                                             # [Table 8]
     "lightningdit-xl": SIZES["XL"] | dict(model="lightningdit", times="logit-normal", direction_loss=1.0,
-                                          lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000),   # [Table 9]
+                                          lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000,
+                                          keep_every=50_000),   # [Table 9]
     # DC-AE's own recipe for its U-ViTs, which the paper takes over with the model.      [Table 3; rebuttal]
     "usit-2b": USIT_SIZES["2B"] | dict(model="usit", batch_size=1024, beta1=0.99, beta2=0.99, warmup=5000,
-                                       steps=500_000),
+                                       steps=500_000, keep_every=50_000),
 }
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
-        "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "grid_cfg", "weights_dir"}
+        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg", "weights_dir"}
 
 
 # ------------------------------------------- the cache of latents -------------------------------------------
@@ -378,7 +382,7 @@ def save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world
                  "tokenizer": tokenizer_state}
         if repa:
             state["repa_head"] = repa.head.state_dict()
-        common.save_checkpoint(config.out, state, config.keep)
+        common.save_checkpoint(config.out, state, config.keep, config.keep_every)
     if world > 1:
         dist.barrier()
 
@@ -514,6 +518,7 @@ def main(argv=None):
             print(f"passed over unreadable images {int(skipped)} times")
         print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "
               f"{out}/ at step {step} of {config.steps}", flush=True)
+        print(common.checkpoint_budget(model, config.save_every, config.steps, config.keep, config.keep_every))
     train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, repa, teacher, world,
           rank, device)
     if rank == 0:

@@ -123,6 +123,7 @@ class Config(MAETokConfig):
     log_every: int = 100         # steps between lines of metrics.jsonl
     save_every: int = 5000       # steps between checkpoints
     keep: int = 3                # numbered checkpoints that stay, at least 2
+    keep_every: int = 0          # and all whose step is a multiple of this; 0: none
     grid_every: int = 500        # steps between pictures; 0 for none
     eval_images: int = 1000      # test images for PSNR at the end of each stage
     latent_images: int = 10_000  # training images for the latents' mean and standard deviation
@@ -143,7 +144,7 @@ class Config(MAETokConfig):
                      "latent_images", "text_words"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("stage2_steps", "grid_every", "warmup", "stage2_warmup", "percep_weight",
+        for name in ("stage2_steps", "keep_every", "grid_every", "warmup", "stage2_warmup", "percep_weight",
                      "percep_warmup", "disc_start", "disc_weight", "lecam", "consistency", "text_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} cannot be negative")
@@ -217,7 +218,7 @@ ABLATIONS = {
 PRESETS = SCALES | ABLATIONS
 # Options that may differ when a run is resumed: they do not change what is learned.
 FREE = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
-        "accumulate", "data_root", "log_every", "save_every", "keep", "grid_every", "eval_images",
+        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "eval_images",
         "latent_images", "weights_dir"}
 
 
@@ -455,7 +456,7 @@ def save(config, stage, step, model, ema, optimizer, adversary, adversary_optimi
         if adversary is not None:
             state |= {"adversary": adversary.state_dict(),
                       "adversary_optimizer": adversary_optimizer.state_dict()}
-        common.save_checkpoint(config.out, state, config.keep)
+        common.save_checkpoint(config.out, state, config.keep, config.keep_every)
     if world > 1:
         dist.barrier()
 
@@ -675,6 +676,7 @@ def main(argv=None):
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
               f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; "
               f"{out}/ at step {step} of {end}", flush=True)
+        print(common.checkpoint_budget(model, config.save_every, end, config.keep, config.keep_every))
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
     while step < end or not measured:
