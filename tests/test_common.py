@@ -100,6 +100,14 @@ def test_average_without_warm_up_starts_at_the_weights_with_its_full_decay():
     assert warm.model.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
 
 
+def test_milestones_stay_beside_the_newest_checkpoints(tmp_path):
+    for step in range(100, 1100, 100):
+        common.save_checkpoint(tmp_path, {"step": step, "config": {}}, keep=2, keep_every=300)
+    assert [int(p.stem[5:]) for p in common.numbered_checkpoints(tmp_path)] == [1000, 900, 600, 300]
+    line = common.checkpoint_budget(torch.nn.Linear(999, 1000), 100, 1000, 2, 300)
+    assert "0.016 GB each" in line and "3 milestones" in line and "0.08 GB in all" in line
+
+
 def test_a_run_begun_before_an_option_existed_resumes_with_its_default():
     @dataclass
     class Config:

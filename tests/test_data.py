@@ -24,6 +24,19 @@ def array(dataset, index, epoch=0):
     return dataset[epoch, index][0].numpy()
 
 
+def test_npz_files_are_mapped_not_read(tmp_path):
+    """Eight processes that score 50,000 samples need not hold them eight times."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8), np.arange(6)
+    np.savez(tmp_path / "plain.npz", images, labels)
+    np.savez_compressed(tmp_path / "small.npz", images, labels)
+    plain, small = (data.read_npz(tmp_path / name) for name in ("plain.npz", "small.npz"))
+    assert isinstance(plain.images, np.memmap) and not isinstance(small.images, np.memmap)
+    assert np.array_equal(plain.images, images) and np.array_equal(small.images, images)
+    assert plain.fingerprint() == small.fingerprint() and plain[3][1] == 3
+    np.savez(tmp_path / "fortran.npz", np.asfortranarray(images), labels)
+    assert np.array_equal(data.read_npz(tmp_path / "fortran.npz").images, images)
+
+
 # ------------------------------------------------ shapes ------------------------------------------------
 
 def test_shapes_are_a_function_of_seed_and_index():

@@ -1,4 +1,5 @@
 """evaluate.py: every command runs from files alone, its numbers come from the images, bad input is named."""
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -88,6 +89,7 @@ def test_share_of_the_requested_class(tmp_path, cache, tokenizer, capsys):
     np.savez(tmp_path / "s.npz", images, labels)
     right = classify(tmp_path, cache, "--tokenizer", tokenizer)
     assert right["reconstructions_assigned_to_their_class"] < 0.4                # six steps of training: mush
+    assert right["precision_against_reconstructions"] < 0.5 < right["precision"]       # these samples are sharp
     assert right["assigned_to_requested_class"] > 0.5 and right["classifier_test_accuracy"] > 0.5
     assert "protocol" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", images, (labels + 1) % 10)
@@ -200,6 +202,35 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
     assert "equal d" in capsys.readouterr().out
     for name in ("l_mixtures.png", "l_classes.png"):
         assert len(np.unique(np.asarray(Image.open(tmp_path / name)).reshape(-1, 3), axis=0)) > 5
+
+
+def test_the_picture_has_whole_classes_however_many_there_are():
+    images = features.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000), lambda index: index)
+    chosen = evaluate.first_classes(images)
+    assert 500 < len(chosen.labels) <= 1000 and chosen.labels.max() == 9
+    assert all(images.labels[chosen.read(i)] == label for i, label in enumerate(chosen.labels))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap-learn is installed")
+def test_optional_packages_are_looked_for_before_the_run_is(tmp_path):
+    with pytest.raises(UserError, match="pip install umap-learn"):
+        measure("latents", tmp_path / "no-such-run", "--umap")
+
+
+def test_mixtures_without_full_covariances_and_curves_in_bfloat16(tmp_path, tokenizer, diffusion, monkeypatch):
+    measure("latents", tokenizer, "--train-images", 60, "--test-images", 30, "--components", 2, "--dims", 3,
+            "--no-full", "--out", tmp_path / "l")
+    rows = json.loads((tmp_path / "l.json").read_text())[str(tokenizer)]["mixtures"]
+    assert "nll_diagonal" in rows[0] and "nll_full" not in rows[0]
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    seen, draw = [], evaluate.sample_latents
+    monkeypatch.setattr(evaluate, "sample_latents", lambda *args, **options: (
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        or draw(*args, **options)))
+    measure("curve", diffusion, "--num-images", 8, "--steps", 2, "--reference-images", 30, "--dtype", "bfloat16",
+            "--out", tmp_path / "curve")
+    assert set(seen) == {torch.bfloat16}
+    assert "drawn in bfloat16" in json.loads((tmp_path / "curve.json").read_text())["protocol"]
 
 
 def with_classes_that_matter(run, folder):

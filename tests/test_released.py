@@ -156,6 +156,19 @@ def naive_decode(w, z):
     return image
 
 
+@pytest.mark.parametrize("extra, gone, words", [
+    ({}, ("encoder.freqs", "decoder.freqs"), "position tables only"),
+    ({"decoder.model.cls_token": (1, 1, 64)}, (), "a class token in the main decoder"),
+    ({"decoder.model.blocks.0.ls1.gamma": (64,)}, (), "LayerScale in the decoder"),
+    ({"decoder.model.blocks.0.attn.proj.weight": (128, 128)}, (), "width 64 with a decoder of width 128")])
+def test_variants_of_the_authors_script_are_refused_by_name(extra, gone, words):
+    shapes = {"encoder.freqs": (2, 1, 32), "decoder.freqs": (2, 1, 32)}
+    shapes |= {f"{part}.model.blocks.0.attn.proj.weight": (64, 64) for part in ("encoder", "decoder")} | extra
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in gone}
+    with pytest.raises(UserError, match=words):
+        tokenizer_from(weights, {}, "file")
+
+
 def test_tokenizer_encodes_and_decodes_as_the_released_code_does(tmp_path):
     weights = draw(tokenizer_shapes(**SIZES))
     model = load_released_tokenizer(write(tmp_path, weights, SETTINGS))

@@ -328,6 +328,48 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
     assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])
 
 
+def test_euler_maruyama_as_released_takes_2t_on_the_cosine_path_too():
+    """A naive loop by the score: drift v - t s, noise sqrt(2 t dt); on the linear path both choices are one."""
+    def velocity(x, t):
+        return torch.sin(3 * x) + t
+
+    def naive(x, steps, path):
+        times = [*np.linspace(1, 0.04, steps), 0.0]
+        for step, (t, following) in enumerate(zip(times, times[1:])):
+            v = velocity(x, t)
+            x = x + (following - t) * (v - t * score_from_velocity(v, x, t, path))
+            if following > 0:
+                x = x + (2 * t * (t - following)) ** 0.5 * noise[step]
+        return x
+
+    start, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(9, 2, 3, 4, dtype=torch.float64)
+    run = lambda path, kind: euler_maruyama(velocity, start, 10, noise=lambda step: noise[step], path=path,
+                                            diffusion=kind)
+    for path in ("linear", "cosine"):
+        torch.testing.assert_close(run(path, "t"), naive(start, 10, path))
+    torch.testing.assert_close(run("linear", "t"), run("linear", "sigma"))
+    assert (run("cosine", "t") - run("cosine", "sigma")).abs().max() > 0.05
+    with pytest.raises(ValueError, match="sigma or t"):
+        run("linear", "2t")
+
+
+def test_heun_decides_on_guidance_at_each_call_or_once_a_step():
+    batches = []
+
+    class Model(torch.nn.Linear):
+        config = SiTConfig(num_latents=2, latent_dim=3, width=8, heads=2, depth=1, num_classes=4)
+
+        def forward(self, x, t, y):
+            batches.append((round(t[0].item(), 3), len(x)))
+            return x
+
+    velocity = guided_velocity(Model(1, 1), torch.tensor([1]), 2.0, (0.0, 0.5))
+    for decide, doubled in (("call", [0.5, 0.5, 0.25, 0.25]), ("step", [0.5, 0.25, 0.25])):
+        batches.clear()
+        heun(velocity, torch.zeros(1, 2, 3), steps=4, decide=decide)
+        assert [t for t, size in batches if size == 2] == doubled
+
+
 def test_logit_normal_times_are_logit_normal_in_sigma_over_alpha_on_both_paths():
     for path in ("linear", "cosine"):
         t = sample_times(rngs(3000), "logit-normal", path).double()

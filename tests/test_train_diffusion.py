@@ -54,6 +54,16 @@ def losses(out):
     return [r["loss"] for r in common.read_metrics(out)]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_keeps_enough_checkpoints_for_a_curve(name):
+    """Fig. 5b needs points: eight at least; autoguidance's worse model is SiT-XL's at 1 M steps."""
+    config = Config(**PRESETS[name])
+    kept = range(config.save_every, config.steps + 1, config.save_every)
+    kept = [step for step in kept if step % config.keep_every == 0]
+    assert len(kept) >= 8
+    assert name != "sit-xl" or 1_000_000 in kept
+
+
 # ------------------------------------------------ presets ------------------------------------------------
 
 def test_paper_preset_is_table_8():
