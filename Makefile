@@ -8,6 +8,8 @@ TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node=2
 # Labelled images for the study: cifar10 is downloaded once; or a folder of it.
 DATA ?= cifar10
 OUT ?= runs/study-quick
+# What `make test` runs.
+TESTS ?= tests
 
 .PHONY: demo study test
 
@@ -31,7 +33,7 @@ study: .venv/runtime
 	$(BIN)/python study.py --data $(DATA) --out $(OUT)
 
 test: .venv/dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(TESTS)
 
 # The stamps make pip run again only when a requirements file changes.
 .venv/runtime: requirements.txt

@@ -220,12 +220,17 @@ def start_processes(device="auto"):
 
 @contextlib.contextmanager
 def rank_zero_first(rank, world):
-    """What stands in this block rank 0 does before the others, so that a download happens once."""
-    if rank > 0:
-        dist.barrier()
+    """What stands in this block rank 0 does first, then one process of every other node, then the rest: a
+    download happens once where the cache is shared, and once a node where it is not."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    turn = 0 if rank == 0 else 1 if local == 0 else 2
+    if world > 1:
+        for _ in range(turn):
+            dist.barrier()
     yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    if world > 1:
+        for _ in range(2 - turn):
+            dist.barrier()
 
 
 def all_mean(values):
@@ -434,9 +439,23 @@ def check_same_config(saved, config, free, path):
                         f"{'; ...' if len(changed) > 6 else ''}); choose another --out or the same options")
 
 
-def check_same_step(step, out, world, device):
-    """Refuse to train when processes resumed at different steps, as nodes without a shared folder would."""
+def check_same_step(step, out, rank, world, device):
+    """Refuse to train when processes resumed at different steps, or when not all see what rank 0 writes: nodes
+    without a shared folder. Raises UserError on every rank."""
     if world > 1:
+        # A name that nobody has used: a fresh folder of the same name may be there on each node.
+        mark = [f".shared-{os.urandom(8).hex()}"]
+        dist.broadcast_object_list(mark)
+        if rank == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            (Path(out) / mark[0]).touch()
+        dist.barrier()
+        seen = torch.tensor(float((Path(out) / mark[0]).exists()), device=device)
+        dist.all_reduce(seen, dist.ReduceOp.MIN)
+        if rank == 0:
+            (Path(out) / mark[0]).unlink()
+        if seen < 1:
+            raise UserError(f"not all processes see {out}: it must be one folder that all nodes share")
         steps = torch.tensor([step, -step], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps[0] != -steps[1]:

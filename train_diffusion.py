@@ -231,7 +231,14 @@ class LatentCache(torch.utils.data.Dataset):
         count = -(-self.length // SHARD_IMAGES)
         self.shards = [[np.load(path, mmap_mode="r") for path in self.shard_paths(s)] for s in range(count)]
 
+    def __getstate__(self):
+        """Without the maps, which pickle as all of their data: a loader's worker that is not forked (Python
+        3.14's are not) maps the shards itself."""
+        return self.__dict__ | {"shards": None}
+
     def __getitem__(self, key):
+        if self.shards is None:
+            self.open()
         epoch, index = key
         latents, labels = self.shards[index // SHARD_IMAGES]
         place = index % SHARD_IMAGES
@@ -495,7 +502,8 @@ def main(argv=None):
             common.load_weights(repa.head, state["repa_head"], out)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-    common.check_same_step(step, out, world, device)
+    state = source = None                               # the memory of two checkpoints, in every process
+    common.check_same_step(step, out, rank, world, device)
     if config.cache:
         length = min(config.cache_images or train_set.length or 0, train_set.length or config.cache_images)
         if length == 0:
@@ -506,7 +514,6 @@ def main(argv=None):
         workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
         cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), workers, rank,
                     world, device)
-        cache.open()
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

@@ -314,7 +314,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
     wrapped, wrapped_adversary = model, adversary
     if world > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=device_ids)
+        # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
         if adversary is not None:
             # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
             wrapped_adversary = DistributedDataParallel(adversary, device_ids=device_ids,
@@ -665,7 +666,8 @@ def main(argv=None):
             common.load_weights(adversary, state["adversary"], out)
             adversary_optimizer.load_state_dict(state["adversary_optimizer"])
         torch.set_rng_state(state["rng"])
-    common.check_same_step(step, out, world, device)
+    fresh, state = state is None, None                  # the memory of a whole checkpoint, in every process
+    common.check_same_step(step, out, rank, world, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         common.atomic_write(out / "config.json",
@@ -680,7 +682,7 @@ def main(argv=None):
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
     while step < end or not measured:
-        if stage == 1 and step == config.steps and (measured or state is None and config.stage == "2"):
+        if stage == 1 and step == config.steps and (measured or fresh and config.stage == "2"):
             # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen
             # and whose latents are decoded.
             model.load_state_dict(ema.model.state_dict())

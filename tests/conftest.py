@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # the project is flat files, not an installed package
-torch.set_num_threads(1)                # small tensors; two threads fight with whatever else the machine does
+# One thread: the tensors are small, and two threads fight with whatever else the machine does.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,15 @@
 """common.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 from common import UserError
@@ -36,6 +40,43 @@ PRESETS = {"small": dict(width=4), "large": dict(width=64, fast=True), "hot": di
 
 def parse(*argv):
     return common.parse_config(Example, PRESETS, ["small", "large"], "Text.", list(argv))
+
+
+def test_a_full_gpu_is_one_line_that_names_the_ways_out(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "--accumulate" in error and "--checkpointing" in error
+
+
+def test_one_process_of_every_node_goes_first(tmp_path):
+    """Two nodes of two processes, played by four on this machine: rank 0, then rank 2, then the others."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common
+rank, world, device = common.start_processes("cpu")
+os.environ["LOCAL_RANK"] = str(rank % 2)
+with common.rank_zero_first(rank, world):
+    time.sleep(0.2 * (rank in (0, 2)))
+    with open({str(tmp_path / "log")!r}, "a") as file:
+        file.write(str(rank))
+out = {str(tmp_path)!r} + "/out" + ("" if len(sys.argv) < 2 or rank < 2 else "2")
+common.run(lambda: common.check_same_step(0, out, rank, world, device))
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    order = (tmp_path / "log").read_text()
+    assert order[:2] == "02" and sorted(order[2:]) == ["1", "3"]
+    assert not list((tmp_path / "out").iterdir())                                   # nothing is left behind
+    alone = subprocess.run([*launch, "apart"], env=environment, capture_output=True, text=True)
+    assert alone.returncode != 0 and "one folder that all nodes share" in alone.stderr
 
 
 def test_precedence_is_default_preset_command_line():

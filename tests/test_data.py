@@ -24,6 +24,20 @@ def array(dataset, index, epoch=0):
     return dataset[epoch, index][0].numpy()
 
 
+def test_a_folders_paths_are_bytes_in_two_arrays(tmp_path):
+    """Also names that are no UTF-8; nothing per path that a worker's garbage collector could write to."""
+    names = ["a/x.png", "b/\u00fc.png", "b/z.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    source = data.Folder(tmp_path, "train")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in source.files) == sorted(names)
+    assert {type(v) for v in vars(source.files).values()} == {bytes, np.ndarray}
+    assert isinstance(source.labels, np.ndarray) and source[2][1] == 1
+    with pytest.raises(IndexError):
+        source.files[3]
+
+
 def test_npz_files_are_mapped_not_read(tmp_path):
     """Eight processes that score 50,000 samples need not hold them eight times."""
     images, labels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8), np.arange(6)

@@ -1,6 +1,7 @@
 """train_diffusion.py and sample.py: the latent cache, exact resumption, process counts,
 samples that are their own."""
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -52,6 +53,15 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 def losses(out):
     return [r["loss"] for r in common.read_metrics(out)]
+
+
+def test_a_cache_of_latents_pickles_without_its_data(tmp_path):
+    cache = LatentCache(tmp_path, "key", 1000, True, 0)
+    np.save(tmp_path / "latents_00000.npy", np.zeros((1000, 2, 16, 8), np.float16))
+    np.save(tmp_path / "labels_00000.npy", np.arange(1000))
+    assert cache[0, 5][1] == 5                                                      # opened when it is first read
+    packed = pickle.dumps(cache)
+    assert len(packed) < 2000 and pickle.loads(packed)[0, 7][1] == 7
 
 
 @pytest.mark.parametrize("name", PRESETS)
