@@ -13,6 +13,7 @@ A file of its own because it imports every other one.
 """
 import ctypes
 import gc
+import itertools
 import re
 import statistics
 import time
