@@ -282,8 +282,8 @@ def recompute_blocks(network, kinds):
 class EMA:
     """Exponential moving average of a model's weights: ema += (1 - decay) * (weights - ema), buffers copied.
 
-    With `warmup` the decay grows as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a random
-    start for tens of thousands of steps. By step 90,000 the two are the same. [ours; SiT and the released
+    With `warmup` the decay grows as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a
+    random start for tens of thousands of steps. By step 90,000 the two are the same. [ours; SiT and the released
     code have no warm-up and start the average at the weights]
     place: "auto", beside the model, or "cpu", which from the start of training on saves a GPU one copy of the
     weights and costs their way to the host in every step.
@@ -336,9 +336,24 @@ def atomic_write(path, write):
 
 
 def save_npy(path, array):
-    """numpy.save under exactly this name (numpy would append .npy to a temporary one)."""
+    """numpy.save under exactly this name (numpy would append .npy to a temporary one), on disk when it returns.
+
+    numpy writes a permuted view through a buffer of C's whose last error, a full disk say, it does not notice;
+    a contiguous array is written in one piece, and fsync tells what the file system kept to itself.
+    """
     with open(path, "wb") as file:
-        np.save(file, array)
+        np.save(file, np.ascontiguousarray(array))
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.getsize(path) < array.nbytes:
+        raise OSError(f"{os.path.getsize(path)} bytes of more than {array.nbytes} arrived")
+
+
+def remove_debris(folder):
+    """Delete what killed processes left half written in a run's folder: atomic_write's temporary files.
+    Only for the one process that is at work in the folder, before it starts."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def numbered_checkpoints(out):
@@ -361,7 +376,8 @@ def save_checkpoint(out, state, keep, keep_every=0):
     out/last.pt.
 
     Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
-    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a crash comes, the last whole checkpoint is there under one of the names.
+    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a
+    crash comes, the last whole checkpoint is there under one of the names.
     """
     out = Path(out)
     numbered = out / f"step_{state['step']:07d}.pt"
@@ -374,10 +390,9 @@ def save_checkpoint(out, state, keep, keep_every=0):
             shutil.copyfile(numbered, path)
 
     atomic_write(out / "last.pt", link)
-    # .tmp: a killed process's debris
-    old = [path for path in numbered_checkpoints(out)[keep:] if not keep_every or int(path.stem[5:]) % keep_every]
-    for path in (*old, *out.glob(".*.pt.*.tmp")):
-        path.unlink()
+    for path in numbered_checkpoints(out)[keep:]:
+        if not keep_every or int(path.stem[5:]) % keep_every:
+            path.unlink()
 
 
 def load_checkpoint(path):

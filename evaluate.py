@@ -303,7 +303,8 @@ def latents(args):
                         f"largest_mean_norm_{kind}": mixture.means.norm(dim=1).max().item()}
                 curves[f"NLL, {kind} covariance"].setdefault(name, []).append((K, row[f"nll_{kind}"]))
             kind = "full" if args.full else "diagonal"
-            curves[f"largest mean norm ({kind})"].setdefault(name, []).append((K, row[f"largest_mean_norm_{kind}"]))
+            curves[f"largest mean norm ({kind})"].setdefault(name, []).append(
+                (K, row[f"largest_mean_norm_{kind}"]))
             entry["mixtures"].append(row)
         result[name] = entry
 

@@ -260,6 +260,7 @@ def main(argv=None):
     settings = json.loads(json.dumps(settings))                                             # tuples to lists
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        common.remove_debris(folder)
         if not (folder / "settings.json").exists():
             common.atomic_write(folder / "settings.json", lambda p: p.write_text(json.dumps(settings)))
     if world > 1:

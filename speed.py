@@ -216,7 +216,8 @@ def jpeg_loading(args, plain):
     if not args.images:
         raise UserError("the JPEG rows need --images FOLDER of photos")
     dataset = build_dataset(args.images, "test", 256)
-    files, number, threads = [*itertools.islice(dataset.source.files, 64)], iter(range(10 ** 9)), torch.get_num_threads()
+    files = [*itertools.islice(dataset.source.files, 64)]
+    number, threads = iter(range(10 ** 9)), torch.get_num_threads()
 
     def call():
         torch.set_num_threads(1)

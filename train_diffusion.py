@@ -143,7 +143,7 @@ PRESETS = {
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
                     ema=0.9995, save_every=2000, keep_every=10_000, grid_every=2000),
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],
-    "sit-l": SIZES["L"] | dict(steps=400_000, keep_every=50_000),                               # [Sec. 4.1, ablations]
+    "sit-l": SIZES["L"] | dict(steps=400_000, keep_every=50_000),            # [Sec. 4.1, ablations]
     "sit-xl": SIZES["XL"],                                                             # [Table 8]
     "lightningdit-xl": SIZES["XL"] | dict(model="lightningdit", times="logit-normal", direction_loss=1.0,
                                           lr=2e-4, beta2=0.95, batch_size=1024, steps=400_000,
@@ -153,7 +153,8 @@ PRESETS = {
                                        steps=500_000, keep_every=50_000),
 }
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
-        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg", "weights_dir"}
+        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg",
+        "weights_dir"}
 
 
 # ------------------------------------------- the cache of latents -------------------------------------------
@@ -194,7 +195,10 @@ class LatentCache(torch.utils.data.Dataset):
         so an interruption costs one shard at most."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
+            common.remove_debris(self.folder)
             common.atomic_write(self.folder / "meta.json", lambda p: p.write_text(json.dumps({"key": key})))
+        if world > 1:
+            dist.barrier()                                      # no shard is begun before the debris is gone
         order = range(self.length)
         if dataset.length and self.length < dataset.length:
             # Not the first images: the files of a folder are sorted by class.
@@ -309,7 +313,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
                     x = tokenizer.encode(images, normalize=True)
             # Everything random comes from (seed, step, global sample index), never from the process.
             rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-            t = common.to_device(sample_times(rngs, config.times, config.path), device)                  # (B,) in [0, 1]
+            t = common.to_device(sample_times(rngs, config.times, config.path), device)     # (B,) in [0, 1]
             noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
             y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
                  else torch.zeros_like(y))
@@ -517,6 +521,7 @@ def main(argv=None):
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        common.remove_debris(out)
         common.atomic_write(out / "config.json",
                             lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
         common.cut_metrics(out, step)

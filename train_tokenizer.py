@@ -670,6 +670,7 @@ def main(argv=None):
     common.check_same_step(step, out, rank, world, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        common.remove_debris(out)
         common.atomic_write(out / "config.json",
                             lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
         common.cut_metrics(out, step)

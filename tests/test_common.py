@@ -217,6 +217,7 @@ def test_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
     assert common.find_checkpoint(tmp_path) is None
     (tmp_path / "step_best.pt").write_text("a user's own copy")
     (tmp_path / ".step_0000004.pt.99.tmp").write_text("left by a killed process")
+    common.remove_debris(tmp_path)
     for step in (5, 10, 100, 1000):
         common.save_checkpoint(tmp_path, state(step), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_0000100.pt", "step_0001000.pt",
@@ -310,3 +311,17 @@ def test_linear_by_convolution_is_linear(batch, monkeypatch):
         torch.testing.assert_close(y, plain(x), atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(y, (x, *ours.parameters()), g), expected):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk, as a file that takes only half: neither a cut file nor debris under any name."""
+    images = np.arange(2 * 3 * 64 * 64, dtype=np.uint8).reshape(2, 3, 64, 64).transpose(0, 2, 3, 1)  # a permuted view
+    path = tmp_path / "part.npy"
+    common.atomic_write(path, lambda p: common.save_npy(p, images))
+    assert np.array_equal(np.load(path), images) and np.load(path).flags.c_contiguous
+    path.unlink()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (os.truncate(number, images.nbytes // 2), sync(number)))
+    with pytest.raises(UserError, match="part.npy.*disk full"):
+        common.atomic_write(path, lambda p: common.save_npy(p, images))
+    assert not list(tmp_path.iterdir())

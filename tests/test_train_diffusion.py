@@ -431,3 +431,16 @@ def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
             train(tmp_path / "run", tokenizer, *options)
     process = run("sample.py", "--ckpt", tmp_path / "nowhere")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
+
+
+def test_debris_of_killed_processes_goes_at_the_next_start(tmp_path, tokenizer):
+    run_folder, samples = tmp_path / "run", tmp_path / "s.npz"
+    debris = [run_folder / ".step_0000005.pt.9.tmp", run_folder / ".config.json.9.tmp",
+              run_folder / "latents" / ".latents_00000.npy.9.tmp", tmp_path / "s.npz.parts" / ".0000000.npy.9.tmp"]
+    for path in debris:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half of it")
+    train(run_folder, tokenizer, "--steps", 2)
+    sample.main(["--ckpt", str(run_folder), "--num", "4", "--steps", "2", "--out", str(samples), "--device", "cpu"])
+    assert not any(path.exists() for path in debris)
+    assert samples.exists() and not (tmp_path / "s.npz.parts").exists()

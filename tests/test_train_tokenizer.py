@@ -513,7 +513,8 @@ def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkey
 
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
-    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4.
+    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4, the adaptive weight to
+    1e-3: it divides two gradients' norms, and batch norm sums in another order in two processes (4e-4 measured).
 
     With a smooth activation: now and then a value lies so near LeakyReLU's kink that float32's rounding, which
     differs with processor and number of processes, puts it on the other side, and the gradient changes by 1e-3.
@@ -536,7 +537,8 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     for a, b in zip(one, two, strict=True):
         for term in terms:
             if term in a:
-                assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-5), (a["step"], term)
+                near = 1e-3 if term == "adaptive_weight" else 1e-4
+                assert a[term] == pytest.approx(b[term], rel=near, abs=1e-5), (a["step"], term)
     assert "adv" in one[2]
 
 
