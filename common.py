@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
-    """Something the user can mend. Shown as one line, exit status 2;
+    """Something the user can put right. Shown as one line, exit status 2;
     the message says what is wrong and what to do."""
 
 
@@ -365,9 +365,10 @@ def numbered_checkpoints(out):
 def checkpoint_budget(model, save_every, steps, keep, keep_every):
     """A line that says how much disk a run's checkpoints take: weights, EMA and AdamW's two moments each."""
     gigabytes = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    milestones = steps // math.lcm(save_every, keep_every) if keep_every else 0
+    every = math.lcm(save_every, keep_every) if keep_every else 0
+    milestones = steps // every if every else 0
     return (f"checkpoints: about {gigabytes:.2g} GB each, every {save_every} steps; the newest {keep} stay"
-            + (f" and {milestones} milestones, one in {math.lcm(save_every, keep_every)} steps" if milestones else "")
+            + (f" and {milestones} milestones, one in {every} steps" if milestones else "")
             + f": up to {gigabytes * (keep + milestones):.3g} GB in all")
 
 
@@ -459,7 +460,7 @@ def check_same_step(step, out, rank, world, device):
     without a shared folder. Raises UserError on every rank."""
     if world > 1:
         # A name that nobody has used: a fresh folder of the same name may be there on each node.
-        mark = [f".shared-{os.urandom(8).hex()}"]
+        mark = [f".shared-{os.urandom(8).hex()}.tmp"]            # debris, should this process be killed
         dist.broadcast_object_list(mark)
         if rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)

@@ -319,7 +319,7 @@ class Folder:
 
     def caption(self, index):
         """The caption of an image. Raises UserError where there is none."""
-        path, mend = self.files[index], "; write one, or pass --skip-corrupt"
+        path, advice = self.files[index], "; write one, or pass --skip-corrupt"
         if self.table is not None:
             where, text = self.table, self.captions.get(path.relative_to(self.table.parent).as_posix())
         else:
@@ -329,12 +329,12 @@ class Folder:
             except FileNotFoundError:
                 text = None
             except (OSError, UnicodeDecodeError) as e:
-                raise UserError(f"cannot read caption {where}: {e}{mend}") from e
+                raise UserError(f"cannot read caption {where}: {e}{advice}") from e
         if text is None:
             raise UserError(f"{path} has no caption: {where} "
-                            f"{'is not there' if self.table is None else 'has no line for it'}{mend}")
+                            f"{'is not there' if self.table is None else 'has no line for it'}{advice}")
         if not text.strip():
-            raise UserError(f"{path} has an empty caption in {where}{mend}")
+            raise UserError(f"{path} has an empty caption in {where}{advice}")
         return text
 
     def fingerprint(self):
@@ -353,7 +353,7 @@ class Folder:
         # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error, ...
         except Exception as e:
             raise UserError(f"cannot read image {path}: {e}; "
-                            "mend or delete it, or pass --skip-corrupt") from e
+                            "replace or delete it, or pass --skip-corrupt") from e
 
 
 def read_captions(path):

@@ -28,7 +28,7 @@ class FeatureStatistics:
     """Mean and covariance of a stream of d-vectors in float64; memory for 2 d x d numbers, however many come.
 
     Vectors wait until d of them are there and are then folded into (count, mean, scatter) by one matrix
-    product. Before the first folding they themselves are at hand (`rows`), for frechet_between to use.
+    product. Until the first folding the vectors themselves can be had (`rows`); frechet_between uses them.
     """
 
     def __init__(self, dim):

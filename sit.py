@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block, steered by the condition c: shift and scale after each norm,
+    """Pre-norm block, modulated by the condition c: shift and scale after each norm,
     a gate on each branch (adaLN-zero).
 
     The layer that makes them starts at zero, so the gates are 0 and a new block returns its input [SiT].
@@ -333,7 +333,8 @@ def split_velocity(v, x, t, path="linear"):
     never 0.
     v, x: (B, L, C), x being x_t. t: a float or (B,).
     """
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+    # A float stays on the CPU, a scalar that kernels take by value: sent to a GPU, the host would wait for it.
+    t = t.to(x).reshape(-1, 1, 1) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=x.dtype)
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
     determinant = alpha * d_sigma - d_alpha * sigma
     return (d_sigma * x - sigma * v) / determinant, (alpha * v - d_alpha * x) / determinant

@@ -39,7 +39,7 @@ PIECE = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IG
 def split(caption):
     """A caption in lower case, cut into the pieces that BPE looks at one by one.
 
-    HTML entities are resolved twice, as CLIP does. Unlike CLIP: ftfy does not mend mangled encodings,
+    HTML entities are resolved twice, as CLIP does. Unlike CLIP: mangled encodings are not repaired (ftfy),
     "<|startoftext|>" and "<|endoftext|>" in a caption are text like any other, and U+0345 and the control
     characters 1C to 1F, which `regex` and `re` class differently, may be cut elsewhere.
     """

@@ -291,7 +291,8 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
     if config.compile:
         model.compile()
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped,
+        # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
                                           device_ids=[device.index] if device.type == "cuda" else None)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     by_time = torch.zeros(2, TIME_BINS, device=device)      # sums of losses, counts

@@ -319,6 +319,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
         if adversary is not None:
             # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
             wrapped_adversary = DistributedDataParallel(adversary, device_ids=device_ids,
+                                                        gradient_as_bucket_view=True,
                                                         forward_sync_buffers=False)
     healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
     totals, seen, clock = {}, 0, time.perf_counter()

@@ -315,7 +315,8 @@ def test_linear_by_convolution_is_linear(batch, monkeypatch):
 
 def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """A full disk, as a file that takes only half: neither a cut file nor debris under any name."""
-    images = np.arange(2 * 3 * 64 * 64, dtype=np.uint8).reshape(2, 3, 64, 64).transpose(0, 2, 3, 1)  # a permuted view
+    images = np.arange(2 * 3 * 64 * 64, dtype=np.uint8).reshape(2, 3, 64, 64)
+    images = images.transpose(0, 2, 3, 1)                                                   # a permuted view
     path = tmp_path / "part.npy"
     common.atomic_write(path, lambda p: common.save_npy(p, images))
     assert np.array_equal(np.load(path), images) and np.load(path).flags.c_contiguous

@@ -441,6 +441,7 @@ def test_debris_of_killed_processes_goes_at_the_next_start(tmp_path, tokenizer):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half of it")
     train(run_folder, tokenizer, "--steps", 2)
-    sample.main(["--ckpt", str(run_folder), "--num", "4", "--steps", "2", "--out", str(samples), "--device", "cpu"])
+    sample.main(["--ckpt", str(run_folder), "--num", "4", "--steps", "2", "--out", str(samples), "--device",
+                 "cpu"])
     assert not any(path.exists() for path in debris)
     assert samples.exists() and not (tmp_path / "s.npz.parts").exists()

@@ -100,7 +100,7 @@ def test_paper_presets_are_table_7():
 
 def test_released_learning_rate_counts_the_cosine_from_step_zero():
     rate = lambda step: trainer.learning_rate(step, 500_400, 2e-4, 5004, 1e-5, 2e-5, cosine_from="start")
-    assert rate(0) == pytest.approx(1e-5)                                   # n / warmup: the first step has the start
+    assert rate(0) == pytest.approx(1e-5)                       # n / warmup: the first step has the start
     assert rate(2502) == pytest.approx((1e-5 + 2e-4) / 2)
     assert rate(250_200) == pytest.approx((2e-4 + 2e-5) / 2) and rate(500_400) == pytest.approx(2e-5)
 
@@ -513,8 +513,11 @@ def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkey
 
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
-    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps to 1e-4, the adaptive weight to
-    1e-3: it divides two gradients' norms, and batch norm sums in another order in two processes (4e-4 measured).
+    """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps, every term to 1e-4.
+
+    After the first three adversarial steps the adaptive weight to 1e-3: it divides two gradients' norms, and
+    Adam, which divides by the gradient's size, makes whole steps of rounding where gradients are next to 0. By
+    dino's step 8 the two are 2.6e-4 apart with AVX2, 0.3e-4 with AVX-512; by step 5 4e-5 at most.
 
     With a smooth activation: now and then a value lies so near LeakyReLU's kink that float32's rounding, which
     differs with processor and number of processes, puts it on the other side, and the gradient changes by 1e-3.
@@ -537,7 +540,7 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     for a, b in zip(one, two, strict=True):
         for term in terms:
             if term in a:
-                near = 1e-3 if term == "adaptive_weight" else 1e-4
+                near = 1e-3 if term == "adaptive_weight" and a["step"] > 5 else 1e-4
                 assert a[term] == pytest.approx(b[term], rel=near, abs=1e-5), (a["step"], term)
     assert "adv" in one[2]
 
