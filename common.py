@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -17,7 +18,13 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
+import struct
 import sys
+import threading
+import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -28,6 +35,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                                                 # Windows has no such locks
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -35,23 +48,81 @@ class UserError(ValueError):
     the message says what is wrong and what to do."""
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP came. No Exception, so that nothing takes it for a broken file."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+_signals, _finish_steps = [], [False]
+
+
+def _on_signal(number, frame):
+    _signals.append(number)
+    if not _finish_steps[0] or len(_signals) > 1:              # outside a training loop, or impatient: at once
+        raise Stopped(number)
+
+
+def stop_signal(world):
+    """The number of a SIGTERM or SIGHUP that reached any process, else 0. Training loops ask once a step, finish
+    the step, save and raise Stopped, so that a cluster that takes its machine back costs nothing."""
+    _finish_steps[0] = True
+    number = _signals[-1] if _signals else 0
+    if world > 1:
+        flag = torch.tensor(number)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_cpu_group())
+        number = int(flag)
+    return number
+
+
+@functools.cache
+def _cpu_group():
+    """Processes that exchange CPU tensors: NCCL knows none, and reading a GPU's would wait for it."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
+def _complain(text):
+    """A line on stderr, below any progress bar and not glued to it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(text, file=sys.stderr, flush=True)
+
+
 def run(main):
-    """Call main() as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130.
-    """
+    """Call main() as a script. A UserError becomes one line on stderr and exit status 2, as do a full disk and a
+    full memory; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
+    sys.stdout.reconfigure(errors="backslashreplace")                         # file names need not be UTF-8
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:     # as nohup sets
+            signal.signal(getattr(signal, name), _on_signal)
     status = 0
     try:
         main()
     except (UserError, OSError) as e:             # OSError: a full disk, a file where a folder should be, ...
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        _complain(f"error: {e}")
         status = 2
     except torch.OutOfMemoryError as e:
-        print(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more (more, "
-              "smaller forward passes a step), --checkpointing, or a smaller --batch-size", file=sys.stderr,
-              flush=True)
+        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more (more, "
+                  "smaller forward passes a step), --checkpointing, or a smaller --batch-size")
         status = 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        _complain("interrupted; run the same command again to go on from the last checkpoint")
         status = 130
+    except Stopped as e:
+        _complain(f"stopped by {signal.Signals(e.number).name}; run the same command again to go on")
+        status = 128 + e.number
+    except (MemoryError, RuntimeError) as e:
+        if _signals:                        # a loader's worker, say, had the signal too, and is missed
+            _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the same "
+                      "command again to go on from the last checkpoint")
+            status = 128 + _signals[-1]
+        elif isinstance(e, MemoryError) or re.search("can't allocate memory|Storage size calculation", str(e)):
+            _complain(f"error: not enough memory for these sizes ({(str(e).splitlines() or ['MemoryError'])[0][:200]})")
+            status = 2
+        else:
+            raise
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()     # after an error the other ranks may be stuck; torchrun ends them
     sys.stdout.flush()
@@ -89,6 +160,49 @@ class Linear(nn.Linear):
 
 # ---------------------------------------------- configuration ----------------------------------------------
 
+class Number:
+    """A kind of number, the type of a config's field or of an option: its range stands where it is declared.
+    Called with text it converts, as argparse wants it."""
+
+    def __init__(self, kind, low, high, low_open=False, high_open=False):
+        self.kind, self.low, self.high, self.low_open, self.high_open = kind, low, high, low_open, high_open
+
+    def __str__(self):
+        what = "a whole number" if self.kind is int else "a number"
+        return (f"{what} {'above' if self.low_open else 'from'} {self.low:,} "
+                f"{'and below' if self.high_open else 'to'} {self.high:,}")
+
+    def allows(self, value):
+        """Whether value is such a number; NaN is none."""
+        kinds = (int, np.integer) if self.kind is int else (int, float, np.number)
+        return (isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
+                and not (self.low_open and value == self.low) and not (self.high_open and value == self.high))
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not self.allows(value):
+            raise argparse.ArgumentTypeError(f"must be {self}, not {text[:40]!r}")
+        return value
+
+
+Count, Whole = Number(int, 1, 10 ** 9), Number(int, 0, 10 ** 9)         # 0: none, all or automatic
+Seed, Workers = Number(int, 0, 2 ** 63 - 1), Number(int, -1, 1000)
+Keep = Number(int, 2, 10 ** 9)             # the spare is what a damaged checkpoint falls back to
+Share, Decay = Number(float, 0, 1), Number(float, 0, 1, high_open=True)
+Positive, Weight = Number(float, 0, 10 ** 6, low_open=True), Number(float, 0, 10 ** 6)
+
+
+def check_ranges(config):
+    """Hold every numeric field of a config dataclass against its type. Raises UserError."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(field.type, Number) and not field.type.allows(value):
+            raise UserError(f"--{field.name.replace('_', '-')} must be {field.type}, not {str(value)[:40]}")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, exit status 2."""
 
@@ -124,8 +238,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
     presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is
     not in `base` (the presets that fix a scale; the first of them is the default),
     that default comes before it.
-    hidden: fields that get no option because the script sets them, as are those that are no int, float,
-    str or bool.
+    hidden: fields that get no option because the script sets them, as are those that are no Number, str or
+    bool.
     Raises UserError for unknown options, presets and values.
     """
     description += (f"\nDefaults below are the paper's or those of the source named with them; "
@@ -139,18 +253,21 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
     groups = {}
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
-        if field.type not in (int, float, str, bool) or field.name in hidden:
+        number = isinstance(field.type, Number)
+        if not number and field.type not in (str, bool) or field.name in hidden:
             continue
         title, text = comments[field.name]
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
-               {"type": field.type, "metavar": field.type.__name__.upper()}
+               {"type": field.type, "metavar": (field.type.kind if number else field.type).__name__.upper()}
         default = f"default {field.default!r}"
         if (small := presets[base[0]].get(field.name, field.default)) != field.default:
             default += f"; {base[0]}: {small!r}"
         group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} ({default})".replace("%", "%%"),
                            **kind)
     given = vars(parser.parse_args(argv))
+    if not given.get("out", "default").strip():
+        raise UserError("--out is empty: name a folder, or leave the option out")
     names = [name.strip() for name in given.get("preset", base[0]).split(",")]
     if unknown := [name for name in names if name not in presets]:
         raise UserError(f"unknown preset {', '.join(unknown)}; there are: {', '.join(presets)}")
@@ -210,12 +327,22 @@ def start_processes(device="auto"):
                             "here")
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast at 10 mantissa bits
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     if "RANK" in os.environ and not dist.is_initialized():
         # The others wait while rank 0 downloads weights or evaluates, at times for more than the usual 10 min.
         # device_id: NCCL then need not guess which GPU is this process's at its first collective.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
                                 device_id=torch.device("cuda", local) if device == "cuda" else None)
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+
+
+def _follow(launcher):
+    """End this process when torchrun, its parent, is killed: else it would train on, unseen, in a locked folder."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    _complain("error: torchrun is gone; this process ends too")
+    os._exit(2)
 
 
 @contextlib.contextmanager
@@ -325,28 +452,117 @@ def fingerprint(model):
 
 def atomic_write(path, write):
     """Call write(temporary path), then rename it to `path`: a reader or a crash never meets half a file."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    path = Path(path)
+    if not path.name:
+        raise UserError(f"{str(path)!r} is no name for a file")
+    for debris in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _alive(debris.name.split(".")[-2]):
+            debris.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     except (OSError, RuntimeError) as e:             # torch.save says RuntimeError when the disk is full
         raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full?") from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _alive(pid):
+    """Whether a process of this machine has this number (a string); of another machine's nothing is known."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
+def _to_disk(path):
+    """Wait until a file or folder is on disk: fsync also tells what errors the file system kept to itself."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save_npy(path, array):
-    """numpy.save under exactly this name (numpy would append .npy to a temporary one), on disk when it returns.
+    """numpy.save under exactly this name (numpy would append .npy to a temporary one), and behind the data, where
+    numpy does not look, their CRC-32.
 
     numpy writes a permuted view through a buffer of C's whose last error, a full disk say, it does not notice;
-    a contiguous array is written in one piece, and fsync tells what the file system kept to itself.
+    a contiguous array is written in one piece.
     """
+    array = np.ascontiguousarray(array)
     with open(path, "wb") as file:
-        np.save(file, np.ascontiguousarray(array))
-        file.flush()
-        os.fsync(file.fileno())
+        np.save(file, array)
+        file.write(b"crc32" + struct.pack("<I", zlib.crc32(array)))
     if os.path.getsize(path) < array.nbytes:
         raise OSError(f"{os.path.getsize(path)} bytes of more than {array.nbytes} arrived")
+
+
+def load_npy(path):
+    """A file of save_npy as a read-only memory map, or None if there is none or it is not what was saved."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            file.seek(array.offset + array.nbytes)
+            return array if file.read() == b"crc32" + struct.pack("<I", zlib.crc32(array)) else None
+    except Exception:                               # numpy has many for a file that is none of its own
+        return None
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises UserError."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}); delete it") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds no object); delete it")
+    return found
+
+
+_locks = {}
+
+
+def lock(folder):
+    """Hold a folder for this process until it ends, however it ends. Raises UserError if another process does.
+
+    A POSIX record lock: on NFS too, and not handed on to a loader's workers. Where the file system has none, a
+    line says that nobody watches.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or folder.resolve() in _locks:
+        return
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{holder} is at work in {folder}; wait for it, stop it, or choose another --out") from e
+    except OSError as e:
+        print(f"note: no locks in {folder} ({e.strerror}): two runs in it would destroy each other", file=sys.stderr)
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks[folder.resolve()] = file
+
+
+def unlock(folder):
+    """Let go of a folder that is to be deleted, and delete the lock's file."""
+    (Path(folder) / ".lock").unlink(missing_ok=True)
+    if file := _locks.pop(Path(folder).resolve(), None):
+        file.close()
 
 
 def remove_debris(folder):
@@ -378,35 +594,65 @@ def save_checkpoint(out, state, keep, keep_every=0):
 
     Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
     numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a
-    crash comes, the last whole checkpoint is there under one of the names.
+    crash comes, the last whole checkpoint is there under one of the names. Weights that are not finite are not
+    saved: UserError.
     """
     out = Path(out)
+    if not all_finite(t for part in ("model", "ema", "adversary") for t in state.get(part, {}).values()):
+        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not written, those "
+                        f"in {out} are from before. Try a lower --lr or a longer --warmup in another --out")
     numbered = out / f"step_{state['step']:07d}.pt"
     atomic_write(numbered, lambda path: torch.save(state, path))
+    link_last(numbered)
+    for path in numbered_checkpoints(out)[keep:]:
+        if not keep_every or int(path.stem[5:]) % keep_every:
+            path.unlink()
 
+
+def link_last(numbered):
+    """Make last.pt beside a numbered checkpoint another name of it."""
     def link(path):
         try:
             os.link(numbered, path)
         except OSError:
             shutil.copyfile(numbered, path)
 
-    atomic_write(out / "last.pt", link)
-    for path in numbered_checkpoints(out)[keep:]:
-        if not keep_every or int(path.stem[5:]) % keep_every:
-            path.unlink()
+    atomic_write(numbered.with_name("last.pt"), link)
+
+
+def all_finite(tensors):
+    """Whether no tensor of floating point holds NaN or infinity: one number read back, however many they are."""
+    flags = [t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+class Checkpoint(dict):
+    """What a checkpoint holds. A key that it lacks is a UserError."""
+
+    def __init__(self, state, path):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} has no {key!r}: it is damaged or of another version")
 
 
 def load_checkpoint(path):
-    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU.
-    Raises UserError if it is not a whole one."""
+    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU, as a Checkpoint.
+    Raises UserError if it is not a whole one: torch.load alone does not look at the checksums in the file."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
     if not path.exists():
         raise UserError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"wrong checksum of {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if isinstance(state, dict) and "config" in state else _not_ours(path)
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise UserError(f"{path} is no checkpoint of this project: it has no 'config'")
+        return Checkpoint(state, path)
     except UserError:
         raise
     # torch.load raises RuntimeError, EOFError, UnpicklingError, ... by where it was cut
@@ -414,19 +660,19 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}); use another one") from e
 
 
-def _not_ours(path):
-    raise UserError(f"{path} is no checkpoint of this project: it has no 'config'")
-
-
-def find_checkpoint(out):
-    """The newest whole checkpoint of a run, or None if it has none yet.
-    A damaged one is passed over with a warning."""
+def find_checkpoint(out, rank=0):
+    """The newest whole checkpoint of a run, or None if it has none yet. A damaged one is passed over with a
+    warning, and if last.pt is it or is missing, rank 0 makes it anew."""
     candidates = [p for p in (Path(out) / "last.pt", *numbered_checkpoints(out)) if p.exists()]
     for path in candidates:
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except UserError as e:
             print(f"warning: {e}; trying the one before", file=sys.stderr, flush=True)
+            continue
+        if path.name != "last.pt" and rank == 0:
+            link_last(path)
+        return state
     if candidates:
         raise UserError(f"none of the {len(candidates)} checkpoints in {out} can be read; "
                         "delete them to start anew")
@@ -434,12 +680,22 @@ def find_checkpoint(out):
 
 
 def load_weights(model, state, path):
-    """load_state_dict with one clear line for weights of another model. Raises UserError."""
+    """load_state_dict with one clear line for weights of another model, or not finite. Raises UserError."""
+    if isinstance(state, dict) and not all_finite(state.values()):
+        raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an earlier one")
     try:
         model.load_state_dict(state)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         first = str(e).splitlines()[1].strip() if len(str(e).splitlines()) > 1 else str(e)
         raise UserError(f"{path} holds weights of another model: {first}") from e
+
+
+def load_optimizer(optimizer, state, path):
+    """The same for an optimizer's state. Raises UserError."""
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path} holds an optimizer's state of another model, or a damaged one: {e}") from e
 
 
 def check_same_config(saved, config, free, path):
@@ -488,19 +744,36 @@ def append_metrics(out, record):
 
 
 def read_metrics(out):
-    """The records of out/metrics.jsonl; a last line that a crash cut short is dropped."""
+    """The records of out/metrics.jsonl. A last line that a crash cut short is dropped; any other that is no
+    record is passed over, with a warning."""
     path, records = Path(out) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+            records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):
+                print(f"warning: {path}, line {number} is no record; passed over", file=sys.stderr)
     return records
 
 
-def cut_metrics(out, step):
+def start_run(config, step, measured=True):
+    """What rank 0 does in a run's folder before it trains from `step` on. measured: the checkpoint holds what an
+    end-of-stage record of that step tells; else that record will be written again, and goes."""
+    out = Path(config.out)
+    remove_debris(out)
+    atomic_write(out / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+    cut_metrics(out, step, measured)
+    print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+
+
+def cut_metrics(out, step, measured=True):
     """Drop the records after `step`: a resumed run will write them again."""
-    records = [r for r in read_metrics(out) if r["step"] <= step]
+    records = [r for r in read_metrics(out)
+               if r["step"] < step or r["step"] == step and (measured or "event" not in r)]
     atomic_write(Path(out) / "metrics.jsonl",
                  lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
 

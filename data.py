@@ -11,9 +11,11 @@
 A sample is a function of (seed, epoch, index) alone: workers, ranks and restarts cannot change it.
 """
 import hashlib
+import io
 import json
 import math
 import os
+import stat
 import struct
 import tarfile
 import urllib.request
@@ -30,6 +32,8 @@ from tqdm import tqdm
 from common import UserError, sample_rng
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+# What may be in such a file, whatever its name says: not EPS, say, for which Pillow would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 # Elsewhere, on ARM say, PyTorch's bicubic resize of bytes has no vector code, and is slower than Pillow's.
 TORCH_RESIZES_FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -340,13 +344,19 @@ class Folder:
     def fingerprint(self):
         digest = hashlib.sha256()
         for file, label in zip(self.files, self.labels):
-            digest.update(f"{file.name} {label} {file.stat().st_size}\n".encode())
+            size = file.stat().st_size if file.exists() else None                    # a link to nothing
+            digest.update(os.fsencode(file.name) + f" {label} {size}\n".encode())
         return digest.hexdigest()
 
     def __getitem__(self, index):
         path = self.files[index]
         try:
-            with Image.open(path) as image:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise OSError("no regular file")                     # a named pipe would be waited for for ever
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if image.format == "PNG":                            # only verify() looks at its checksums
+                    Image.open(io.BytesIO(content), formats=FORMATS).verify()
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)       # else it copies what needs no turning
                 return to_rgb(image), int(self.labels[index])
@@ -384,7 +394,14 @@ def _walk_images(root):
     def stop(error):
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    for folder, _, names in os.walk(root, followlinks=True, onerror=stop):
+    above = {}                                   # a folder's path -> the folders above it, and itself, as they are
+    for folder, below, names in os.walk(root, followlinks=True, onerror=stop):
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in (path := above.get(os.path.dirname(folder), frozenset())):
+            below.clear()                                                    # a link back up: it would never end
+            continue
+        above[folder] = path | {here}
         for name in names:
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield Path(folder, name)

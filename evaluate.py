@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 import metrics
 from charts import line_chart, scatter_chart
-from common import UserError
+from common import Count, Number, Positive, Seed, Share, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
 from features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network, few_images, gather,
                       open_data, open_samples, reference, save_statistics, share)
@@ -203,7 +203,7 @@ def how_drawn(samples):
     note = Path(f"{str(samples).rstrip('/')}.settings.json")
     if not note.exists():
         return "guidance, steps and seed unknown"
-    settings = json.loads(note.read_text())
+    settings = common.read_json(note)
     names = ("ckpt", "released", "guide_ckpt", "cfg", "cfg_interval", "sampler", "steps", "seed", "dtype")
     return "drawn with " + ", ".join(f"{name} {settings[name]}" for name in names
                                      if settings.get(name) is not None)
@@ -309,7 +309,7 @@ def latents(args):
         result[name] = entry
 
         # ---- the picture ----
-        points, axis = (umap_2d(probe_drawn), "UMAP") if args.umap else (z_drawn[:, :2].numpy(), "PCA")
+        points, axis = (umap_2d(probe_drawn), "UMAP") if args.umap else (F.pad(z_drawn, (0, 1))[:, :2].numpy(), "PCA")
         pictures[f"{name} ({axis})"] = points, its_class.clamp(min=0).tolist()   # -1, no class: drawn as class 0
         classes = classes or (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
     if args.rank > 0:
@@ -549,11 +549,11 @@ def main(argv=None):
         sub.set_defaults(function=function)
         add = sub.add_argument
         add("--device", default="auto", help="auto, cpu or cuda")
-        add("--seed", type=int, default=0, help="of all that is drawn at random (default 0)")
+        add("--seed", type=Seed, default=0, help="of all that is drawn at random (default 0)")
         if data:
             add("--data", help=f"{data}: shapes, cifar10, a folder or an .npz file")
             add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
-            add("--batch-size", type=int, default=50, help="images at a time in each process (default 50)")
+            add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
         if features:
             add("--features", choices=features, default="inception",
                 help="inception is FID's network; classifier: a small one trained on --data, "
@@ -563,7 +563,7 @@ def main(argv=None):
                 help="input path of the FID network: the original's, as in ADM's suite, "
                      "or pytorch-fid's (default tf1)")
             add("--weights-dir", default="", help="folder with the pretrained weights")
-            add("--classifier-steps", type=int, default=800, help="of its training (default 800)")
+            add("--classifier-steps", type=Count, default=800, help="of its training (default 800)")
             add("--cache", default="runs/cache", help="where it is kept (default runs/cache)")
         return add
 
@@ -571,31 +571,31 @@ def main(argv=None):
     add = command(recon, ("inception", "classifier", "efficientnet", "none"), of_run)
     add("run", nargs="?", help="run or checkpoint of train_tokenizer.py")
     add("--released", type=int, choices=tuple(RELEASED), help="instead of a run: the authors' tokenizer")
-    add("--size", type=int, default=0, help="px (default: the tokenizer's)")
-    add("--num-images", type=int, default=50_000, help="test images at most (default 50000)")
+    add("--size", type=Whole, default=0, help="px (default: the tokenizer's)")
+    add("--num-images", type=Count, default=50_000, help="test images at most (default 50000)")
     add("--lpips", action=argparse.BooleanOptionalAction, help="default: with --features inception")
     add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE)")
 
     add = command(generation)
     add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")
     add("--reference", help=".npz with images (arr_0) or statistics (mu, sigma, mu_s, sigma_s), as ADM's")
-    add("--reference-images", type=int, default=10_000,
+    add("--reference-images", type=Whole, default=10_000,
         help="of --data's training split; 0: all (default 10000)")
     add("--save-statistics", help="write the reference's statistics to this .npz, for --reference")
     add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions are classified too")
-    add("--test-images", type=int, default=2000, help="real images to test the classifier on (default 2000)")
+    add("--test-images", type=Count, default=2000, help="real images to test the classifier on (default 2000)")
     add("--json", help="where to write the result (default: SAMPLES.json)")
 
     add = command(latents, None, of_run)
     add("runs", nargs="+", help="runs or checkpoints of train_tokenizer.py")
     add("--names", nargs="+", help="what to call them in tables and charts (default: their paths)")
-    add("--components", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="K (paper: up to 200)")
-    add("--train-images", type=int, default=10_000, help="for the probe and the mixtures (default 10000)")
-    add("--test-images", type=int, default=2000, help="held out (default 2000)")
-    add("--variance", type=float, default=0.9, help="share that PCA keeps [App. B.3] (default 0.9)")
-    add("--dims", type=int, default=0, help="keep exactly so many instead; NLL compares at equal d only")
-    add("--starts", type=int, default=2, help="EM runs for each mixture, the best counts (default 2)")
-    add("--iterations", type=int, default=100, help="EM steps of a run at most (default 100)")
+    add("--components", type=Count, nargs="+", default=[1, 5, 10, 20, 50], help="K (paper: up to 200)")
+    add("--train-images", type=Count, default=10_000, help="for the probe and the mixtures (default 10000)")
+    add("--test-images", type=Count, default=2000, help="held out (default 2000)")
+    add("--variance", type=Number(float, 0, 1, low_open=True), default=0.9, help="share that PCA keeps [App. B.3] (default 0.9)")
+    add("--dims", type=Whole, default=0, help="keep exactly so many instead; NLL compares at equal d only")
+    add("--starts", type=Count, default=2, help="EM runs for each mixture, the best counts (default 2)")
+    add("--iterations", type=Count, default=100, help="EM steps of a run at most (default 100)")
     add("--full", action=argparse.BooleanOptionalAction, default=True,
         help="mixtures with full covariances beside diagonal ones; --no-full for many dimensions (default: full)")
     add("--pixels", action="store_true", help="a linear probe on the raw pixels too, for comparison")
@@ -606,9 +606,9 @@ def main(argv=None):
     for function in (curve, cfg):
         add = command(function, data=of_run)
         add("run", help="run of train_diffusion.py" + (" or a checkpoint" if function is cfg else ""))
-        add("--num-images", type=int, default=1000, help="for each point; Table 12: 10000 (default 1000)")
+        add("--num-images", type=Count, default=1000, help="for each point; Table 12: 10000 (default 1000)")
         add("--reference", help=".npz with images or ready statistics, as in generation")
-        add("--reference-images", type=int, default=10_000,
+        add("--reference-images", type=Whole, default=10_000,
             help="of the training split; 0: all (default 10000)")
         add("--gap", action="store_true",
             help="also the distance between samples and the same tokenizer's reconstructions of reference "
@@ -618,15 +618,15 @@ def main(argv=None):
         add("--dtype", default="auto",
             help="of sampling, as sample.py's: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
         add("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
-        add("--steps", type=int, default=250, help="[Table 8] (default 250)")
+        add("--steps", type=Count, default=250, help="[Table 8] (default 250)")
         add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")
         if function is curve:
-            add("--cfg", type=float, default=1.0, help="guidance scale (default 1: off, as in Fig. 5b)")
+            add("--cfg", type=Weight, default=1.0, help="guidance scale (default 1: off, as in Fig. 5b)")
             add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
                 help="times, noise at 1, at which guidance acts (default 0:1)")
         else:
             add("--guide-ckpt", help="autoguidance by this worse model, as in sample.py")
-            add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
+            add("--scales", type=Weight, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
                 help="of guidance (default 1 1.5 2 3)")
             add("--intervals", type=interval, nargs="+", default=[(0.0, 0.75), (0.0, 1.0)],
                 metavar="LOW:HIGH", help="times, noise at 1, at which guidance acts (default 0:0.75 0:1)")
@@ -634,32 +634,27 @@ def main(argv=None):
     add = command(speed, None, None)
     add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
     add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
-    add("--repeats", type=int, default=7, help="timed calls of a row at most (default 7)")
+    add("--repeats", type=Count, default=7, help="timed calls of a row at most (default 7)")
     add("--images", help="folder of photos, for the JPEG rows")
     add("--checkpointing", action="store_true", help="training steps with activation checkpointing")
     add("--plain-linear", action="store_true", help="nn.Linear on AMD processors too, to compare")
     for part, cpu, gpu in (("tokenizer", 2, 64), ("encode", 4, 64), ("sit", 2, 256), ("sample", 4, 64)):
-        add(f"--{part}-batch", type=int, default=0,
+        add(f"--{part}-batch", type=Whole, default=0,
             help=f"images at 128 tokens (default {cpu}, on GPUs {gpu}; as many tokens at other lengths)")
     add("--out", default="runs/speed", help="OUT.json (default runs/speed)")
 
     add = command(theory, None, None)
-    add("--components", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="K")
-    add("--dims", type=int, default=16, help="d (default 16)")
-    add("--norm", type=float, default=6.0, help="B, of the means (default 6)")
-    add("--time", type=float, default=0.5, help="noise time t of the score (default 0.5)")
-    add("--samples", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384], help="n that are tried")
-    add("--error", type=float, default=0.1, help="the error to reach (default 0.1)")
-    add("--steps", type=int, default=300, help="of training (default 300)")
-    add("--repeats", type=int, default=4, help="with other mixtures and samples (default 4)")
+    add("--components", type=Count, nargs="+", default=[2, 4, 8, 16, 32], help="K")
+    add("--dims", type=Count, default=16, help="d (default 16)")
+    add("--norm", type=Positive, default=6.0, help="B, of the means (default 6)")
+    add("--time", type=Number(float, 0, 1, True, True), default=0.5, help="noise time t of the score (default 0.5)")
+    add("--samples", type=Count, nargs="+", default=[64, 256, 1024, 4096, 16384], help="n that are tried")
+    add("--error", type=Positive, default=0.1, help="the error to reach (default 0.1)")
+    add("--steps", type=Count, default=300, help="of training (default 300)")
+    add("--repeats", type=Count, default=4, help="with other mixtures and samples (default 4)")
     add("--out", default="runs/theory", help="OUT.json and OUT.png (default runs/theory)")
 
     args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size", "steps", "starts", "repeats"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if min(getattr(args, "components", [1])) < 1 or getattr(args, "error", 1) <= 0:
-        raise UserError("--components and --error must be positive")
     if args.command == "latents" and len(set(args.names or args.runs)) != len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
     if args.device == "mps":

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Linear
+from common import Count, Linear, Positive, Weight, Whole, check_ranges
 
 
 @dataclass
@@ -36,16 +36,16 @@ class MAETokConfig:
     odd head sizes, ...).
     """
     # ---- tokenizer (MAETokConfig in maetok.py) ----
-    image_size: int = 256            # px; what decode() draws when no size is given,
+    image_size: Count = 256          # px; what decode() draws when no size is given,
                                      # and the grid of a position table
-    patch_size: int = 16             # P, px
-    width: int = 768                 # D of encoder and decoder (ViT-B)
-    heads: int = 12                  # nh
-    encoder_depth: int = 12          # blocks
-    decoder_depth: int = 12          # blocks
-    mlp_ratio: float = 4.0           # hidden width of the MLP / D
-    num_latents: int = 128           # L
-    latent_dim: int = 32             # C
+    patch_size: Count = 16           # P, px
+    width: Count = 768               # D of encoder and decoder (ViT-B)
+    heads: Count = 12                # nh
+    encoder_depth: Count = 12        # blocks
+    decoder_depth: Count = 12        # blocks
+    mlp_ratio: Positive = 4.0        # hidden width of the MLP / D
+    num_latents: Count = 128         # L
+    latent_dim: Count = 32           # C
     learnable_latents: bool = True   # False: latents are read from the image tokens, L = N
                                      # [Table 6, Table 13a]
     variational: bool = False        # True: KL-VAE, the encoder predicts mean and log-variance [Table 1a]
@@ -53,23 +53,18 @@ class MAETokConfig:
     ape: str = "none"                # learned absolute positions on image tokens: none | encoder | both
                                      # [Table 13b]
     aux_targets: dict[str, int] = field(default_factory=dict)   # name -> D_j, e.g. {"hog": 108} [Eq. 7]
-    aux_depth: int = 3               # blocks of each auxiliary decoder; 0 is the "linear" row [Table 1d]
-    aux_width: int = 0               # 0: D, "the same design as the main pixel decoder" [Sec. 3.2];
+    aux_depth: Whole = 3             # blocks of each auxiliary decoder; 0 is the "linear" row [Table 1d]
+    aux_width: Whole = 0             # 0: D, "the same design as the main pixel decoder" [Sec. 3.2];
                                      # released code: 192
-    aux_heads: int = 0               # 0: nh; released code: 3
+    aux_heads: Whole = 0             # 0: nh; released code: 3
     class_token: bool = False        # encoder and aux decoders carry a class token [released code]
-    layer_scale: float = 0.0         # > 0: LayerScale in the encoder with this init; released code: 1e-5
+    layer_scale: Weight = 0.0        # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
     initialisation: str = "xavier"   # of new weights: xavier [as MAE], or released: normals of 0.02
                                      # [released code]; see initialise()
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "heads", "encoder_depth", "decoder_depth",
-                     "mlp_ratio", "num_latents", "latent_dim"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        if min(self.aux_depth, self.aux_width, self.aux_heads, self.layer_scale) < 0:
-            raise ValueError("aux_depth, aux_width, aux_heads and layer_scale cannot be negative")
+        check_ranges(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of "
                              f"patch_size {self.patch_size}")

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import common
-from common import UserError, sample_rng
+from common import Count, Seed, Share, UserError, Weight, Whole, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from maetok import patchify, random_mask, unpatchify
 from released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
@@ -91,20 +91,39 @@ def check_guidance(model, scale, guide=None):
         raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
 
 
+def whole_part(path):
+    """The images of a finished part, uint8 (n, H, W, 3). Raises UserError."""
+    part = common.load_npy(path)
+    if part is None:
+        raise UserError(f"{path} is damaged; run the same command again")
+    return part
+
+
 def write_npz(path, parts, labels):
     """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 labels, streamed from the part files,
     never all in memory."""
     def write(temporary):
-        first = np.load(parts[0], mmap_mode="r")
+        first = whole_part(parts[0])
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as entry:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
                 np.lib.format.write_array_header_1_0(entry, header)
                 for part in parts:
-                    entry.write(np.load(part).tobytes())
+                    entry.write(whole_part(part).tobytes())
             with file.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels)
     common.atomic_write(path, write)
+
+
+def check_outputs(outs, settings):
+    """Refuse a folder that holds anything but these very samples, which would be drawn again. Raises UserError."""
+    for out in outs:
+        note = Path(f"{out}.settings.json")
+        if out.suffix in (".npz", ".png") or not out.is_dir() or not any(out.iterdir()):
+            continue
+        if not note.exists() or common.read_json(note) != settings:
+            raise UserError(f"{out} holds files already, and these samples would mix with them; delete it or choose "
+                            "another --out")
 
 
 def write_outputs(outs, parts, labels, size):
@@ -118,7 +137,7 @@ def write_outputs(outs, parts, labels, size):
             order = np.argsort(labels, kind="stable")
             rows = max(1, len(np.unique(labels)))
             columns = min(16, -(-len(labels) // rows))
-            images = np.concatenate([np.load(part) for part in parts])
+            images = np.concatenate([whole_part(part) for part in parts])
             tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns]
                      for label in np.unique(labels)]
             sheet = common.image_grid(tiles, [str(label) for label in np.unique(labels)],
@@ -128,7 +147,7 @@ def write_outputs(outs, parts, labels, size):
             out.mkdir(exist_ok=True)
             number = 0
             for part in parts:
-                for image in np.load(part):
+                for image in whole_part(part):
                     Image.fromarray(image).save(out / f"{number:06d}_class{labels[number]}.png")
                     number += 1
         print(f"wrote {out}")
@@ -192,20 +211,20 @@ def main(argv=None):
     add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file")
     add("--report-picture", help="a PNG to set below the contact sheet: evaluate.py latents' classes")
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
-    add("--num", "--num-images", type=int, default=0,
+    add("--num", "--num-images", type=Whole, default=0,
         help="images in all (default: 8 of each class, 64 without classes)")
-    add("--classes", type=int, nargs="+", help="class numbers (default: all)")
+    add("--classes", type=Whole, nargs="+", help="class numbers (default: all)")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
-    add("--cfg", type=float,
+    add("--cfg", type=Weight,
         help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off)")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    add("--cfg-interval", type=Share, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
     add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
-    add("--steps", type=int, help="[Table 8] (default 250; heun calls the model twice a step)")
-    add("--seed", type=int, default=0, help="of all noise and of random labels")
-    add("--batch-size", type=int, default=50, help="images at a time in each process (default 50)")
+    add("--steps", type=Count, help="[Table 8] (default 250; heun calls the model twice a step)")
+    add("--seed", type=Seed, default=0, help="of all noise and of random labels")
+    add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     args = parser.parse_args(argv)
@@ -236,10 +255,8 @@ def main(argv=None):
     check_guidance(model, args.cfg, guide)
     num_classes = model.config.num_classes
     num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes else 64)
-    if min(num, args.steps, args.batch_size) < 1:
-        raise UserError("--num, --steps and --batch-size must be at least 1")
-    if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
-        raise UserError("--cfg-interval LOW HIGH must satisfy 0 <= LOW <= HIGH <= 1")
+    if not args.cfg_interval[0] <= args.cfg_interval[1]:
+        raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
     if args.report_picture and not Path(args.report_picture).exists():
         raise UserError(f"--report-picture {args.report_picture}: no such file; "
                         "evaluate.py latents writes one")
@@ -254,23 +271,27 @@ def main(argv=None):
 
     # ---- batches go to part files, which is what makes an interrupted run resumable ----
     outs = [Path(out) for out in args.out]
+    if nameless := [out for out in args.out if not Path(out).name]:
+        raise UserError(f"--out {nameless[0]!r} has no name: give FILE.png, FILE.npz or a folder")
     folder = outs[0].with_name(outs[0].name + ".parts")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")} | {"num": num}
     settings["weights"] = common.fingerprint(model) + (common.fingerprint(guide) if guide else "")
     settings = json.loads(json.dumps(settings))                                             # tuples to lists
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_outputs(outs, settings)
+        common.lock(folder)
         common.remove_debris(folder)
         if not (folder / "settings.json").exists():
             common.atomic_write(folder / "settings.json", lambda p: p.write_text(json.dumps(settings)))
     if world > 1:
         dist.barrier()
-    if json.loads((folder / "settings.json").read_text()) != settings:
+    if common.read_json(folder / "settings.json") != settings:
         raise UserError(f"{folder} holds unfinished samples made with other settings; "
                         "delete it or choose another --out")
     starts = range(0, num, args.batch_size)
     parts = [folder / f"{start:07d}.npy" for start in starts]
-    mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world] if not part.exists()]
+    mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world]
+            if common.load_npy(part) is None]                                       # a damaged one is drawn again
     with tqdm(total=len(mine) * args.batch_size * world, desc="sampling", unit="img",
               disable=rank > 0) as bar:
         for start, part in mine:
@@ -288,13 +309,14 @@ def main(argv=None):
         dist.barrier()
     if rank == 0:
         write_outputs(outs, parts, labels if num_classes else np.full_like(labels, -1),
-                      images.shape[1] if mine else np.load(parts[0], mmap_mode="r").shape[1])
+                      whole_part(parts[0]).shape[1])
         for part in parts:
             part.unlink()
         # How they were drawn stays beside the samples: evaluate.py prints it with what it measures.
         for out in outs[1:]:
             shutil.copyfile(folder / "settings.json", f"{out}.settings.json")
         os.replace(folder / "settings.json", f"{outs[0]}.settings.json")
+        common.unlock(folder)
         folder.rmdir()
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Linear
+from common import Count, Linear, Positive, Whole, check_ranges
 
 
 @dataclass
@@ -36,22 +36,18 @@ class SiTConfig:
     Raises ValueError for values that cannot make a model.
     """
     # ---- diffusion model (SiTConfig in sit.py) ----
-    num_latents: int = 128       # L, the tokenizer's
-    latent_dim: int = 32         # C, the tokenizer's
-    width: int = 1152            # D [Table 8]
-    heads: int = 16              # nh [Table 8]
-    depth: int = 28              # blocks [Table 8]
-    mlp_ratio: float = 4.0       # hidden width of the MLP / D
-    num_classes: int = 1000      # the null class comes on top; 0: unconditional, it is the only one [Table 5]
+    num_latents: Count = 128     # L, the tokenizer's
+    latent_dim: Count = 32       # C, the tokenizer's
+    width: Count = 1152          # D [Table 8]
+    heads: Count = 16            # nh [Table 8]
+    depth: Count = 28            # blocks [Table 8]
+    mlp_ratio: Positive = 4.0    # hidden width of the MLP / D
+    num_classes: Whole = 1000    # the null class comes on top; 0: unconditional, it is the only one [Table 5]
     guidance_free: bool = False  # guidance-free training: the model is told 1 / guidance scale and learns the
                                  # guided velocity itself [rebuttal; Chen et al. 2025]; not with usit
 
     def __post_init__(self):
-        for name in ("num_latents", "latent_dim", "width", "heads", "depth", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}: give 0 for an unconditional model")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} cannot be divided over {self.heads} heads")
         if self.width % 2:

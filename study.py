@@ -25,7 +25,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -33,11 +32,6 @@ import time
 from pathlib import Path
 
 import torch
-
-try:
-    import fcntl
-except ImportError:                               # Windows
-    fcntl = None
 
 import common
 from common import UserError
@@ -152,7 +146,7 @@ def read_done(args, name, seed):
     arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
-    found, done = json.loads(path.read_text()) if path.exists() else {}, {}
+    found, done = common.read_json(path) if path.exists() else {}, {}
     for title, arguments in commands(args, name, seed).items():
         fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False, "machine": None}
         done[title] = found.get(title, fresh)
@@ -258,9 +252,9 @@ def main(argv=None):
         help="labelled images: cifar10 (downloaded once), a folder or an .npz file")
     add("--out", help="default: runs/study-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
-    add("--seeds", type=int, help="seeds 0 .. N-1 (default: the setting's)")
-    add("--jobs", type=int, default=0, help="commands at a time (default: as many as cores, 4 at most)")
-    add("--minutes", type=float, default=0, help="stop after so long; the same command goes on from there. "
+    add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
+    add("--jobs", type=common.Whole, default=0, help="commands at a time (default: as many as cores, 4 at most)")
+    add("--minutes", type=common.Weight, default=0, help="stop after so long; the same command goes on from there. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
@@ -280,13 +274,7 @@ def main(argv=None):
         raise UserError("no row is left to run")
     args.out = args.out or f"runs/study-{args.setting}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(args.out) / "lock", "w")                # a file that is open; gone with the process
-    try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f"another study is at work in {args.out}; wait for it or choose another --out") from e
-    except OSError:                                                    # a file system that knows no locks
-        pass
+    common.lock(args.out)
     cores = os.cpu_count()
     args.jobs = args.jobs or min(4, cores)
     args.threads = max(1, cores // args.jobs)
@@ -301,10 +289,6 @@ def main(argv=None):
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
                                        classifier_steps=args.plan["classifier_steps"]), args.data, 32)
-    # kill, or a terminal that closes, ends the commands as Ctrl-C does, but nohup is not overruled
-    for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
     finished, errors = Study(args).run()
     units = complete_units(args)
     if units:

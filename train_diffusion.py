@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from common import UserError, sample_rng
+from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
+                    sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
 from lightningdit import Block as LightningDiTBlock
 from lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
@@ -53,14 +55,14 @@ class Config(SiTConfig):
                                   # see PRESETS in this file
     tokenizer: str = ""           # run folder or checkpoint of train_tokenizer.py
     out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
-    seed: int = 0                 # of weights, data order, flips, times, noise and label dropout
+    seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False         # torch.compile the model; pays off on GPUs in runs longer than some minutes
     checkpointing: bool = False   # keep only the inputs of blocks for the backward pass, which computes the
                                   # rest again: less memory, more time
     ema_device: str = "auto"      # where the averaged weights are kept: auto (beside the model) or cpu
-    workers: int = -1             # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    workers: Workers = -1         # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
     data: str = ""                # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was
                                   # trained on)
@@ -69,7 +71,7 @@ class Config(SiTConfig):
                                   # cache
     skip_corrupt: bool = False    # pass over unreadable images and count them, instead of stopping
     cache: bool = True            # encode all images once, before training; off: in every step
-    cache_images: int = 0         # encode only so many; 0: all. An endless data set needs a number
+    cache_images: Whole = 0       # encode only so many; 0: all. An endless data set needs a number
     cache_dtype: str = "float16"  # of the cached latents, which have unit variance: float16 or float32
     unconditional: bool = False   # forget the classes [Table 5]
     # ---- objective ----
@@ -79,35 +81,35 @@ class Config(SiTConfig):
     path: str = "linear"          # linear or cosine interpolant between data and noise; see sit.py
     times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
                                   # [released code's README]
-    label_dropout: float = 0.1    # share of labels replaced by the null class, for guidance [SiT]
-    direction_loss: float = 0.0   # weight of 1 - cos(prediction, velocity); LightningDiT: 1 [Table 9]
+    label_dropout: Share = 0.1    # share of labels replaced by the null class, for guidance [SiT]
+    direction_loss: Weight = 0.0  # weight of 1 - cos(prediction, velocity); LightningDiT: 1 [Table 9]
     repa: str = ""                # a frozen teacher (dinov2-l, ...) whose patch features are predicted from a
                                   # middle layer [rebuttal; REPA, Yu et al. 2024]; needs --no-cache
-    repa_weight: float = 0.5      # of that loss, -cos [REPA]
-    repa_block: int = 8           # after so many blocks [REPA: 8 of 28]
+    repa_weight: Weight = 0.5     # of that loss, -cos [REPA]
+    repa_block: Count = 8         # after so many blocks [REPA: 8 of 28]
     weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
     random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
     # ---- optimisation ----
-    steps: int = 4_000_000        # [Table 8]; SiT-L in the ablations: 400,000
-    batch_size: int = 256         # latents a step over all processes [Table 8]
-    accumulate: int = 1           # forward passes a step, when a share of the batch does not fit a device
-    lr: float = 1e-4              # constant [Table 8]
-    warmup: int = 0               # steps of linear warm-up; none in the paper
-    beta1: float = 0.9            # AdamW [Table 8]
-    beta2: float = 0.999          # AdamW [Table 8]
-    weight_decay: float = 0.0     # [Table 8]
-    clip: float = 1.0             # largest gradient norm [released code]
-    ema: float = 0.9999           # decay [SiT]
+    steps: Count = 4_000_000      # [Table 8]; SiT-L in the ablations: 400,000
+    batch_size: Count = 256       # latents a step over all processes [Table 8]
+    accumulate: Count = 1         # forward passes a step, when a share of the batch does not fit a device
+    lr: Positive = 1e-4           # constant [Table 8]
+    warmup: Whole = 0             # steps of linear warm-up; none in the paper
+    beta1: Decay = 0.9            # AdamW [Table 8]
+    beta2: Decay = 0.999          # AdamW [Table 8]
+    weight_decay: Weight = 0.0    # [Table 8]
+    clip: Positive = 1.0          # largest gradient norm [released code]
+    ema: Decay = 0.9999           # decay [SiT]
     ema_warmup: bool = True       # smaller decay in the first steps, or small runs would average over their
                                   # random start [ours; SiT and the released code: none]
     # ---- logs ----
-    log_every: int = 100          # steps between lines of metrics.jsonl
-    save_every: int = 10_000      # steps between checkpoints
-    keep: int = 3                 # numbered checkpoints that stay, at least 2
-    keep_every: int = 500_000     # and all whose step is a multiple of this, for Fig. 5b and autoguidance's 1 M
+    log_every: Count = 100        # steps between lines of metrics.jsonl
+    save_every: Count = 10_000    # steps between checkpoints
+    keep: Keep = 3                # numbered checkpoints that stay, at least 2
+    keep_every: Whole = 500_000   # and all whose step is a multiple of this, for Fig. 5b and autoguidance's 1 M
                                   # [rebuttal]; 0: none
-    grid_every: int = 10_000      # steps between pictures of samples; 0 for none
-    grid_cfg: float = 2.0         # guidance scale of the second row of those pictures
+    grid_every: Whole = 10_000    # steps between pictures of samples; 0 for none
+    grid_cfg: Weight = 2.0        # guidance scale of the second row of those pictures
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,13 +128,6 @@ class Config(SiTConfig):
                             "of sit or lightningdit")
         if self.cache_dtype not in ("float16", "float32"):
             raise UserError(f"--cache-dtype {self.cache_dtype}: choose float16 or float32")
-        if self.keep < 2:
-            raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        if min(self.cache_images, self.warmup, self.grid_every, self.keep_every) < 0:
-            raise UserError("--cache-images, --warmup, --grid-every and --keep-every cannot be negative")
 
 
 # The scale of a run. The first is the default.
@@ -181,13 +176,31 @@ class LatentCache(torch.utils.data.Dataset):
     def __init__(self, folder, key, length, flip, seed):
         self.folder, self.length, self.flip, self.seed = Path(folder), length, flip, seed
         meta = self.folder / "meta.json"
-        if meta.exists() and json.loads(meta.read_text()).get("key") != key:
+        if meta.exists() and common.read_json(meta).get("key") != key:
             raise UserError(f"{folder} holds latents of another tokenizer, data set or preprocessing; "
                             "delete it, or choose another --out")
         self.shards = None
 
     def shard_paths(self, shard):
         return self.folder / f"latents_{shard:05d}.npy", self.folder / f"labels_{shard:05d}.npy"
+
+    @staticmethod
+    def latent_shape(tokenizer):
+        """(L, C) of an image of the tokenizer's size."""
+        c = tokenizer.config
+        return c.num_latents if c.learnable_latents else (c.image_size // c.patch_size) ** 2, c.latent_dim
+
+    def whole(self, shard, shape):
+        """Whether a shard is there, is what was written, and has latents of this shape."""
+        latents, labels = (common.load_npy(path) for path in self.shard_paths(shard))
+        count = min(SHARD_IMAGES, self.length - shard * SHARD_IMAGES)
+        if (latents is not None and labels is not None and latents.shape == (count, *shape)
+                and labels.shape == (count,)):
+            return True
+        if any(path.exists() for path in self.shard_paths(shard)):
+            print(f"warning: shard {shard} of {self.folder} is damaged or unfinished; its images are encoded again",
+                  file=sys.stderr)
+        return False
 
     @torch.no_grad()
     def build(self, key, tokenizer, dataset, dtype, batch_size, workers, rank, world, device):
@@ -204,8 +217,8 @@ class LatentCache(torch.utils.data.Dataset):
             # Not the first images: the files of a folder are sorted by class.
             order = sample_rng(0, "some-images", 0, 0).permutation(dataset.length)[:self.length].tolist()
         count = -(-self.length // SHARD_IMAGES)
-        todo = [s for s in range(rank, count, world)
-                if not all(path.exists() for path in self.shard_paths(s))]
+        shape = (2 if self.flip else 1, *self.latent_shape(tokenizer))
+        todo = [s for s in range(rank, count, world) if not self.whole(s, shape)]
         images_left = sum(min(SHARD_IMAGES, self.length - s * SHARD_IMAGES) for s in todo)
         with tqdm(total=images_left, desc="encoding", unit="img", disable=rank > 0 or not todo) as bar:
             for shard in todo:
@@ -354,7 +367,8 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
         ema.update(model)
         step += 1
 
-        saving = step % config.save_every == 0 or step == config.steps
+        stop = common.stop_signal(world)
+        saving = step % config.save_every == 0 or step == config.steps or stop
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == config.steps)
         if step % config.log_every == 0 or saving or drawing:
             values = torch.cat((by_time.flatten(), alignment[None], healthy[None]))
@@ -363,7 +377,7 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
                                 f"{config.log_every} before; the checkpoints in {out} are from before that. "
-                                "Try a lower --lr, a longer --warmup or --dtype float32")
+                                "Try --dtype float32, or in another --out a lower --lr or a longer --warmup")
             rate = (step - logged) * config.batch_size / (time.perf_counter() - clock)
             record = {"step": step, "loss": sum(sums) / sum(counts),
                       # tenths of t, data first
@@ -382,6 +396,8 @@ def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_s
             save_grid(config, ema.on(device), tokenizer, out / f"grid_{step:07d}.png", device)
         if saving:
             save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world)
+        if stop:
+            raise common.Stopped(stop)
     bar.close()
 
 
@@ -390,7 +406,7 @@ def save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world
     if rank == 0:
         state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config),
                  "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                 "optimizer": optimizer.state_dict(),
                  "tokenizer": tokenizer_state}
         if repa:
             state["repa_head"] = repa.head.state_dict()
@@ -472,9 +488,7 @@ def main(argv=None):
                                   config.skip_corrupt)
 
     # ---- what the tokenizer and the data fix ----
-    N = (tokenizer.config.image_size // tokenizer.config.patch_size) ** 2
-    config.num_latents = tokenizer.config.num_latents if tokenizer.config.learnable_latents else N
-    config.latent_dim = tokenizer.config.latent_dim
+    config.num_latents, config.latent_dim = LatentCache.latent_shape(tokenizer)
     config.num_classes = 0 if config.unconditional or not train_set.classes else len(train_set.classes)
 
     out = Path(config.out)
@@ -493,7 +507,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
                                   betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=device.type != "mps")
-    state = common.find_checkpoint(out)
+    if rank == 0:
+        common.lock(out)
+    state = common.find_checkpoint(out, rank)
     if state is not None:
         common.check_same_config(state["config"], config, FREE, out)
         if any(not torch.equal(v, state["tokenizer"]["ema"].get(k, torch.empty(0)))
@@ -505,8 +521,7 @@ def main(argv=None):
         ema.updates = state["ema_updates"]
         if repa:
             common.load_weights(repa.head, state["repa_head"], out)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        common.load_optimizer(optimizer, state["optimizer"], out)
     state = source = None                               # the memory of two checkpoints, in every process
     common.check_same_step(step, out, rank, world, device)
     if config.cache:
@@ -521,12 +536,7 @@ def main(argv=None):
                     world, device)
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        common.remove_debris(out)
-        common.atomic_write(out / "config.json",
-                            lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
-        common.cut_metrics(out, step)
-        print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        common.start_run(config, step)
         if config.cache and skipped:
             print(f"passed over unreadable images {int(skipped)} times")
         print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "

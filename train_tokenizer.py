@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from common import UserError, sample_rng
+from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
+                    sample_rng)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
 from losses import (View, adaptive_weight, auxiliary_loss, build_objective, compute_targets, distance,
@@ -48,18 +49,18 @@ class Config(MAETokConfig):
     stage: str = "both"          # both, 1 (masked training only) or 2 (decoder only, from --init or a
                                  # finished stage 1)
     init: str = ""               # start from the EMA weights of this checkpoint or run folder
-    seed: int = 0                # of weights, data order, augmentation, masks and noise
+    seed: Seed = 0               # of weights, data order, augmentation, masks and noise
     device: str = "auto"         # auto, cpu, cuda or mps
     dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
     checkpointing: bool = False  # keep only the inputs of blocks and losses for the backward pass, which
                                  # computes the rest again: less memory, more time
     ema_device: str = "auto"     # where the averaged weights are kept: auto (beside the model) or cpu
-    workers: int = -1            # loader processes for each training process; -1: 8 on CUDA, none elsewhere
+    workers: Workers = -1        # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
     data: str = ""               # shapes, captioned-shapes, cifar10, a folder or an .npz file; see data.py
     data_root: str = "data"      # where cifar10 is looked for and downloaded to
-    mixed_size: int = 0          # px of a second size, which every other step trains at [Table 13b]; 0: none
+    mixed_size: Whole = 0        # px of a second size, which every other step trains at [Table 13b]; 0: none
     flip: bool = True            # random horizontal flip [Table 7]
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
@@ -68,65 +69,65 @@ class Config(MAETokConfig):
                                  # (captions); empty for none [Sec. 3.2, 4.1, Table 1b]
     aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine
                                  # [released code]
-    aux_weight: float = 1.0      # of the auxiliary losses; the paper gives none, 1.0 [released code]
-    hog_cell: int = 8            # px [MaskFeat]; small images want smaller cells
-    text_weight: float = 1.0     # of the captions' cross-entropy [ours: the paper gives none]
+    aux_weight: Weight = 1.0     # of the auxiliary losses; the paper gives none, 1.0 [released code]
+    hog_cell: Count = 8          # px [MaskFeat]; small images want smaller cells
+    text_weight: Weight = 1.0    # of the captions' cross-entropy [ours: the paper gives none]
     text_vocab: str = "clip"     # clip: its 49,408 sub-words [Sec. 4.1], or words: the most frequent words of
                                  # the training captions, without a file [ours]
-    text_words: int = 1000       # how many, for words
-    mask_low: float = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
-    mask_high: float = 0.6       # largest; 0 for a plain AE
+    text_words: Count = 1000     # how many, for words
+    mask_low: Share = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
+    mask_high: Share = 0.6       # largest; 0 for a plain AE
     mask_draw: str = "uniform"   # uniform, image by image [ours], or normal: one rate a step,
                                  # normal(0.6, 0.25) cut to [low, high] [released code]
     teachers_as: str = "published"  # how teachers run: published, or released: ImageNet's mean and std and
                                  # exact GELU for all [released code]
-    kl_weight: float = 1e-6      # of a KL-VAE's divergence [released code]
+    kl_weight: Weight = 1e-6     # of a KL-VAE's divergence [released code]
     # ---- perceptual and adversarial loss ----
-    percep_weight: float = 1.0   # lambda_1 of LPIPS [Eq. 6, Table 7]; 0 needs no VGG weights
-    percep_warmup: int = 10_000  # steps in which it grows from 0 [released code]
+    percep_weight: Weight = 1.0  # lambda_1 of LPIPS [Eq. 6, Table 7]; 0 needs no VGG weights
+    percep_warmup: Whole = 10_000  # steps in which it grows from 0 [released code]
     disc: str = "dino"           # discriminator: dino (frozen DINO-S/16 with trained heads), patch (small,
                                  # needs no weights from elsewhere) or none
-    disc_weight: float = 0.4     # lambda_2, times the adaptive weight [Eq. 6, Table 7]
-    disc_start: int = 30_000     # step, counted through both stages, at which the GAN begins [Table 7]
-    disc_lr: float = 1e-4        # peak, on the tokenizer's schedule; the paper is silent
-    disc_loss_weight: float = 1.0  # of hinge and LeCAM in the discriminator's own loss; released code: 0.4
-    lecam: float = 1e-3          # weight of the LeCAM term in the discriminator's loss [Table 7]
+    disc_weight: Weight = 0.4    # lambda_2, times the adaptive weight [Eq. 6, Table 7]
+    disc_start: Whole = 30_000   # step, counted through both stages, at which the GAN begins [Table 7]
+    disc_lr: Weight = 1e-4       # peak, on the tokenizer's schedule; the paper is silent
+    disc_loss_weight: Weight = 1.0  # of hinge and LeCAM in the discriminator's own loss; released code: 0.4
+    lecam: Weight = 1e-3         # weight of the LeCAM term in the discriminator's loss [Table 7]
     diffaug: bool = False        # differentiable augmentation of what it sees; on in the released code
-    consistency: float = 0.0     # weight of equal logits for harshly augmented views; released code: 4.0
+    consistency: Weight = 0.0    # weight of equal logits for harshly augmented views; released code: 4.0
     weights_dir: str = ""        # folder of the frozen networks' files; else torch hub's cache, else download
     random_frozen: bool = False  # FOR TESTS ONLY: frozen networks with random weights, nothing downloaded
     # ---- optimisation ----
-    steps: int = 500_000         # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
-    batch_size: int = 512        # images a step over all processes [Table 7]
-    accumulate: int = 1          # forward passes a step, when a share of the batch does not fit a device
-    lr: float = 1e-4             # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
-    lr_start: float = 0.0        # at the first step of the warm-up; released code: 1e-5
-    lr_end: float = 0.0          # at the end of the cosine; released code: 2e-5
-    warmup: int = 10_000         # steps [Table 7]
+    steps: Count = 500_000       # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
+    batch_size: Count = 512      # images a step over all processes [Table 7]
+    accumulate: Count = 1        # forward passes a step, when a share of the batch does not fit a device
+    lr: Positive = 1e-4          # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
+    lr_start: Weight = 0.0       # at the first step of the warm-up; released code: 1e-5
+    lr_end: Weight = 0.0         # at the end of the cosine; released code: 2e-5
+    warmup: Whole = 10_000       # steps [Table 7]
     cosine_from: str = "warmup"  # where the cosine begins: warmup, at its end, or start, step 0 [released code]
-    beta1: float = 0.9           # AdamW [Table 7]
-    beta2: float = 0.95          # AdamW [Table 7]
-    weight_decay: float = 1e-4   # [Table 7]; none on norms, biases, tokens, positions
+    beta1: Decay = 0.9           # AdamW [Table 7]
+    beta2: Decay = 0.95          # AdamW [Table 7]
+    weight_decay: Weight = 1e-4  # [Table 7]; none on norms, biases, tokens, positions
                                  # [ours, the usual choice]
-    clip: float = 1.0            # largest gradient norm [released code]
-    ema: float = 0.9999          # decay [released code]
+    clip: Positive = 1.0         # largest gradient norm [released code]
+    ema: Decay = 0.9999          # decay [released code]
     ema_warmup: bool = True      # smaller decay in the first steps, or small runs would average over their
                                  # random start [ours; released code: none]
     # ---- stage 2 ----
-    stage2_steps: int = 50_000   # decoder fine-tuning with the encoder frozen [Sec. 4.1]
-    stage2_mask: float = 0.6     # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
-    stage2_ramp: float = 1.0     # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any,
+    stage2_steps: Whole = 50_000  # decoder fine-tuning with the encoder frozen [Sec. 4.1]
+    stage2_mask: Share = 0.6     # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
+    stage2_ramp: Share = 1.0     # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any,
                                  # trains on clean images, as Sec. 3.3 has it from the start
-    stage2_lr: float = 1e-4      # peak; the paper is silent
-    stage2_warmup: int = 1000    # steps [ours]
+    stage2_lr: Positive = 1e-4   # peak; the paper is silent
+    stage2_warmup: Whole = 1000  # steps [ours]
     # ---- logs ----
-    log_every: int = 100         # steps between lines of metrics.jsonl
-    save_every: int = 5000       # steps between checkpoints
-    keep: int = 3                # numbered checkpoints that stay, at least 2
-    keep_every: int = 0          # and all whose step is a multiple of this; 0: none
-    grid_every: int = 500        # steps between pictures; 0 for none
-    eval_images: int = 1000      # test images for PSNR at the end of each stage
-    latent_images: int = 10_000  # training images for the latents' mean and standard deviation
+    log_every: Count = 100       # steps between lines of metrics.jsonl
+    save_every: Count = 5000     # steps between checkpoints
+    keep: Keep = 3               # numbered checkpoints that stay, at least 2
+    keep_every: Whole = 0        # and all whose step is a multiple of this; 0: none
+    grid_every: Whole = 500      # steps between pictures; 0 for none
+    eval_images: Count = 1000    # test images for PSNR at the end of each stage
+    latent_images: Count = 10_000  # training images for the latents' mean and standard deviation
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,14 +141,6 @@ class Config(MAETokConfig):
         self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
         random_mask([], 1, self.mask_low, self.mask_high)                             # these check the ranges
         random_mask([], 1, self.stage2_mask, self.stage2_mask)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_images",
-                     "latent_images", "text_words"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("stage2_steps", "keep_every", "grid_every", "warmup", "stage2_warmup", "percep_weight",
-                     "percep_warmup", "disc_start", "disc_weight", "lecam", "consistency", "text_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} cannot be negative")
         for name, value, choices in (("stage", self.stage, ("both", "1", "2")),
                                      ("crop", self.crop, ("center", "random")),
                                      ("aux-loss", self.aux_loss, ("mse", "cosine", "mixed")),
@@ -162,11 +155,6 @@ class Config(MAETokConfig):
             raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
                             f"{self.patch_size} px, and needs learnable latents, whose number is the same "
                             "for all sizes")
-        for name in ("lr", "stage2_lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive")
-        if self.keep < 2:
-            raise UserError("--keep must be at least 2: the spare is what a damaged checkpoint falls back to")
 
 
 # The scale of a run. The first is the default.
@@ -415,7 +403,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
         ema.update(model)
         step += 1
 
-        saving = step % config.save_every == 0 or step == last
+        stop = common.stop_signal(world)
+        saving = step % config.save_every == 0 or step == last or stop
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == last)
         if step % config.log_every == 0 or saving or drawing:
             # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
@@ -424,7 +413,7 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             if ok < 1:
                 raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
                                 f"{config.log_every} before; the checkpoints in {out} are from before that. "
-                                "Try a lower --lr, a longer --warmup or --dtype float32")
+                                "Try --dtype float32, or in another --out a lower --lr or a longer --warmup")
             rate = seen * len(positions) * world / (time.perf_counter() - clock)
             record = {"step": step, "stage": stage, **dict(zip(totals, values)),
                       "grad_norm": float(grad_norm), "lr": lr, "mask": (low + high) / 2,
@@ -440,6 +429,8 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
             save_grid(config, stage, ema.on(device), test_set, out / f"grid_{step:07d}.png", device)
         if saving:
             save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world)
+        if stop:
+            raise common.Stopped(stop)
     bar.close()
     return step
 
@@ -454,7 +445,7 @@ def save(config, stage, step, model, ema, optimizer, adversary, adversary_optimi
         state = {"kind": "tokenizer", "step": step, "stage": stage, "measured": measured,
                  "config": dataclasses.asdict(config), "model": model.state_dict(),
                  "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+                 "optimizer": optimizer.state_dict()}
         if adversary is not None:
             state |= {"adversary": adversary.state_dict(),
                       "adversary_optimizer": adversary_optimizer.state_dict()}
@@ -631,7 +622,9 @@ def main(argv=None):
         if "text" in config.aux_targets:
             objective.teachers["text"] = TextTarget(config, train_set, device)
     adversary = objective.adversary
-    state = common.find_checkpoint(out)
+    if rank == 0:
+        common.lock(out)
+    state = common.find_checkpoint(out, rank)
     if state is not None:
         # Batch norm, LeCAM and the adaptive weight look at one forward pass: with a GAN its size matters.
         free = FREE - {"accumulate"} if adversary else FREE
@@ -662,20 +655,14 @@ def main(argv=None):
     if state is not None:
         common.load_weights(ema.model, state["ema"], out)
         ema.updates = state["ema_updates"]
-        optimizer.load_state_dict(state["optimizer"])
+        common.load_optimizer(optimizer, state["optimizer"], out)
         if adversary is not None:
             common.load_weights(adversary, state["adversary"], out)
-            adversary_optimizer.load_state_dict(state["adversary_optimizer"])
-        torch.set_rng_state(state["rng"])
+            common.load_optimizer(adversary_optimizer, state["adversary_optimizer"], out)
     fresh, state = state is None, None                  # the memory of a whole checkpoint, in every process
     common.check_same_step(step, out, rank, world, device)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        common.remove_debris(out)
-        common.atomic_write(out / "config.json",
-                            lambda p: p.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
-        common.cut_metrics(out, step)
-        print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+        common.start_run(config, step, measured)
         count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
               f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; "

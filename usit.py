@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Linear
+from common import Count, Linear
 from sit import LabelEmbedder, SiTConfig, time_features
 
 
@@ -35,9 +35,9 @@ class USiTConfig(SiTConfig):
     By count it has 1.58 G parameters (DC-AE's model list: 1580.40 M, with 256 tokens); "2B" is its name.
     Raises ValueError for values that cannot make a model.
     """
-    width: int = 2048            # D [DC-AE]
-    heads: int = 32              # nh [DC-AE]
-    depth: int = 28              # blocks, not counting the middle one [DC-AE]
+    width: Count = 2048          # D [DC-AE]
+    heads: Count = 32            # nh [DC-AE]
+    depth: Count = 28            # blocks, not counting the middle one [DC-AE]
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,8 +18,8 @@ from common import UserError
 @dataclass
 class Base:
     # ---- first group ----
-    width: int = 8             # px, 100 % of it
-    rate: float = 1e-3         # per step
+    width: common.Count = 8             # px, 100 % of it
+    rate: common.Positive = 1e-3         # per step
                                # and more
 
 
@@ -31,8 +31,8 @@ class Example(Base):
     hidden: tuple = (1, 2)     # not an option
 
     def __post_init__(self):
-        if self.width < 0:
-            raise ValueError("width is negative")
+        if self.width == 64 and not self.fast:
+            raise ValueError("width is even")
 
 
 PRESETS = {"small": dict(width=4), "large": dict(width=64, fast=True), "hot": dict(rate=0.5)}
@@ -88,8 +88,8 @@ def test_precedence_is_default_preset_command_line():
 
 @pytest.mark.parametrize("argv, message", [
     (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"),
-    (["--wdth", "3"], "unrecognized"), (["--width", "x"], "invalid int"), (["--wid", "3"], "unrecognized"),
-    (["--width", "-1"], "width is negative"), (["--hidden", "3"], "unrecognized"),
+    (["--wdth", "3"], "unrecognized"), (["--width", "x"], "must be a whole number"), (["--wid", "3"], "unrecognized"),
+    (["--width", "-1"], "from 1 to 1,000,000,000, not '-1'"), (["--width", "64"], "width is even"), (["--hidden", "3"], "unrecognized"),
     (["--preset", "hot,large"], "large fixes the scale"),
     (["--preset", "small,large"], "large fixes the scale")])
 def test_bad_options_are_one_line(argv, message):

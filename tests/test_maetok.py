@@ -83,8 +83,8 @@ def test_one_set_of_weights_runs_at_any_size_the_patch_divides():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(image_size=18), "multiple of patch_size"), (dict(patch_size=0), "must be positive"),
-    (dict(heads=0), "positive"), (dict(width=30), "head size"), (dict(rope="sine"), "axial"),
+    (dict(image_size=18), "multiple of patch_size"), (dict(patch_size=0), "from 1 to"),
+    (dict(heads=0), "from 1 to"), (dict(width=30), "head size"), (dict(rope="sine"), "axial"),
     (dict(ape="decoder"), "none, encoder or both"),
     (dict(latent_modulation=True, learnable_latents=False), "learnable")])
 def test_impossible_configurations_are_refused(bad, message):

@@ -93,9 +93,9 @@ def test_macs_of_the_paper_size():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(width=30), "divided over 4 heads"), (dict(width=33, heads=3), "odd"), (dict(depth=0), "positive"),
-    (dict(latent_dim=-1), "positive"), (dict(mlp_ratio=0.0), "positive"),
-    (dict(num_classes=-1), "unconditional")])
+    (dict(width=30), "divided over 4 heads"), (dict(width=33, heads=3), "odd"), (dict(depth=0), "from 1 to"),
+    (dict(latent_dim=-1), "from 1 to"), (dict(mlp_ratio=0.0), "above 0"),
+    (dict(num_classes=-1), "from 0 to")])
 def test_impossible_configurations_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         SiTConfig(**(TINY | bad))

@@ -51,10 +51,6 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert (folder / "log.txt").read_text() == log                                # nothing was run twice
     with pytest.raises(UserError, match="other options"):
         study.main([*command[:-2], "--device", "auto"])
-    with open(tmp_path / "lock", "w") as lock:
-        study.fcntl.flock(lock, study.fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another study is at work"):
-            study.main(command)
 
 
 def test_a_failed_command_is_named_with_its_log(images, tmp_path):

@@ -337,8 +337,8 @@ def test_bad_input_is_one_line(tmp_path, pictures, monkeypatch):
     for message, options in (
             ("--data shapes has no captions; choose captioned-shapes", ["--data", "shapes"]),
             ("--text-vocab latin: choose clip or words", [*TEXT, "--text-vocab", "latin"]),
-            ("--text-words must be at least 1", [*TEXT, "--text-words", "0"]),
-            ("--text-weight cannot be negative", [*TEXT, "--text-weight", "-1"]),
+            ("argument --text-words: must be a whole number from 1", [*TEXT, "--text-words", "0"]),
+            ("argument --text-weight: must be a number from 0", [*TEXT, "--text-weight", "-1"]),
             ("has no caption", ["--data", str(pictures), "--text-vocab", "words"]),
             ("no bpe_simple_vocab_16e6.txt.gz in", ["--data", "captioned-shapes"])):
         with pytest.raises(UserError, match=message) as e:

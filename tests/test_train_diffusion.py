@@ -418,7 +418,7 @@ def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
                              ("must lie in 0..9", ["--classes", 10]),
                              ("LOW HIGH", ["--cfg-interval", "0.5", "0.2"]),
                              ("invalid choice", ["--sampler", "ddim"]),
-                             ("at least 1", ["--steps", 0])]:
+                             ("--steps: must be a whole number from 1", ["--steps", 0])]:
         with pytest.raises(UserError, match=message):
             draw(diffusion, *options, "--out", tmp_path / "x.png")
     with pytest.raises(UserError, match="one of the two"):

@@ -304,21 +304,29 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert before == ((tmp_path / "last.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_text())
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
-    train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100",
-          "--lr", "1e-3")
-    (tmp_path / "last.pt").unlink()
-    state = common.find_checkpoint(tmp_path)
-    state["model"]["decoder.head.weight"][0, 0] = float("nan")
-    for path in tmp_path.glob("step_*.pt"):
-        path.unlink()
-    state["step"] = 10
-    common.save_checkpoint(tmp_path, state, keep=3)
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, "auxiliary_loss", lambda config, name, prediction, *rest: (
+        calls.append(name), prediction.mean() * (float("nan") if len(calls) == 12 else 1.0))[1])
+    with pytest.raises(UserError, match="not finite at step 12 .* another --out a lower --lr"):
+        train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "4", "--log-every", "100")
+    assert common.load_checkpoint(tmp_path)["step"] == 8
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path, part):
+    """The last optimizer step can spoil weights whose loss and gradient were fine."""
+    state = train(tmp_path, "--stage", "1")
+    state[part]["decoder.head.weight"][0, 0] = float("nan")
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(UserError, match="not finite"):
-        train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "2", "--log-every", "100",
-              "--lr", "1e-3")
-    assert (tmp_path / "last.pt").read_bytes() == before and len(list(tmp_path.glob("step_*.pt"))) == 1
+    with pytest.raises(UserError, match="the weights are not finite at step 6"):
+        common.save_checkpoint(tmp_path, state, keep=3)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    torch.save(dict(state), tmp_path / "last.pt")
+    with pytest.raises(UserError, match="holds weights that are NaN or infinite"):
+        if part == "ema":
+            trainer.load_tokenizer(tmp_path)
+        train(tmp_path, "--steps", "8", "--stage", "1")
 
 
 # ------------------------------------------------ processes ------------------------------------------------
@@ -390,10 +398,11 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
         ("which images", ["--preset", "maetok-b-256"]),
         ("no checkpoint at", ["--init", tmp_path / "nowhere"]),
         ("choose both or 1 or 2", ["--stage", "3"]),
-        ("--steps must be at least 1", ["--steps", "-1"]),
-        ("--stage2-lr must be positive", ["--stage2-lr", "0"]),
-        ("--eval-images must be at least 1", ["--eval-images", "0"]),
-        ("mask ratios", ["--stage2-mask", "1.5"]),
+        ("--steps: must be a whole number from 1 to", ["--steps", "-1"]),
+        ("--stage2-lr: must be a number above 0", ["--stage2-lr", "0"]),
+        ("--eval-images: must be a whole number from 1", ["--eval-images", "0"]),
+        ("--stage2-mask: must be a number from 0 to 1", ["--stage2-mask", "1.5"]),
+        ("mask ratios", ["--stage2-mask", "1"]),
         ("weights of another model", ["--heads", "1", "--stage", "2", "--init", tmp_path / "run"]),
         ("--device tpu", ["--device", "tpu"]),
     ]
