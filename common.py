@@ -119,7 +119,8 @@ def run(main):
                       "command again to go on from the last checkpoint")
             status = 128 + _signals[-1]
         elif isinstance(e, MemoryError) or re.search("can't allocate memory|Storage size calculation", str(e)):
-            _complain(f"error: not enough memory for these sizes ({(str(e).splitlines() or ['MemoryError'])[0][:200]})")
+            first = (str(e).splitlines() or ["MemoryError"])[0]
+            _complain(f"error: not enough memory for these sizes ({first[:200]})")
             status = 2
         else:
             raise
@@ -338,7 +339,8 @@ def start_processes(device="auto"):
 
 
 def _follow(launcher):
-    """End this process when torchrun, its parent, is killed: else it would train on, unseen, in a locked folder."""
+    """End this process when torchrun, its parent, is killed: else it would train on, unseen, in a locked
+    folder."""
     while os.getppid() == launcher:
         time.sleep(1)
     _complain("error: torchrun is gone; this process ends too")
@@ -550,7 +552,8 @@ def lock(folder):
         holder = file.read().strip() or "another process"
         raise UserError(f"{holder} is at work in {folder}; wait for it, stop it, or choose another --out") from e
     except OSError as e:
-        print(f"note: no locks in {folder} ({e.strerror}): two runs in it would destroy each other", file=sys.stderr)
+        print(f"note: no locks in {folder} ({e.strerror}): two runs in it would destroy each other",
+              file=sys.stderr)
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -599,8 +602,8 @@ def save_checkpoint(out, state, keep, keep_every=0):
     """
     out = Path(out)
     if not all_finite(t for part in ("model", "ema", "adversary") for t in state.get(part, {}).values()):
-        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not written, those "
-                        f"in {out} are from before. Try a lower --lr or a longer --warmup in another --out")
+        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not written, "
+                        f"those in {out} are from before. Try a lower --lr or a longer --warmup in another --out")
     numbered = out / f"step_{state['step']:07d}.pt"
     atomic_write(numbered, lambda path: torch.save(state, path))
     link_last(numbered)
@@ -682,7 +685,8 @@ def find_checkpoint(out, rank=0):
 def load_weights(model, state, path):
     """load_state_dict with one clear line for weights of another model, or not finite. Raises UserError."""
     if isinstance(state, dict) and not all_finite(state.values()):
-        raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an earlier one")
+        raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an earlier "
+                        "one")
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as e:

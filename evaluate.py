@@ -309,7 +309,8 @@ def latents(args):
         result[name] = entry
 
         # ---- the picture ----
-        points, axis = (umap_2d(probe_drawn), "UMAP") if args.umap else (F.pad(z_drawn, (0, 1))[:, :2].numpy(), "PCA")
+        points, axis = ((umap_2d(probe_drawn), "UMAP") if args.umap else
+                        (F.pad(z_drawn, (0, 1))[:, :2].numpy(), "PCA"))                 # d may be 1
         pictures[f"{name} ({axis})"] = points, its_class.clamp(min=0).tolist()   # -1, no class: drawn as class 0
         classes = classes or (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
     if args.rank > 0:
@@ -592,7 +593,8 @@ def main(argv=None):
     add("--components", type=Count, nargs="+", default=[1, 5, 10, 20, 50], help="K (paper: up to 200)")
     add("--train-images", type=Count, default=10_000, help="for the probe and the mixtures (default 10000)")
     add("--test-images", type=Count, default=2000, help="held out (default 2000)")
-    add("--variance", type=Number(float, 0, 1, low_open=True), default=0.9, help="share that PCA keeps [App. B.3] (default 0.9)")
+    add("--variance", type=Number(float, 0, 1, low_open=True), default=0.9,
+        help="share that PCA keeps [App. B.3] (default 0.9)")
     add("--dims", type=Whole, default=0, help="keep exactly so many instead; NLL compares at equal d only")
     add("--starts", type=Count, default=2, help="EM runs for each mixture, the best counts (default 2)")
     add("--iterations", type=Count, default=100, help="EM steps of a run at most (default 100)")
@@ -647,7 +649,8 @@ def main(argv=None):
     add("--components", type=Count, nargs="+", default=[2, 4, 8, 16, 32], help="K")
     add("--dims", type=Count, default=16, help="d (default 16)")
     add("--norm", type=Positive, default=6.0, help="B, of the means (default 6)")
-    add("--time", type=Number(float, 0, 1, True, True), default=0.5, help="noise time t of the score (default 0.5)")
+    add("--time", type=Number(float, 0, 1, low_open=True, high_open=True), default=0.5,
+        help="noise time t of the score (default 0.5)")
     add("--samples", type=Count, nargs="+", default=[64, 256, 1024, 4096, 16384], help="n that are tried")
     add("--error", type=Positive, default=0.1, help="the error to reach (default 0.1)")
     add("--steps", type=Count, default=300, help="of training (default 300)")

@@ -162,6 +162,12 @@ def load_classifier(args, data, size):
         key = hashlib.sha256(json.dumps(
             [train_set.source.fingerprint(), size, args.classifier_steps]).encode()).hexdigest()[:16]
         cached = Path(args.cache) / f"classifier_{key}.pt"
+        if cached.exists():
+            try:
+                common.load_checkpoint(cached)
+            except UserError as e:
+                print(f"warning: {e}; it is trained again")
+                cached.unlink()
         if not cached.exists():
             model = train_classifier(train_set, args.device, args.classifier_steps)
             cached.parent.mkdir(parents=True, exist_ok=True)

@@ -115,15 +115,16 @@ def write_npz(path, parts, labels):
     common.atomic_write(path, write)
 
 
-def check_outputs(outs, settings):
-    """Refuse a folder that holds anything but these very samples, which would be drawn again. Raises UserError."""
+def check_outputs(outs, parts, settings):
+    """Refuse a folder that holds anything but these very samples, whole or, while their `parts` are there, begun.
+    Raises UserError."""
     for out in outs:
-        note = Path(f"{out}.settings.json")
         if out.suffix in (".npz", ".png") or not out.is_dir() or not any(out.iterdir()):
             continue
-        if not note.exists() or common.read_json(note) != settings:
-            raise UserError(f"{out} holds files already, and these samples would mix with them; delete it or choose "
-                            "another --out")
+        notes = [note for note in (Path(f"{out}.settings.json"), parts / "settings.json") if note.exists()]
+        if settings not in [common.read_json(note) for note in notes]:
+            raise UserError(f"{out} holds files already, and these samples would mix with them; delete it or "
+                            "choose another --out")
 
 
 def write_outputs(outs, parts, labels, size):
@@ -278,7 +279,7 @@ def main(argv=None):
     settings["weights"] = common.fingerprint(model) + (common.fingerprint(guide) if guide else "")
     settings = json.loads(json.dumps(settings))                                             # tuples to lists
     if rank == 0:
-        check_outputs(outs, settings)
+        check_outputs(outs, folder, settings)
         common.lock(folder)
         common.remove_debris(folder)
         if not (folder / "settings.json").exists():

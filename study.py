@@ -254,7 +254,8 @@ def main(argv=None):
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
     add("--jobs", type=common.Whole, default=0, help="commands at a time (default: as many as cores, 4 at most)")
-    add("--minutes", type=common.Weight, default=0, help="stop after so long; the same command goes on from there. "
+    add("--minutes", type=common.Weight, default=0,
+        help="stop after so long; the same command goes on from there. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)

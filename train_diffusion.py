@@ -198,8 +198,8 @@ class LatentCache(torch.utils.data.Dataset):
                 and labels.shape == (count,)):
             return True
         if any(path.exists() for path in self.shard_paths(shard)):
-            print(f"warning: shard {shard} of {self.folder} is damaged or unfinished; its images are encoded again",
-                  file=sys.stderr)
+            print(f"warning: shard {shard} of {self.folder} is damaged or unfinished; its images are encoded "
+                  "again", file=sys.stderr)
         return False
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+import common
 import losses
 import pretrained
 import train_diffusion
@@ -228,8 +229,9 @@ def pretend_cuda(monkeypatch, world=1):
             patch.setattr(dist, "get_rank", lambda group=None: 0)
             patch.setattr(dist, "barrier", lambda: gpu.collective())
             patch.setattr(dist, "broadcast_object_list", lambda objects: gpu.collective())
-            patch.setattr(dist, "all_reduce",
-                          lambda tensor, op=dist.ReduceOp.SUM: gpu.all_reduce(tensor, op, world))
+            patch.setattr(dist, "all_reduce", lambda tensor, op=dist.ReduceOp.SUM, group=None: (
+                None if group == "gloo" else gpu.all_reduce(tensor, op, world)))
+            patch.setattr(common, "_cpu_group", lambda: "gloo")
             patch.setattr(losses.dist_grad, "all_reduce",
                           lambda tensor: (gpu.collective(tensor), tensor * world)[1])
             for trainer in (train_tokenizer, train_diffusion):

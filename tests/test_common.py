@@ -88,8 +88,10 @@ def test_precedence_is_default_preset_command_line():
 
 @pytest.mark.parametrize("argv, message", [
     (["--preset", "huge"], "unknown preset huge; there are: small, large, hot"),
-    (["--wdth", "3"], "unrecognized"), (["--width", "x"], "must be a whole number"), (["--wid", "3"], "unrecognized"),
-    (["--width", "-1"], "from 1 to 1,000,000,000, not '-1'"), (["--width", "64"], "width is even"), (["--hidden", "3"], "unrecognized"),
+    (["--wdth", "3"], "unrecognized"), (["--width", "x"], "must be a whole number"),
+    (["--wid", "3"], "unrecognized"),
+    (["--width", "-1"], "from 1 to 1,000,000,000, not '-1'"), (["--width", "64"], "width is even"),
+    (["--hidden", "3"], "unrecognized"),
     (["--preset", "hot,large"], "large fixes the scale"),
     (["--preset", "small,large"], "large fixes the scale")])
 def test_bad_options_are_one_line(argv, message):

@@ -1,6 +1,6 @@
 """Nothing lost, nothing silent: kills, signals, two runs in one folder, damaged files, odd folders.
 
-The runs that are killed are forks of a server that has imported everything, so that a kill costs tenths of seconds.
+The runs that are killed are forks of a server that has imported everything, so that a kill costs little time.
 """
 import json
 import multiprocessing
@@ -21,6 +21,7 @@ from test_train_tokenizer import TINY, assert_same_weights, torchrun
 
 import common
 import data
+import features
 import sample
 import train_diffusion
 import train_tokenizer
@@ -28,6 +29,7 @@ from common import UserError
 
 SIT = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 30 --warmup 2 --log-every 1 "
        "--save-every 1 --grid-every 7 --device cpu").split()
+MODULES = {"tokenizer": train_tokenizer, "diffusion": train_diffusion, "sample": sample}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train_tokenizer", "train_diffusion", "sample", "test_faults"])
 
@@ -35,7 +37,7 @@ SERVER.set_forkserver_preload(["train_tokenizer", "train_diffusion", "sample", "
 def in_child(script, argv):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    common.run(lambda: {"tokenizer": train_tokenizer, "diffusion": train_diffusion, "sample": sample}[script].main(argv))
+    common.run(lambda: MODULES[script].main(argv))
 
 
 def start(script, argv):
@@ -159,8 +161,9 @@ def script(name, argv, launcher=()):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGTERM, torchrun(2))],
-                         ids=["SIGTERM", "SIGHUP", "SIGTERM to torchrun"])
+@pytest.mark.parametrize("number, launcher", [
+    (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGTERM, torchrun(2))],
+    ids=["SIGTERM", "SIGHUP", "SIGTERM to torchrun"])
 def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path):
     argv = [*TINY, "--stage", "1", "--steps", "400", "--save-every", "1000", "--log-every", "5"]
     process = script("train_tokenizer", [*argv, "--out", tmp_path / "run"], launcher)
@@ -199,14 +202,13 @@ def test_two_runs_in_one_folder_are_refused(name, tmp_path, tokenizer, sit):
         "tokenizer": [*TINY, "--steps", "100000", "--warmup", "2"],
         "diffusion": [*SIT, "--steps", "100000", "--tokenizer", tokenizer],
         "sample": ["--ckpt", sit, "--num", "100000", "--batch-size", "1", "--device", "cpu"]}[name]
-    main = {"tokenizer": train_tokenizer, "diffusion": train_diffusion, "sample": sample}[name].main
     folder = tmp_path / "run.npz.parts" if name == "sample" else out
     out = tmp_path / "run.npz" if name == "sample" else out
     first = start(name, [*argv, "--out", out])
     try:
         wait_for(lambda: len(list(folder.glob("*"))) > 2)
         with pytest.raises(UserError, match=f"process {first.pid} on .* is at work in .*choose another --out"):
-            main([str(a) for a in [*argv, "--out", out]])
+            MODULES[name].main([str(a) for a in [*argv, "--out", out]])
     finally:
         first.kill()
         first.join()
@@ -301,7 +303,8 @@ def test_a_bad_line_of_the_log_costs_that_line_alone(tmp_path, capsys):
     for step in range(4):
         common.append_metrics(tmp_path, {"step": step, "loss": 1.0})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "\x00\x00", '{"loss": 1}', "[3]", *lines[1:], '{"st']))
+    lines[1:1] = ["\x00\x00", '{"loss": 1}', "[3]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"st']))
     assert [r["step"] for r in common.read_metrics(tmp_path)] == [0, 1, 2, 3]
     assert capsys.readouterr().err.count("is no record") == 3
 
@@ -330,6 +333,34 @@ def test_samples_do_not_mix_with_older_ones(tmp_path, sit):
         sample.main([*argv, "--num", "2"])
     assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == before
     assert not (tmp_path / "pngs.parts").exists()
+
+
+def test_a_folder_of_samples_that_was_cut_short_is_gone_on_with(tmp_path, sit, monkeypatch):
+    argv = ["--ckpt", str(sit), "--steps", "2", "--num", "6", "--device", "cpu", "--out", str(tmp_path / "pngs")]
+
+    def half(outs, *rest):
+        outs[0].mkdir()
+        (outs[0] / "000000_class0.png").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "write_outputs", half)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(argv)
+    monkeypatch.undo()
+    sample.main(argv)
+    assert len(list((tmp_path / "pngs").iterdir())) == 6
+    assert Image.open(tmp_path / "pngs/000000_class0.png").size == (16, 16)
+
+
+def test_a_damaged_classifier_is_trained_again(tmp_path, capsys):
+    args = type("args", (), {"rank": 0, "world": 1, "device": torch.device("cpu"), "data_root": "data",
+                             "cache": str(tmp_path), "classifier_steps": 2})
+    features.load_classifier(args, "shapes", 16)
+    file, = tmp_path.glob("classifier_*.pt")
+    flip_bit(file)
+    features.load_classifier(args, "shapes", 16)
+    assert "it is trained again" in capsys.readouterr().out
+    common.load_checkpoint(file)
 
 
 # ------------------------------------------------ folders ------------------------------------------------
@@ -368,8 +399,10 @@ def test_pipes_broken_links_and_odd_names(tmp_path):
 def test_what_only_looks_like_an_image_is_refused(tmp_path):
     picture(tmp_path / "images/a.png")
     Image.new("F", (20, 20), 0.5).save(tmp_path / "images/b.jpg", "TIFF")
-    (tmp_path / "images/c.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)).save(tmp_path / "images/d.png")
+    (tmp_path / "images/c.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+                                            b"showpage\n")
+    noise = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images/d.png")
     content = bytearray((tmp_path / "images/d.png").read_bytes())
     at = content.find(b"IDAT")
     length = int.from_bytes(content[at - 4:at], "big")
@@ -385,7 +418,6 @@ def test_what_only_looks_like_an_image_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change", ["complex", "asymmetric", "indefinite"])
 def test_a_reference_that_is_no_covariance_is_refused(change, tmp_path):
-    import features
     sigma = np.eye(4)
     sigma = {"complex": sigma + 1j, "asymmetric": sigma + np.triu(np.ones((4, 4)), 1),
              "indefinite": sigma - 2 * np.diag([1, 0, 0, 0])}[change]

@@ -34,7 +34,8 @@ def commands(runs, out):
     small = ["--device", "cpu", "--batch-size", "8"]
     features = ["--features", "classifier", "--classifier-steps", "2", "--cache", str(runs / "cache")]
     return {
-        "train_tokenizer": (train_tokenizer.main, [*TINY, "--steps", "1", "--stage2-steps", "1", "--out", out + "/t"]),
+        "train_tokenizer": (train_tokenizer.main, [*TINY, "--steps", "1", "--stage2-steps", "1", "--out",
+                                                   out + "/t"]),
         "train_diffusion": (train_diffusion.main, [*SIT, "--tokenizer", tokenizer, "--out", out + "/d"]),
         "sample": (sample.main, ["--ckpt", sit, "--num", "2", "--steps", "1", *small, "--out", out + "/s.npz"]),
         "recon": (evaluate.main, ["recon", tokenizer, "--num-images", "4", *small, "--features", "none", "--out",
@@ -48,8 +49,8 @@ def commands(runs, out):
                                   *small, *features, "--out", out + "/c"]),
         "cfg": (evaluate.main, ["cfg", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
                                 "--scales", "2", "--intervals", "0:1", *small, *features, "--out", out + "/f"]),
-        "theory": (evaluate.main, ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512", "4096",
-                                   "--steps", "150", "--repeats", "1", "--device", "cpu", "--out", out + "/y"]),
+        "theory": (evaluate.main, ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512",
+                                   "4096", "--steps", "150", "--repeats", "1", "--device", "cpu", "--out", out + "/y"]),
     }
 
 
@@ -77,7 +78,8 @@ def options(name):
             and not isinstance(action, argparse.BooleanOptionalAction)]
 
 
-NAMES = ("train_tokenizer", "train_diffusion", "sample", "recon", "generation", "latents", "curve", "cfg", "theory")
+NAMES = ("train_tokenizer", "train_diffusion", "sample", "recon", "generation", "latents", "curve", "cfg",
+         "theory")
 
 
 @pytest.mark.parametrize("name", NAMES)
