@@ -50,7 +50,8 @@ def commands(runs, out):
         "cfg": (evaluate.main, ["cfg", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
                                 "--scales", "2", "--intervals", "0:1", *small, *features, "--out", out + "/f"]),
         "theory": (evaluate.main, ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512",
-                                   "4096", "--steps", "150", "--repeats", "1", "--device", "cpu", "--out", out + "/y"]),
+                                   "4096", "--steps", "150", "--repeats", "1", "--device", "cpu", "--out",
+                                   out + "/y"]),
     }
 
 
