@@ -148,7 +148,7 @@ class Linear(nn.Linear):
 
     PyTorch gives matrix products on x86 to MKL, which keeps to half-wide vectors on AMD; convolutions go to
     oneDNN, which does not. The sum is the same, and a contiguous (B, T, D) is in memory a channels-last
-    picture of 1 x T pixels. Up to twice the speed: README, "Speed".
+    picture of 1 x T pixels. Up to twice the speed: docs/speed.md.
     """
 
     def forward(self, x):

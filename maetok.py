@@ -333,7 +333,7 @@ class Decoder(nn.Module):
     [Eq. 5, 7]
 
     The pixel decoder and every auxiliary decoder are this class; they differ in depth and out_dim.
-    e is one learned token repeated N times, told apart by RoPE alone [released code]. N learned tokens, as
+    e is one learned token repeated N times, distinguished by RoPE alone [released code]. N learned tokens, as
     Eq. 5 could be read, would tie the weights to one image size.
     """
 

@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last norm, steered by c, and the layer back to latent channels: (B, L, D) -> (B, L, C)."""
+    """The last norm, modulated by c, and the layer back to latent channels: (B, L, D) -> (B, L, C)."""
 
     def __init__(self, width, latent_dim):
         super().__init__()

@@ -174,7 +174,7 @@ SCALES = {
     "maetok-b-256": dict(),                                                            # Table 7: the defaults
     "maetok-b-512": dict(image_size=512),                                              # Table 7
     # What the released code does instead, as far as one value can say it
-    # (README, "Paper, released code and ...").
+    # (docs/paper-and-code.md).
     "maetok-b-256-released": dict(rope="mixed", ape="encoder", class_token=True, layer_scale=1e-5,
                                   latent_modulation=True, aux_width=192, aux_heads=3, mask_draw="normal",
                                   crop="random", lr=2e-4, lr_start=1e-5, lr_end=2e-5, warmup=5004,

@@ -1,0 +1,92 @@
+"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that the code
+is tagged with stands in docs/equations.md.
+
+`python tests/test_docs.py` writes the line numbers anew.
+"""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
+
+
+def definitions(path):
+    """{"Class.method": line} of a Python file; top-level names that are assigned count too."""
+    found = {}
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = node.lineno
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[prefix + node.targets[0].id] = node.lineno
+
+    visit(ast.parse(path.read_text()).body, "")
+    return found
+
+
+def right_line(page, match):
+    """Where the symbol of a link is defined. AssertionError if nowhere."""
+    symbol, target, _ = match.groups()
+    module, name = symbol.split(".", 1)
+    path = (page.parent / target).resolve()
+    assert path.exists() and path.stem == module, f"{page.name}: {symbol} in {target}"
+    lines = definitions(path)
+    assert name in lines, f"{page.name}: {target} defines no {name}"
+    return lines[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+    for match in SYMBOL.finditer(text):
+        assert int(match[3]) == right_line(page, match), f"{match[0]}: run python tests/test_docs.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page):
+    known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", page.read_text()):
+        assert name in known, name
+
+
+def test_every_equation_of_the_code_is_in_the_table():
+    table = (ROOT / "docs/equations.md").read_text()
+    there = set()
+    for low, high in re.findall(r"^\| Eq\. (\d+)(?:–(\d+))? \|", table, re.M):
+        there |= set(range(int(low), int(high or low) + 1))
+    assert there == set(range(1, 15))
+    for path in ROOT.glob("*.py"):
+        for tag in re.findall(r"\[[^\]]*\bEq\. ?([\d, -]+)", path.read_text()):
+            for number in re.findall(r"\d+", tag):
+                assert int(number) in there, f"{path.name}: Eq. {number}"
+
+
+def test_every_table_and_figure_of_the_paper_is_in_the_table():
+    page = (ROOT / "docs/equations.md").read_text()
+    for title, last in (("Tables", 13), ("Figures", 22)):
+        section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+        there = set()
+        for row in re.findall(r"^\| ([\d][^|]*)\|", section, re.M):
+            for low, high in re.findall(r"(\d+)[a-d]?(?:–(\d+))?", row):
+                there |= set(range(int(low), int(high or low) + 1))
+        assert there == set(range(1, last + 1)), title
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(SYMBOL.sub(
+            lambda match: match[0].replace(f"#L{match[3]}", f"#L{right_line(page, match)}"), page.read_text()))
