@@ -27,6 +27,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -304,8 +305,15 @@ def sample_rng(seed, stream, major, minor):
 
 # ------------------------------------------------ processes ------------------------------------------------
 
+class Processes(NamedTuple):
+    """Which of how many processes this is, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+
 def start_processes(device="auto"):
-    """Join torchrun's process group if there is one. Returns (rank, world, torch.device).
+    """Join torchrun's process group if there is one. Returns Processes.
 
     device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "mps". nccl on CUDA, gloo elsewhere.
     Raises UserError when a device is asked for that is not there.
@@ -335,7 +343,7 @@ def start_processes(device="auto"):
         # device_id: NCCL then need not guess which GPU is this process's at its first collective.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
                                 device_id=torch.device("cuda", local) if device == "cuda" else None)
-    return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+    return Processes(rank, world, torch.device(device, local) if device == "cuda" else torch.device(device))
 
 
 def _follow(launcher):
@@ -385,6 +393,74 @@ def autocast_dtype(name, device):
     if name not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")
     return getattr(torch, name)
+
+
+# ---------------------------------------- steps of a training loop ----------------------------------------
+
+def batch_loader(dataset, batches, workers, device, collate):
+    """An iterator over a data set's batches. Raises the UserError that an item is in place of an image.
+    workers: -1 for 8 on CUDA and none elsewhere."""
+    workers = (8 if device.type == "cuda" else 0) if workers < 0 else workers
+    for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                             collate_fn=collate, pin_memory=device.type == "cuda"):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def set_learning_rate(optimizer, lr):
+    """Returns lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def optimizer_step(optimizer, clip):
+    """One step with gradients cut to the norm `clip`, which are then let go. Returns their norm before."""
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Clock:
+    """Samples per second since it was last asked."""
+
+    def __init__(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step, batch_size):
+        steps, seconds = step - self.step, time.perf_counter() - self.time
+        self.step, self.time = step, time.perf_counter()
+        return steps * batch_size / seconds
+
+
+class Averages:
+    """Means of what a step logs, over forward passes and processes, until they are read. The host waits for the
+    GPU only then."""
+
+    def __init__(self, device):
+        self.terms, self.finite = {}, torch.ones((), device=device)
+
+    def add(self, terms):
+        """terms: {name: scalar tensor} of one forward pass."""
+        for name, term in terms.items():
+            self.terms.setdefault(name, []).append(term.detach())
+
+    def check_finite(self, *values):
+        """Remember whether these scalars were ever not finite."""
+        self.finite *= sum(value.detach() for value in values).isfinite()
+
+    def read(self, step, config):
+        """{name: mean} since the last reading. Raises UserError if a value to be checked was not finite."""
+        means = [torch.stack(values).mean() for values in self.terms.values()]
+        *means, finite = all_mean(torch.stack([*means, self.finite])).tolist()
+        if finite < 1:
+            raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} "
+                            f"before; the checkpoints in {config.out} are from before that. Try --dtype float32, "
+                            "or in another --out a lower --lr or a longer --warmup")
+        result, self.terms = dict(zip(self.terms, means)), {}
+        return result
 
 
 # ----------------------------------------- activation checkpointing -----------------------------------------

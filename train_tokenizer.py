@@ -6,16 +6,16 @@
     # the paper, on one node; with --nnodes and a rendezvous (README) on several:
     torchrun --nproc-per-node=8 train_tokenizer.py --preset maetok-b-256 --data /data/imagenet
 
-Running the same command again goes on from the last checkpoint, with any number of processes.
+The same command resumes from the last checkpoint, with any number of processes.
 """
 import contextlib
 import dataclasses
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -225,7 +225,7 @@ def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0, cosine_from="wa
 
 
 def mask_range(config, stage, step):
-    """(low, high) share of hidden patches at `step` of `stage`."""
+    """(low, high) mask ratio at `step` of `stage`."""
     if stage == 2:
         # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to
         # 0: the ramp ends at the former.
@@ -275,24 +275,118 @@ def build_optimizer(config, model, device):
                              lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
 
 
+# ------------------------------------------- what a step works with -------------------------------------------
+
+class Stage(NamedTuple):
+    """One of the two stages. Steps count through both: stage 1 is [0, steps), stage 2 follows."""
+    number: int
+    first: int
+    last: int
+
+    def learning_rate(self, config, step):
+        """Of the tokenizer at `step`."""
+        if self.number == 1:
+            return learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end,
+                                 config.cosine_from)
+        return learning_rate(step - self.first, config.stage2_steps, config.stage2_lr, config.stage2_warmup,
+                             end=config.lr_end)
+
+    def discriminator_rate(self, config, step):
+        """The discriminator's, on the same schedule."""
+        return config.disc_lr * self.learning_rate(config, step) / (config.lr, config.stage2_lr)[self.number - 1]
+
+
+def stages(config):
+    """Stage 1, masked modelling of the whole tokenizer [Sec. 3.2]; stage 2, the pixel decoder on the frozen
+    encoder's latents [Sec. 3.3]."""
+    return {1: Stage(1, 0, config.steps), 2: Stage(2, config.steps, config.steps + config.stage2_steps)}
+
+
+@dataclass
+class TrainState:
+    """What training changes and a checkpoint holds."""
+    model: MAETok
+    ema: common.EMA
+    optimizer: torch.optim.Optimizer
+    adversary: torch.nn.Module | None                     # losses.Adversary
+    adversary_optimizer: torch.optim.Optimizer | None
+    stage: int = 1
+    step: int = 0
+    measured: bool = False                                # the stage is over, latent mean and std are set
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the device, with all that is random about it."""
+    images: torch.Tensor                                  # (B, 3, H, W) in [-1, 1]
+    mask: torch.Tensor                                    # (B, N) bool, True = hidden
+    loss_mask: torch.Tensor                               # (B, N) bool: the patches of Eq. 8
+    noise: torch.Tensor | None                            # (B, L, C), of a VAE
+    targets: dict                                         # name -> (B, N, D_j), the y^j of Eq. 8
+    views: list | None                                    # of the discriminator, once it has begun
+
+
+def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
+    """What the loader gave, (images, labels[, captions]), as a Batch. Everything random comes from (seed, step,
+    global sample index), never from the process."""
+    images = to_float(loaded[0].to(device, non_blocking=True))
+    num_patches = (images.shape[-1] // config.patch_size) ** 2
+    low, high = mask_range(config, stage.number, step - stage.first)
+    mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
+    mask = common.to_device(mask, device)
+    noise = None
+    if config.variational and stage.number == 1:
+        shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
+        draws = [rng.standard_normal(shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
+        noise = common.to_device(torch.from_numpy(np.stack(draws)), device)
+    targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
+    loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
+    adversarial = config.disc != "none" and step >= config.disc_start
+    views = draw_views(config, step, micro, positions, device) if adversarial else None
+    return Batch(images, mask, loss_mask, noise, targets, views)
+
+
+# ------------------------------------------------ the objective ------------------------------------------------
+
+def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast):
+    """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8], and for
+    a VAE its KL term [Table 1a].
+
+    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight.
+    Returns (loss, {name: term}): float32 scalars, the terms not weighted.
+    """
+    x, x_hat = batch.images, output.reconstruction.float()
+    terms = {"recon": F.mse_loss(x_hat, x)}
+    loss = terms["recon"]
+    if networks.lpips is not None:
+        terms["percep"] = networks.lpips(x_hat, x).mean()
+        ramp = min(1.0, step / max(1, config.percep_warmup))
+        loss = loss + config.percep_weight * ramp * terms["percep"]
+    if batch.views:
+        networks.adversary.requires_grad_(False)                            # its own step comes after this one
+        with autocast:
+            terms["adv"] = generator_loss(networks.adversary.look(x_hat, batch.views[4]))
+        terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], last_layer)
+        loss = loss + config.disc_weight * terms["adaptive_weight"] * terms["adv"]
+    for name, target in batch.targets.items():
+        terms[name] = auxiliary_loss(config, name, output.aux[name], target, batch.loss_mask)
+        loss = loss + (config.text_weight if name == "text" else config.aux_weight) * terms[name]
+    if batch.noise is not None:
+        terms["kl"] = kl_divergence(output.posterior)
+        loss = loss + config.kl_weight * terms["kl"]
+    return loss, terms
+
+
 # ------------------------------------------------ one stage ------------------------------------------------
 
-def train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer, train_set,
-                test_set, world, rank, device):
-    """Train from global step `step` to the end of `stage`; checkpoints, logs and pictures on the way.
-    Returns the step.
-
-    Steps count through both stages: stage 1 is [0, steps), stage 2 is [steps, steps + stage2_steps).
-    """
-    first, last = (0, config.steps) if stage == 1 else (config.steps, config.steps + config.stage2_steps)
-    out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
+def train_stage(config, stage, state, networks, train_set, test_set, processes):
+    """Train from state.step to the end of `stage`; checkpoints, logs and pictures on the way."""
+    rank, world, device = processes
+    dtype = common.autocast_dtype(config.dtype, device)
     sizes = (config.image_size, config.mixed_size) if config.mixed_size else (config.image_size,)
-    batches = GlobalBatches(train_set.length, config.batch_size, step, last, config.seed, rank, world,
+    batches = GlobalBatches(train_set.length, config.batch_size, state.step, stage.last, config.seed, rank, world,
                             config.accumulate, sizes)
-    workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
-                                              collate_fn=collate, pin_memory=device.type == "cuda"))
-    teachers, lpips, adversary = objective
+    loader = common.batch_loader(train_set, batches, config.workers, device, collate)
+    model, ema, adversary = state.model, state.ema, state.adversary
     if config.compile:
         for part in model.modules():
             # Not the decoder's head: the adaptive weight asks for its gradient,
@@ -301,156 +395,83 @@ def train_stage(config, stage, step, model, ema, optimizer, objective, adversary
                 part.compile()
     wrapped, wrapped_adversary = model, adversary
     if world > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
         # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
-        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        ddp = dict(device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, **ddp)
         if adversary is not None:
             # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
-            wrapped_adversary = DistributedDataParallel(adversary, device_ids=device_ids,
-                                                        gradient_as_bucket_view=True,
-                                                        forward_sync_buffers=False)
-    healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
-    totals, seen, clock = {}, 0, time.perf_counter()
-    bar = tqdm(total=last - first, initial=step - first, desc=f"stage {stage}", disable=rank > 0,
-               mininterval=1.0)
-    while step < last:
-        if stage == 1:
-            lr = learning_rate(step, config.steps, config.lr, config.warmup, config.lr_start, config.lr_end,
-                               config.cosine_from)
-        else:
-            lr = learning_rate(step - first, config.stage2_steps, config.stage2_lr, config.stage2_warmup,
-                               end=config.lr_end)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        adversarial = adversary is not None and step >= config.disc_start
-        if adversarial:
-            for group in adversary_optimizer.param_groups:
-                group["lr"] = config.disc_lr * lr / (config.lr if stage == 1 else config.stage2_lr)
-        low, high = mask_range(config, stage, step - first)
+            wrapped_adversary = DistributedDataParallel(adversary, forward_sync_buffers=False, **ddp)
+    log, clock = common.Averages(device), common.Clock(state.step)
+    bar = tqdm(total=stage.last - stage.first, initial=state.step - stage.first, desc=f"stage {stage.number}",
+               disable=rank > 0, mininterval=1.0)
+    while (step := state.step) < stage.last:
+        lr = common.set_learning_rate(state.optimizer, stage.learning_rate(config, step))
+        if adversary is not None:
+            common.set_learning_rate(state.adversary_optimizer, stage.discriminator_rate(config, step))
         for micro, positions in enumerate(batches.positions()):
-            batch = next(loader)
-            if isinstance(batch, UserError):
-                raise batch
-            images = to_float(batch[0].to(device, non_blocking=True))                # (B, 3, H, W) in [-1, 1]
-            num_patches = (images.shape[-1] // config.patch_size) ** 2
-            mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
-            mask = common.to_device(mask, device)                                    # (B, N)
-            noise = None
-            if config.variational and stage == 1:
-                latent_shape = (config.num_latents if config.learnable_latents else num_patches,
-                                config.latent_dim)
-                draws = [rng.standard_normal(latent_shape, np.float32)
-                         for rng in step_rngs(config, "noise", step, positions)]
-                noise = common.to_device(torch.from_numpy(np.stack(draws)), device)  # (B, L, C)
-            targets = compute_targets(config, images, teachers, *batch[2:]) if stage == 1 else {}
-            # nothing hidden: Eq. 8 on all patches
-            where = mask if config.mask_high > 0 else torch.ones_like(mask)
-            views = draw_views(config, step, micro, positions, device) if adversarial else None
-
+            batch = prepare_batch(config, stage, step, micro, positions, next(loader), networks.teachers, device)
+            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with contextlib.ExitStack() as stack:
-                if world > 1 and micro + 1 < config.accumulate:
-                    # DDP averages gradients over processes at the last micro-batch only.
+                if world > 1 and micro + 1 < config.accumulate:    # gradients are exchanged at the last one only
                     stack.enter_context(wrapped.no_sync())
-                    if adversarial:
+                    if batch.views:
                         stack.enter_context(wrapped_adversary.no_sync())
-                autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
                 with autocast:
-                    output = wrapped(images, mask, noise)
-                reconstruction = output.reconstruction.float()
-
-                # L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + L_mask [Eq. 8] (+ KL of a VAE)
-                terms = {"recon": F.mse_loss(reconstruction, images)}
-                loss = terms["recon"]
-                if lpips is not None:
-                    terms["percep"] = lpips(reconstruction, images).mean()
-                    ramp = min(1.0, step / max(1, config.percep_warmup))
-                    loss = loss + config.percep_weight * ramp * terms["percep"]
-                if adversarial:
-                    adversary.requires_grad_(False)                       # its own step is below
-                    with autocast:
-                        terms["adv"] = generator_loss(adversary.look(reconstruction, views[4]))
-                    balance = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
-                    loss = loss + config.disc_weight * balance * terms["adv"]
-                    terms["adaptive_weight"] = balance
-                for name, target in targets.items():
-                    terms[name] = auxiliary_loss(config, name, output.aux[name], target, where)
-                    loss = loss + (config.text_weight if name == "text" else config.aux_weight) * terms[name]
-                if noise is not None:
-                    terms["kl"] = kl_divergence(output.posterior)
-                    loss = loss + config.kl_weight * terms["kl"]
+                    output = wrapped(batch.images, batch.mask, batch.noise)
+                loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
+                                                  autocast)
                 (loss / config.accumulate).backward()
-
-                if adversarial:
+                if batch.views:
                     adversary.requires_grad_(True)
                     with autocast:
-                        judgement, its_terms = wrapped_adversary(
-                            images, reconstruction.detach(), views[:4], config.disc_loss_weight,
-                            config.lecam, config.consistency)
-                    (judgement / config.accumulate).backward()
+                        its_loss, its_terms = wrapped_adversary(
+                            batch.images, output.reconstruction.float().detach(), batch.views[:4],
+                            config.disc_loss_weight, config.lecam, config.consistency)
+                    (its_loss / config.accumulate).backward()
                     terms |= its_terms
-            for name, term in (terms | {"loss": loss}).items():
-                totals.setdefault(name, []).append(term.detach())
-            seen += 1
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad],
-                                                   config.clip)
-        healthy *= (loss.detach() + grad_norm).isfinite()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if adversarial:
-            healthy *= torch.nn.utils.clip_grad_norm_(adversary.parameters(), config.clip).isfinite()
-            adversary_optimizer.step()
-            adversary_optimizer.zero_grad(set_to_none=True)
+            log.add(terms | {"loss": loss})
+        grad_norm = common.optimizer_step(state.optimizer, config.clip)
+        log.check_finite(loss, grad_norm)
+        if batch.views:
+            log.check_finite(common.optimizer_step(state.adversary_optimizer, config.clip))
         ema.update(model)
-        step += 1
+        state.step = step = step + 1
+        bar.update()
 
         stop = common.stop_signal(world)
-        saving = step % config.save_every == 0 or step == last or stop
-        drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == last)
+        saving = step % config.save_every == 0 or step == stage.last or stop
+        drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == stage.last)
         if step % config.log_every == 0 or saving or drawing:
-            # One synchronisation for all numbers; steps in between run without the host waiting for the GPU.
-            values = torch.stack([torch.stack(totals[name]).mean() for name in totals] + [healthy])
-            *values, ok = common.all_mean(values).tolist()
-            if ok < 1:
-                raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
-                                f"{config.log_every} before; the checkpoints in {out} are from before that. "
-                                "Try --dtype float32, or in another --out a lower --lr or a longer --warmup")
-            rate = seen * len(positions) * world / (time.perf_counter() - clock)
-            record = {"step": step, "stage": stage, **dict(zip(totals, values)),
-                      "grad_norm": float(grad_norm), "lr": lr, "mask": (low + high) / 2,
-                      "images_per_second": rate}
-            totals, seen, clock = {}, 0, time.perf_counter()
+            low, high = mask_range(config, stage.number, step - 1 - stage.first)
+            record = {"step": step, "stage": stage.number, **log.read(step, config), "grad_norm": float(grad_norm),
+                      "lr": lr, "mask": (low + high) / 2, "images_per_second": clock.rate(step, config.batch_size)}
             if rank == 0:
-                common.append_metrics(out, record)
-                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(record, record.values())
-                                 if n in ("recon", "percep", "adv", "kl", *config.aux_targets)}
-                                | {"img/s": f"{rate:.0f}"}, refresh=False)
-        bar.update()
+                common.append_metrics(config.out, record)
+                shown = ("recon", "percep", "adv", "kl", *config.aux_targets)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in record.items() if name in shown}
+                                | {"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
         if rank == 0 and drawing:
-            save_grid(config, stage, ema.on(device), test_set, out / f"grid_{step:07d}.png", device)
+            save_grid(config, stage.number, ema.on(device), test_set, Path(config.out) / f"grid_{step:07d}.png",
+                      device)
         if saving:
-            save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world)
+            save(config, state, processes)
         if stop:
             raise common.Stopped(stop)
     bar.close()
-    return step
 
 
-def save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world,
-         measured=False):
-    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails.
-
-    measured: the stage is over and latent_mean and latent_std have been set.
-    """
-    if rank == 0:
-        state = {"kind": "tokenizer", "step": step, "stage": stage, "measured": measured,
-                 "config": dataclasses.asdict(config), "model": model.state_dict(),
-                 "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-                 "optimizer": optimizer.state_dict()}
-        if adversary is not None:
-            state |= {"adversary": adversary.state_dict(),
-                      "adversary_optimizer": adversary_optimizer.state_dict()}
-        common.save_checkpoint(config.out, state, config.keep, config.keep_every)
-    if world > 1:
+def save(config, state, processes):
+    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails."""
+    if processes.rank == 0:
+        content = {"kind": "tokenizer", "step": state.step, "stage": state.stage, "measured": state.measured,
+                   "config": dataclasses.asdict(config), "model": state.model.state_dict(),
+                   "ema": state.ema.model.state_dict(), "ema_updates": state.ema.updates,
+                   "optimizer": state.optimizer.state_dict()}
+        if state.adversary is not None:
+            content |= {"adversary": state.adversary.state_dict(),
+                        "adversary_optimizer": state.adversary_optimizer.state_dict()}
+        common.save_checkpoint(config.out, content, config.keep, config.keep_every)
+    if processes.world > 1:
         dist.barrier()
 
 
@@ -595,6 +616,38 @@ def start_from(config, model, adversary, path):
         common.load_weights(adversary, state["adversary"], path)
 
 
+def check_resumable(config, checkpoint, adversary):
+    """Refuse to resume a run with what it cannot be resumed with. Raises UserError."""
+    # Batch norm, LeCAM and the adaptive weight look at one forward pass: with a GAN its size matters.
+    free = FREE - {"accumulate"} if adversary else FREE
+    common.check_same_config(checkpoint["config"], config, free, config.out)
+    if config.stage == "1" and checkpoint["stage"] == 2:
+        raise UserError(f"the run in {config.out} is in stage 2 already; choose another --out for --stage 1")
+    if config.stage == "2" and checkpoint["stage"] == 1 and not checkpoint["measured"]:
+        raise UserError(f"stage 1 of the run in {config.out} is not finished; run it without --stage 2")
+
+
+def load_state(state, checkpoint, path):
+    """All that a checkpoint holds, but for the model's own weights, into `state`. Raises UserError."""
+    state.stage, state.step, state.measured = (checkpoint[key] for key in ("stage", "step", "measured"))
+    common.load_weights(state.ema.model, checkpoint["ema"], path)
+    state.ema.updates = checkpoint["ema_updates"]
+    common.load_optimizer(state.optimizer, checkpoint["optimizer"], path)
+    if state.adversary is not None:
+        common.load_weights(state.adversary, checkpoint["adversary"], path)
+        common.load_optimizer(state.adversary_optimizer, checkpoint["adversary_optimizer"], path)
+
+
+def start_stage_2(config, state, device):
+    """The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded;
+    auxiliary decoders go, EMA and optimizer start anew. [Sec. 3.3]"""
+    state.model.load_state_dict(state.ema.model.state_dict())
+    state.model.freeze_encoder()
+    state.ema = common.EMA(state.model, config.ema, config.ema_device, config.ema_warmup)
+    state.optimizer = build_optimizer(config, state.model, device)
+    state.stage, state.measured = 2, False
+
+
 # ------------------------------------------------ main ------------------------------------------------
 
 def main(argv=None):
@@ -602,7 +655,7 @@ def main(argv=None):
     config = common.parse_config(Config, PRESETS, list(SCALES), __doc__, argv)
     if not config.data:
         raise UserError("which images? Give --data FOLDER (ImageFolder layout), FILE.npz, cifar10 or shapes")
-    rank, world, device = common.start_processes(config.device)
+    rank, world, device = processes = common.start_processes(config.device)
     if config.batch_size % (world * config.accumulate):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
@@ -616,85 +669,66 @@ def main(argv=None):
 
     # ---- the model: new, from --init, or where the last run of this command stopped ----
     torch.manual_seed(config.seed)
-    model, stage, step, measured = MAETok(config), 1, 0, False
+    model = MAETok(config)
     with common.rank_zero_first(rank, world):
-        objective = build_objective(config, device)      # frozen networks and the discriminator
+        networks = build_objective(config, device)       # frozen networks and the discriminator
         if "text" in config.aux_targets:
-            objective.teachers["text"] = TextTarget(config, train_set, device)
-    adversary = objective.adversary
+            networks.teachers["text"] = TextTarget(config, train_set, device)
     if rank == 0:
         common.lock(out)
-    state = common.find_checkpoint(out, rank)
-    if state is not None:
-        # Batch norm, LeCAM and the adaptive weight look at one forward pass: with a GAN its size matters.
-        free = FREE - {"accumulate"} if adversary else FREE
-        common.check_same_config(state["config"], config, free, out)
-        stage, step, measured = state["stage"], state["step"], state["measured"]
-        if config.stage == "1" and stage == 2:
-            raise UserError(f"the run in {out} is in stage 2 already; choose another --out for --stage 1")
-        if config.stage == "2" and stage == 1 and not measured:
-            raise UserError(f"stage 1 of the run in {out} is not finished; run it without --stage 2")
+    checkpoint = common.find_checkpoint(out, rank)
+    if checkpoint is not None:
+        check_resumable(config, checkpoint, networks.adversary)
         if config.init and rank == 0:
-            print(f"note: going on with the run in {out}; --init {config.init} is not read again")
-        if stage == 2:
+            print(f"note: resuming the run in {out}; --init {config.init} is not read again")
+        if checkpoint["stage"] == 2:
             model.freeze_encoder()
-        common.load_weights(model, state["model"], out)
+        common.load_weights(model, checkpoint["model"], out)
     elif config.init:
-        start_from(config, model, adversary, config.init)
-    if state is None and config.stage == "2":
-        if not config.init:
-            raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, "
-                            "or an --out with a finished stage 1")
-        step = config.steps
+        start_from(config, model, networks.adversary, config.init)
+    elif config.stage == "2":
+        raise UserError("--stage 2 needs a trained encoder: give --init CHECKPOINT, "
+                        "or an --out with a finished stage 1")
     model.to(device)
     if config.checkpointing:
         common.recompute_blocks(model, Block)
-    ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
-    optimizer = build_optimizer(config, model, device)
-    adversary_optimizer = build_optimizer(config, adversary, device) if adversary else None
-    if state is not None:
-        common.load_weights(ema.model, state["ema"], out)
-        ema.updates = state["ema_updates"]
-        common.load_optimizer(optimizer, state["optimizer"], out)
-        if adversary is not None:
-            common.load_weights(adversary, state["adversary"], out)
-            common.load_optimizer(adversary_optimizer, state["adversary_optimizer"], out)
-    fresh, state = state is None, None                  # the memory of a whole checkpoint, in every process
-    common.check_same_step(step, out, rank, world, device)
+    state = TrainState(model, common.EMA(model, config.ema, config.ema_device, config.ema_warmup),
+                       build_optimizer(config, model, device), networks.adversary,
+                       build_optimizer(config, networks.adversary, device) if networks.adversary else None)
+    if checkpoint is not None:
+        load_state(state, checkpoint, out)
+    elif config.stage == "2":
+        state.step = config.steps                                  # --init stands for a finished stage 1
+        start_stage_2(config, state, device)
+    checkpoint = None                                   # the memory of a whole checkpoint, in every process
+    common.check_same_step(state.step, out, rank, world, device)
     if rank == 0:
-        common.start_run(config, step, measured)
+        common.start_run(config, state.step, state.measured)
         count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
               f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; "
-              f"{out}/ at step {step} of {end}", flush=True)
+              f"{out}/ at step {state.step} of {end}", flush=True)
         print(common.checkpoint_budget(model, config.save_every, end, config.keep, config.keep_every))
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
-    while step < end or not measured:
-        if stage == 1 and step == config.steps and (measured or fresh and config.stage == "2"):
-            # The tokenizer is the EMA model, so it is the EMA's encoder that is frozen
-            # and whose latents are decoded.
-            model.load_state_dict(ema.model.state_dict())
-            model.freeze_encoder()
-            ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
-            stage, optimizer, measured = 2, build_optimizer(config, model, device), False
-        step = train_stage(config, stage, step, model, ema, optimizer, objective, adversary_optimizer,
-                           train_set, test_set, world, rank, device)
+    while state.step < end or not state.measured:
+        if state.stage == 1 and state.step == config.steps and state.measured:
+            start_stage_2(config, state, device)
+        train_stage(config, stages(config)[state.stage], state, networks, train_set, test_set, processes)
         # The stage is saved by now: should a test image be unreadable,
         # only the measurements are to be made again.
         if rank == 0:
-            averaged = ema.on(device)
-            record = {"step": step, "stage": stage, "event": f"end of stage {stage}",
-                      **evaluate(config, averaged, test_set, objective.teachers, device)}
+            averaged = state.ema.on(device)
+            record = {"step": state.step, "stage": state.stage, "event": f"end of stage {state.stage}",
+                      **evaluate(config, averaged, test_set, networks.teachers, device)}
             common.append_metrics(out, record)
             print(json.dumps(record), flush=True)
             measure_latents(config, averaged, train_set, device)
-            for part in (model, ema.model):
+            for part in (model, state.ema.model):
                 part.latent_mean.copy_(averaged.latent_mean)
                 part.latent_std.copy_(averaged.latent_std)
-        measured = True
-        save(config, stage, step, model, ema, optimizer, adversary, adversary_optimizer, rank, world,
-             measured)
+        state.measured = True
+        save(config, state, processes)
     if rank == 0:
         records = common.read_metrics(out)
         terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
@@ -703,7 +737,7 @@ def main(argv=None):
                             for n in terms}).save(out / "loss.png")
         if train_set.skipped + test_set.skipped:
             print(f"passed over unreadable images {int(train_set.skipped + test_set.skipped)} times")
-        print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_{step:07d}.png")
+        print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_{state.step:07d}.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that the code
-is tagged with stands in docs/equations.md.
+"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that the
+code is tagged with stands in docs/equations.md.
 
 `python tests/test_docs.py` writes the line numbers anew.
 """

@@ -91,8 +91,8 @@ def test_every_option_with_odd_values(name, runs, tmp_path, monkeypatch):
         sample.main(["--ckpt", str(runs / "sit"), "--num", "16", "--steps", "1", "--device", "cpu", "--out",
                      str(runs / "s.npz")])
     # A run costs half a second; all that is asked of it is that it starts.
-    monkeypatch.setattr(train_tokenizer, "train_stage", lambda config, stage, *rest: config.steps if stage == 1
-                        else config.steps + config.stage2_steps)
+    monkeypatch.setattr(train_tokenizer, "train_stage", lambda config, stage, state, *rest:
+                        setattr(state, "step", stage.last))
     monkeypatch.setattr(train_tokenizer, "evaluate", lambda *args: {})
     monkeypatch.setattr(train_diffusion, "train", lambda *args: None)
     monkeypatch.setattr(common, "plot_curves", lambda curves: Image.new("RGB", (8, 8)))
