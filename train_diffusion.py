@@ -15,9 +15,9 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -287,131 +287,147 @@ class Repa(nn.Module):
         return v, self.head(hidden, self.grid)
 
 
-def train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, repa, teacher, world,
-          rank, device):
-    """Train from `step` to config.steps; checkpoints, logs and pictures on the way.
+class Batch(NamedTuple):
+    """A micro-batch on the device, with all that is random about it."""
+    x: torch.Tensor                    # (B, L, C) latents of unit variance
+    noise: torch.Tensor                # (B, L, C) standard normal
+    t: torch.Tensor                    # (B,) in [0, 1], noise at 1
+    y: torch.Tensor                    # (B,) int64, the null class where the label was dropped or there is none
+    beta: torch.Tensor | None          # (B,) 1 / guidance scale, of guidance-free training
+    images: torch.Tensor | None        # (B, 3, H, W) in [-1, 1], where there is no cache
+
+
+@dataclass
+class TrainState:
+    """What training changes and a checkpoint holds."""
+    model: nn.Module
+    ema: common.EMA
+    optimizer: torch.optim.Optimizer
+    tokenizer: dict                    # its checkpoint, so that sampling needs no other file
+    repa: Repa | None                  # around the model
+    step: int = 0
+
+
+def prepare_batch(config, step, positions, loaded, tokenizer, device):
+    """What the loader gave, (latents or images, labels), as a Batch. Everything random comes from (seed, step,
+    global sample index), never from the process."""
+    x, y, images, beta = loaded[0].to(device, non_blocking=True), loaded[1], None, None
+    if not config.cache:
+        images = to_float(x)
+        with torch.no_grad():
+            x = tokenizer.encode(images, normalize=True)
+    rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
+    t = common.to_device(sample_times(rngs, config.times, config.path), device)
+    noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
+    y = torch.where(y < 0, config.num_classes, y)               # an image without a class: the null class
+    y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
+         else torch.zeros_like(y))
+    noise, y = common.to_device(torch.from_numpy(noise), device), common.to_device(y, device)
+    if config.guidance_free:
+        beta = common.to_device(torch.tensor([rng.random() for rng in rngs], dtype=torch.float32), device)
+        beta = torch.where(y == config.num_classes, 1.0, beta)
+    return Batch(x, noise, t, y, beta, images)
+
+
+def predict(config, wrapped, model, x_t, batch):
+    """(velocity (B, L, C), and with REPA the features read off a middle layer, else None)."""
+    prediction = wrapped(x_t, batch.t, batch.y, *(() if batch.beta is None else (batch.beta,)))
+    prediction, features = prediction if config.repa else (prediction, None)
+    if config.guidance_free:
+        prediction = guidance_free_mixture(model, prediction, x_t, batch.t, batch.y, batch.beta)
+    return prediction, features
+
+
+def added_losses(config, prediction, v, features, images, teacher, log):
+    """What some variants add to the velocity's loss: LightningDiT's direction, REPA's agreement. A scalar or 0."""
+    loss = 0.0
+    if config.direction_loss:
+        loss = loss + config.direction_loss * velocity_direction_loss(prediction, v).mean()
+    if config.repa:
+        everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        agreement = masked_feature_loss(features, teacher(images), everywhere, "cosine")
+        loss = loss + config.repa_weight * agreement
+        log.add({"repa": agreement})
+    return loss
+
+
+def train(config, state, train_set, tokenizer, teacher, processes):
+    """Train from state.step to config.steps; checkpoints, logs and pictures on the way.
 
     train_set gives latents (a LatentCache), or images, which are then encoded in the loop.
-    repa, teacher: Repa around the model and what it is to predict, or None.
+    teacher: of REPA, or None.
     """
-    out, dtype = Path(config.out), common.autocast_dtype(config.dtype, device)
-    batches = GlobalBatches(train_set.length, config.batch_size, step, config.steps, config.seed, rank, world,
-                            config.accumulate)
-    workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-    loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=workers,
-                                              collate_fn=collate, pin_memory=device.type == "cuda"))
-    wrapped = repa or model
+    rank, world, device = processes
+    dtype = common.autocast_dtype(config.dtype, device)
+    batches = GlobalBatches(train_set.length, config.batch_size, state.step, config.steps, config.seed, rank,
+                            world, config.accumulate)
+    loader = common.batch_loader(train_set, batches, config.workers, device, collate)
+    model, wrapped = state.model, state.repa or state.model
     if config.compile:
         model.compile()
     if world > 1:
         # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
                                           device_ids=[device.index] if device.type == "cuda" else None)
-    healthy = torch.ones((), device=device)                 # 0 once a loss or gradient was not finite
+    log, clock = common.Averages(device), common.Clock(state.step)
     by_time = torch.zeros(2, TIME_BINS, device=device)      # sums of losses, counts
-    alignment = torch.zeros((), device=device)              # sum of REPA's losses
-    clock, logged = time.perf_counter(), step
-    bar = tqdm(total=config.steps, initial=step, desc="diffusion", disable=rank > 0, mininterval=1.0)
-    while step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+    bar = tqdm(total=config.steps, initial=state.step, desc="diffusion", disable=rank > 0, mininterval=1.0)
+    while (step := state.step) < config.steps:
+        lr = common.set_learning_rate(state.optimizer, config.lr * min(1, (step + 1) / max(1, config.warmup)))
         for micro, positions in enumerate(batches.positions()):
-            batch = next(loader)
-            if isinstance(batch, UserError):
-                raise batch
-            x, y = batch[0].to(device, non_blocking=True), batch[1]
-            y = torch.where(y < 0, config.num_classes, y)           # an image without a class: the null class
-            if not config.cache:
-                images = to_float(x)
-                with torch.no_grad():
-                    x = tokenizer.encode(images, normalize=True)
-            # Everything random comes from (seed, step, global sample index), never from the process.
-            rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-            t = common.to_device(sample_times(rngs, config.times, config.path), device)     # (B,) in [0, 1]
-            noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
-            y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
-                 else torch.zeros_like(y))
-            noise, y = common.to_device(torch.from_numpy(noise), device), common.to_device(y, device)
-            x_t, v = interpolate(x, noise, t, config.path)                                  # (B, L, C) each
-            extra = ()
-            if config.guidance_free:
-                beta = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
-                beta = common.to_device(beta, device)
-                extra = (torch.where(y == config.num_classes, 1.0, beta),)                  # (B,)
-
+            batch = prepare_batch(config, step, positions, next(loader), tokenizer, device)
+            x_t, v = interpolate(batch.x, batch.noise, batch.t, config.path)                # (B, L, C) each
             # DDP averages gradients at the last micro-batch only
             partial = micro + 1 < config.accumulate and world > 1
             with wrapped.no_sync() if partial else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    prediction = wrapped(x_t, t, y, *extra)
-                    if repa:
-                        prediction, features = prediction
-                    if config.guidance_free:
-                        prediction = guidance_free_mixture(model, prediction, x_t, t, y, *extra)
-                losses = flow_matching_loss(prediction, v)                             # (B,): |v_theta - v|^2
-                loss = losses.mean()
-                if config.direction_loss:
-                    loss = loss + config.direction_loss * velocity_direction_loss(prediction, v).mean()
-                if repa:
-                    everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
-                    agreement = masked_feature_loss(features, teacher(images), everywhere, "cosine")
-                    loss = loss + config.repa_weight * agreement
-                    alignment += agreement.detach()
+                    prediction, features = predict(config, wrapped, model, x_t, batch)
+                losses = flow_matching_loss(prediction, v)                                  # (B,)
+                loss = losses.mean() + added_losses(config, prediction, v, features, batch.images, teacher, log)
                 (loss / config.accumulate).backward()
-            bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            bins = (batch.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             by_time.index_add_(1, bins, torch.stack((losses.detach(), torch.ones_like(losses))))
-        grad_norm = torch.nn.utils.clip_grad_norm_((repa or model).parameters(), config.clip)
-        healthy *= (loss.detach() + grad_norm).isfinite()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model)
-        step += 1
+        grad_norm = common.optimizer_step(state.optimizer, config.clip)
+        log.check_finite(loss, grad_norm)
+        state.ema.update(model)
+        state.step = step = step + 1
+        bar.update()
 
         stop = common.stop_signal(world)
         saving = step % config.save_every == 0 or step == config.steps or stop
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == config.steps)
         if step % config.log_every == 0 or saving or drawing:
-            values = torch.cat((by_time.flatten(), alignment[None], healthy[None]))
-            *values, aligned, ok = common.all_mean(values).tolist()
-            sums, counts = values[:TIME_BINS], values[TIME_BINS:]
-            if ok < 1:
-                raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
-                                f"{config.log_every} before; the checkpoints in {out} are from before that. "
-                                "Try --dtype float32, or in another --out a lower --lr or a longer --warmup")
-            rate = (step - logged) * config.batch_size / (time.perf_counter() - clock)
-            record = {"step": step, "loss": sum(sums) / sum(counts),
-                      # tenths of t, data first
-                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],
-                      "grad_norm": float(grad_norm), "lr": group["lr"], "latents_per_second": rate}
-            if repa:
-                record["repa"] = aligned / (step - logged) / config.accumulate
+            means = log.read(step, config)
+            sums, counts = common.all_mean(by_time).tolist()
             by_time.zero_()
-            alignment.zero_()
-            clock, logged = time.perf_counter(), step
+            record = {"step": step, "loss": sum(sums) / sum(counts),
+                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],  # tenths of t, data first
+                      "grad_norm": float(grad_norm), "lr": lr,
+                      "latents_per_second": clock.rate(step, config.batch_size)} | means
             if rank == 0:
-                common.append_metrics(out, record)
-                bar.set_postfix({"loss": f"{record['loss']:.4f}", "img/s": f"{rate:.0f}"}, refresh=False)
-        bar.update()
+                common.append_metrics(config.out, record)
+                bar.set_postfix({"loss": f"{record['loss']:.4f}",
+                                 "img/s": f"{record['latents_per_second']:.0f}"}, refresh=False)
         if rank == 0 and drawing:
-            save_grid(config, ema.on(device), tokenizer, out / f"grid_{step:07d}.png", device)
+            save_grid(config, state.ema.on(device), tokenizer, Path(config.out) / f"grid_{step:07d}.png", device)
         if saving:
-            save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world)
+            save(config, state, processes)
         if stop:
             raise common.Stopped(stop)
     bar.close()
 
 
-def save(config, step, model, ema, optimizer, tokenizer_state, repa, rank, world):
+def save(config, state, processes):
     """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file."""
-    if rank == 0:
-        state = {"kind": "diffusion", "step": step, "config": dataclasses.asdict(config),
-                 "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-                 "optimizer": optimizer.state_dict(),
-                 "tokenizer": tokenizer_state}
-        if repa:
-            state["repa_head"] = repa.head.state_dict()
-        common.save_checkpoint(config.out, state, config.keep, config.keep_every)
-    if world > 1:
+    if processes.rank == 0:
+        content = {"kind": "diffusion", "step": state.step, "config": dataclasses.asdict(config),
+                   "model": state.model.state_dict(), "ema": state.ema.model.state_dict(),
+                   "ema_updates": state.ema.updates, "optimizer": state.optimizer.state_dict(),
+                   "tokenizer": state.tokenizer}
+        if state.repa:
+            content["repa_head"] = state.repa.head.state_dict()
+        common.save_checkpoint(config.out, content, config.keep, config.keep_every)
+    if processes.world > 1:
         dist.barrier()
 
 
@@ -461,6 +477,22 @@ def load_diffusion(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"]
 
 
+def load_state(config, state, checkpoint):
+    """All that a checkpoint holds into `state`. Raises UserError for one of another run."""
+    out = config.out
+    common.check_same_config(checkpoint["config"], config, FREE, out)
+    if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))
+           for k, v in state.tokenizer["ema"].items()):
+        raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
+    state.step = checkpoint["step"]
+    common.load_weights(state.model, checkpoint["model"], out)
+    common.load_weights(state.ema.model, checkpoint["ema"], out)
+    state.ema.updates = checkpoint["ema_updates"]
+    if state.repa:
+        common.load_weights(state.repa.head, checkpoint["repa_head"], out)
+    common.load_optimizer(state.optimizer, checkpoint["optimizer"], out)
+
+
 # ------------------------------------------------ main ------------------------------------------------
 
 def main(argv=None):
@@ -469,7 +501,7 @@ def main(argv=None):
                                  hidden=("num_latents", "latent_dim", "num_classes"))
     if not config.tokenizer:
         raise UserError("which tokenizer? Give --tokenizer RUN_FOLDER_OR_CHECKPOINT of train_tokenizer.py")
-    rank, world, device = common.start_processes(config.device)
+    rank, world, device = processes = common.start_processes(config.device)
     if config.batch_size % (world * config.accumulate):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
@@ -493,7 +525,7 @@ def main(argv=None):
 
     out = Path(config.out)
     torch.manual_seed(config.seed)
-    model, step = build_model(dataclasses.asdict(config)).to(device), 0
+    model = build_model(dataclasses.asdict(config)).to(device)
     if config.checkpointing:
         common.recompute_blocks(model, (SiTBlock, LightningDiTBlock, USiTBlock))
     ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
@@ -507,23 +539,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
                                   betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=device.type != "mps")
+    state = TrainState(model, ema, optimizer, tokenizer_state, repa)
     if rank == 0:
         common.lock(out)
-    state = common.find_checkpoint(out, rank)
-    if state is not None:
-        common.check_same_config(state["config"], config, FREE, out)
-        if any(not torch.equal(v, state["tokenizer"]["ema"].get(k, torch.empty(0)))
-               for k, v in source["ema"].items()):
-            raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
-        step = state["step"]
-        common.load_weights(model, state["model"], out)
-        common.load_weights(ema.model, state["ema"], out)
-        ema.updates = state["ema_updates"]
-        if repa:
-            common.load_weights(repa.head, state["repa_head"], out)
-        common.load_optimizer(optimizer, state["optimizer"], out)
-    state = source = None                               # the memory of two checkpoints, in every process
-    common.check_same_step(step, out, rank, world, device)
+    checkpoint = common.find_checkpoint(out, rank)
+    if checkpoint is not None:
+        load_state(config, state, checkpoint)
+    checkpoint = source = None                          # the memory of two checkpoints, in every process
+    common.check_same_step(state.step, out, rank, world, device)
     if config.cache:
         length = min(config.cache_images or train_set.length or 0, train_set.length or config.cache_images)
         if length == 0:
@@ -536,14 +559,13 @@ def main(argv=None):
                     world, device)
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
-        common.start_run(config, step)
+        common.start_run(config, state.step)
         if config.cache and skipped:
             print(f"passed over unreadable images {int(skipped)} times")
         print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "
-              f"{out}/ at step {step} of {config.steps}", flush=True)
+              f"{out}/ at step {state.step} of {config.steps}", flush=True)
         print(common.checkpoint_budget(model, config.save_every, config.steps, config.keep, config.keep_every))
-    train(config, step, model, ema, optimizer, train_set, tokenizer, tokenizer_state, repa, teacher, world,
-          rank, device)
+    train(config, state, train_set, tokenizer, teacher, processes)
     if rank == 0:
         records = common.read_metrics(out)
         curves = {"loss": [(r["step"], r["loss"]) for r in records]}
