@@ -298,7 +298,7 @@ def latents(args):
                 with tqdm(desc=f"{name}: {K} components, {kind}", unit="step") as bar:
                     mixture, train = metrics.fit_mixture(z, K, kind == "full", args.starts, args.iterations,
                                                          seed=args.seed, progress=bar)
-                row |= {f"nll_{kind}": -metrics.log_likelihood(mixture, z_test).mean().item(),
+                row |= {f"nll_{kind}": metrics.negative_log_likelihood(mixture, z_test).mean().item(),
                         f"nll_{kind}_train": -train,
                         f"largest_mean_norm_{kind}": mixture.means.norm(dim=1).max().item()}
                 curves[f"NLL, {kind} covariance"].setdefault(name, []).append((K, row[f"nll_{kind}"]))

@@ -330,9 +330,9 @@ def log_joint(mixture, x):
         yield torch.addmm(constants, parameters, sufficient_statistics(part, mixture.covariances.ndim == 3))
 
 
-def log_likelihood(mixture, x):
-    """log p(x) of each vector: (n, d) float64 -> (n,)."""
-    return torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
+def negative_log_likelihood(mixture, x):
+    """-log p(x) of each vector, in nats: (n, d) float64 -> (n,).                          [App. B.3, Fig. 2a]"""
+    return -torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
 
 
 def weighted_gaussians(shares, x, full):
@@ -416,7 +416,7 @@ def fit_mixture(x, K, full=True, starts=2, iterations=100, tolerance=1e-3, seed=
                 if not value - before >= tolerance:                                            # also if NaN
                     break
                 mixture, before = following, value
-        found = mixture, log_likelihood(mixture, x).mean().item()
+        found = mixture, -negative_log_likelihood(mixture, x).mean().item()
         best = max(best, found, key=lambda pair: pair[1])
     return best
 

@@ -319,21 +319,18 @@ def drop_labels(rngs, y, null_class, probability=0.1):
     return torch.where(dropped, null_class, y)
 
 
-def split_velocity(v, x, t, path="linear"):
-    """What a velocity says about both ends: the expected data and the expected noise, (B, L, C) each,
-    given x_t.
+def expected_noise(v, x, t, path="linear"):
+    """E[eps | x_t], (B, L, C), from the velocity.
 
-    x_t = alpha x + sigma eps and v = alpha' x + sigma' eps: two equations, two unknowns;
-    expectations obey them too.
-    Their determinant  alpha sigma' - alpha' sigma  is 1 on the linear path and pi/2 on the cosine path,
-    never 0.
+    x_t = alpha x + sigma eps and v = alpha' x + sigma' eps are two equations in x and eps, and expectations
+    obey them too. Their determinant  alpha sigma' - alpha' sigma  is 1 on the linear path and pi/2 on the
+    cosine path, never 0.
     v, x: (B, L, C), x being x_t. t: a float or (B,).
     """
     # A float stays on the CPU, a scalar that kernels take by value: sent to a GPU, the host would wait for it.
     t = t.to(x).reshape(-1, 1, 1) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=x.dtype)
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
-    determinant = alpha * d_sigma - d_alpha * sigma
-    return (d_sigma * x - sigma * v) / determinant, (alpha * v - d_alpha * x) / determinant
+    return (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
 
 
 def score_from_velocity(v, x, t, path="linear"):
@@ -345,12 +342,12 @@ def score_from_velocity(v, x, t, path="linear"):
     On the linear path that is  -(x_t + (1 - t) v) / t.
     As t -> 0 it grows like 1/sigma, and at t = 0 there is none: raises ValueError. Samplers need not go
     there: they use sigma s = -E[eps | x_t],  which is finite at all times.
-    v, x, t, path: as split_velocity's.
+    v, x, t, path: as expected_noise's.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
     if (t <= 0).any():
         raise ValueError("the score does not exist at t = 0, where the state is data without noise")
-    return -split_velocity(v, x, t, path)[1] / path_coefficients(t, path)[1]
+    return -expected_noise(v, x, t, path) / path_coefficients(t, path)[1]
 
 
 # ------------------------------------------------ samplers ------------------------------------------------
@@ -447,7 +444,8 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, t).to(x)
         half_w = sigmas[step] if diffusion == "sigma" else t
-        x = x + (t_next - t) * (v + half_w / sigmas[step] * split_velocity(v, x, t, path)[1])
+        drift = v + half_w / sigmas[step] * expected_noise(v, x, t, path)           # v - w/2 * score
+        x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + math.sqrt(2 * half_w * (t - t_next)) * noise(step).to(x)
         _keep(trajectory, t_next, x, dtype)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightningdit import LightningDiT, LightningDiTConfig
 from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss,
                  guidance_free_mixture, guided_velocity, heun, interpolate, path_coefficients, position_table,
-                 sample_times, score_from_velocity, sit_macs, split_velocity, time_features)
+                 sample_times, score_from_velocity, sit_macs, expected_noise, time_features)
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 PATHS = ("linear", "cosine")
@@ -226,15 +226,12 @@ def test_paths_go_from_data_at_0_to_noise_at_1_with_these_derivatives(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_split_velocity_inverts_interpolation(path):
+def test_expected_noise_inverts_interpolation(path):
     x, noise = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
     t = torch.tensor([0.0, 0.3, 0.8, 1.0])
     state, v = interpolate(x, noise, t, path)
-    data, eps = split_velocity(v, state, t, path)
-    torch.testing.assert_close(data, x, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(split_velocity(v[1:2], state[1:2], 0.3, path)[1], noise[1:2], rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(expected_noise(v, state, t, path), noise, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expected_noise(v[1:2], state[1:2], 0.3, path), noise[1:2], rtol=1e-4, atol=1e-5)
 
 
 class GaussianMixture:
