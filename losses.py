@@ -23,9 +23,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 import common
 from hog import hog_features
 from maetok import masked_feature_loss
-from pretrained import (IMAGENET, ViTBlock, channel_constants, load_lpips_heads, load_teacher, load_vgg16,
+from frozen.pretrained import (IMAGENET, ViTBlock, channel_constants, load_lpips_heads, load_teacher, load_vgg16,
                         load_vit, normalize)
-from text import text_loss
+from variants.text import text_loss
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------

@@ -27,7 +27,8 @@ import common
 from common import Count, Seed, Share, UserError, Weight, Whole, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from maetok import patchify, random_mask, unpatchify
-from released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
+from pictures import image_grid
+from variants.released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
 from sit import euler, euler_maruyama, guided_velocity, heun
 from train_diffusion import load_diffusion
 
@@ -141,7 +142,7 @@ def write_outputs(outs, parts, labels, size):
             images = np.concatenate([whole_part(part) for part in parts])
             tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns]
                      for label in np.unique(labels)]
-            sheet = common.image_grid(tiles, [str(label) for label in np.unique(labels)],
+            sheet = image_grid(tiles, [str(label) for label in np.unique(labels)],
                                       cell=min(96, 3 * size), title_width=40)
             common.atomic_write(out, lambda p: sheet.save(p, "PNG"))
         else:
@@ -181,7 +182,7 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     chosen = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(1, 0, 8)]
     rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True)
                                                        for _, x in chosen])
-    sheet = common.image_grid([to_uint8(row) for row in rows.values()], list(rows))
+    sheet = image_grid([to_uint8(row) for row in rows.values()], list(rows))
     if args.report_picture:
         below = Image.open(args.report_picture).convert("RGB")
         above, size = sheet, (max(sheet.width, below.width), sheet.height + below.height + 8)

@@ -30,17 +30,18 @@ import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
-from lightningdit import Block as LightningDiTBlock
-from lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
+from variants.lightningdit import Block as LightningDiTBlock
+from variants.lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
 from maetok import Decoder, initialise, masked_feature_loss
-from pretrained import TEACHERS, load_teacher
+from pictures import image_grid, plot_curves
+from frozen.pretrained import TEACHERS, load_teacher
 from sit import Block as SiTBlock
 from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_mixture,
                  guided_velocity, interpolate, path_coefficients, sample_times)
 from train_tokenizer import tokenizer_of
-from usit import SIZES as USIT_SIZES
-from usit import Block as USiTBlock
-from usit import USiT, USiTConfig
+from variants.usit import SIZES as USIT_SIZES
+from variants.usit import Block as USiTBlock
+from variants.usit import USiT, USiTConfig
 
 TIME_BINS = 10
 MODELS = {"sit": (SiT, SiTConfig), "lightningdit": (LightningDiT, LightningDiTConfig),
@@ -443,7 +444,7 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
     for scale in (1.0, config.grid_cfg) if config.num_classes else (1.0,):
         x = euler(guided_velocity(model, y, scale), noise, steps)
         rows[f"guidance {scale:g}"] = to_uint8(tokenizer.decode(x, normalized=True))
-    sheet = common.image_grid(list(rows.values()), list(rows))
+    sheet = image_grid(list(rows.values()), list(rows))
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
@@ -572,7 +573,7 @@ def main(argv=None):
         for b in (0, TIME_BINS // 2, TIME_BINS - 1):
             curves[f"loss for t in [{b / TIME_BINS:g}, {(b + 1) / TIME_BINS:g})"] = [
                 (r["step"], r["loss_t"][b]) for r in records if r["loss_t"][b] is not None]
-        common.plot_curves(curves).save(out / "loss.png")
+        plot_curves(curves).save(out / "loss.png")
         print(f"done: {out}/last.pt, loss.png, metrics.jsonl, grid_*.png")
 
 

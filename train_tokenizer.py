@@ -33,9 +33,10 @@ from losses import (View, adaptive_weight, auxiliary_loss, build_objective, comp
                     generator_loss)
 from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
                     random_mask, unpatchify)
+from pictures import image_grid, plot_curves
 from metrics import psnr
-from pretrained import TEACHERS
-from text import CLIP_TOKENS, TextTarget, text_loss
+from frozen.pretrained import TEACHERS
+from variants.text import CLIP_TOKENS, TextTarget, text_loss
 
 
 @dataclass
@@ -559,7 +560,7 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
         for title, features in (("HOG target", hog_features(images, P, config.hog_cell)),
                                 ("HOG predicted", predicted)):
             rows[title] = [hog_picture(f, grid, P, config.hog_cell, pixels_per_cell=cell) for f in features]
-    sheet = common.image_grid(list(rows.values()), list(rows))
+    sheet = image_grid(list(rows.values()), list(rows))
     common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
 
 
@@ -733,7 +734,7 @@ def main(argv=None):
         records = common.read_metrics(out)
         terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
                  "disc_real", "disc_fake", "lecam", "lr")
-        common.plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
+        plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
                             for n in terms}).save(out / "loss.png")
         if train_set.skipped + test_set.skipped:
             print(f"passed over unreadable images {int(train_set.skipped + test_set.skipped)} times")

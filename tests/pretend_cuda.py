@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import common
 import losses
-import pretrained
+from frozen import pretrained
 import train_diffusion
 import train_tokenizer
 

@@ -15,7 +15,7 @@ import losses
 import sample
 import train_diffusion
 import train_tokenizer
-from pretrained import ViTConfig, VisionTransformer
+from frozen.pretrained import ViTConfig, VisionTransformer
 
 ON_GPU = [*TINY, "--device", "cuda", "--dtype", "bfloat16", "--workers", "0", "--log-every", "100",
           "--save-every", "100", "--data", "shapes"]

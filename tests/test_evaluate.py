@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 import evaluate
-import features
+from frozen import features
 import sample
 import train_diffusion
 import train_tokenizer

@@ -21,7 +21,7 @@ from test_train_tokenizer import TINY, assert_same_weights, torchrun
 
 import common
 import data
-import features
+from frozen import features
 import sample
 import train_diffusion
 import train_tokenizer

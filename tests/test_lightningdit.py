@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from lightningdit import (Attention, Block, LightningDiT, LightningDiTConfig, RMSNorm, SwiGLU, rotary_angles,
+from variants.lightningdit import (Attention, Block, LightningDiT, LightningDiTConfig, RMSNorm, SwiGLU, rotary_angles,
                           velocity_direction_loss)
 from sit import SIZES, euler, flow_matching_loss, guided_velocity, interpolate
 

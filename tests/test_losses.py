@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from losses import (LPIPS, Adversary, BatchNorm, DinoDiscriminator, LeCAM, PatchDiscriminator, View,
                     adaptive_weight, cut_out, diff_augment, generator_loss, hinge_loss)
-from pretrained import IMAGENET, TEACHERS, VisionTransformer, ViTConfig
+from frozen.pretrained import IMAGENET, TEACHERS, VisionTransformer, ViTConfig
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------

@@ -10,7 +10,7 @@ from test_train_tokenizer import TINY
 import common
 import evaluate
 import sample
-import study
+from study import study
 import train_diffusion
 import train_tokenizer
 
@@ -95,7 +95,8 @@ def test_every_option_with_odd_values(name, runs, tmp_path, monkeypatch):
                         setattr(state, "step", stage.last))
     monkeypatch.setattr(train_tokenizer, "evaluate", lambda *args: {})
     monkeypatch.setattr(train_diffusion, "train", lambda *args: None)
-    monkeypatch.setattr(common, "plot_curves", lambda curves: Image.new("RGB", (8, 8)))
+    for module in (train_tokenizer, train_diffusion):
+        monkeypatch.setattr(module, "plot_curves", lambda curves: Image.new("RGB", (8, 8)))
     taken, wrong = 0, []
     tried = options(name)
     assert len(tried) > 8 and any(numeric for _, numeric in tried)

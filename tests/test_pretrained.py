@@ -10,10 +10,10 @@ from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, 
                           SiglipVisionConfig, SiglipVisionModel)
 
 from common import UserError
-from pretrained import (TEACHERS, VGG16, Inception, TeacherSpec, ViTConfig, VisionTransformer,
+from frozen.pretrained import (TEACHERS, VGG16, Inception, TeacherSpec, ViTConfig, VisionTransformer,
                         average_pool, load_inception, load_lpips_heads, load_teacher, load_vgg16, load_vit,
                         resample_kernel, resize_tf1, vit_state)
-from weight_files import WeightFile, check_state
+from frozen.weight_files import WeightFile, check_state
 
 
 def relative_rms(a, b):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import weight_files
+from frozen import weight_files
 from common import UserError
 from maetok import MAETok
-from released import (RELEASED, UNUSED, find_released, load_released_sit, load_released_tokenizer,
+from variants.released import (RELEASED, UNUSED, find_released, load_released_sit, load_released_tokenizer,
                       noise_share, sit_from, tokenizer_from)
 from sit import SiT, SiTConfig, path_coefficients
 

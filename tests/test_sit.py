@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightningdit import LightningDiT, LightningDiTConfig
+from variants.lightningdit import LightningDiT, LightningDiTConfig
 from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss,
                  guidance_free_mixture, guided_velocity, heun, interpolate, path_coefficients, position_table,
                  sample_times, score_from_velocity, sit_macs, expected_noise, time_features)

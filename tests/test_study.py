@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-import charts
-import study
-import study_report
-from charts import line_chart
+import pictures
+from study import study
+from study import report as study_report
+from pictures import line_chart
 from common import UserError
 
 
@@ -69,7 +69,7 @@ def fake_study(tmp_path, monkeypatch, scripts, jobs=2, minutes=0):
     for name, lines in scripts.items():
         for number, line in enumerate(lines):
             (folder / f"{name}{number}.py").write_text(f"import time, pathlib, sys\n{line}\n")
-    monkeypatch.setattr(study, "__file__", str(folder / "study.py"))
+    monkeypatch.setattr(study, "SCRIPTS", folder)
     monkeypatch.setattr(study, "commands", lambda args, name, seed: {
         str(number): [f"{name}{number}.py", str(tmp_path / f"{name}{number}")]
         for number in range(len(scripts.get(name, [])))})
@@ -197,7 +197,7 @@ def test_charts_show_how_far_seeds_lie():
     chart, plain = (np.array(line_chart({"": {"a": points}}, "x")) for points in
                     (series["a"], [point[:2] for point in series["a"]]))
     rows, columns = np.nonzero((chart != plain).any(-1))
-    top, bottom = charts.TOP, charts.PANEL[1] - charts.BOTTOM
+    top, bottom = pictures.TOP, pictures.PANEL[1] - pictures.BOTTOM
     assert (np.abs(columns - columns.mean()) < 3).all()                             # one vertical whisker
     assert rows.min() == pytest.approx(bottom - 0.8 * (bottom - top), abs=2)
     assert rows.max() == pytest.approx(bottom - 0.2 * (bottom - top), abs=2)

@@ -16,12 +16,12 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import common
-import text
+from variants import text
 from common import UserError
 from data import COLOURS, Shapes, build_dataset, collate
 from maetok import MAETok
 from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
-from text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words, idf_weights,
+from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words, idf_weights,
                   read_merges, split, text_loss)
 from train_tokenizer import Config
 

@@ -22,7 +22,7 @@ import train_tokenizer as trainer
 from common import UserError
 from data import Shapes
 from maetok import MAETok
-from pretrained import ViTConfig, VisionTransformer
+from frozen.pretrained import ViTConfig, VisionTransformer
 from train_tokenizer import ABLATIONS, PRESETS, SCALES, Config
 
 TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
@@ -534,7 +534,7 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                       "import common, losses, train_tokenizer\n"
-                      "from pretrained import ViTConfig, VisionTransformer\n"
+                      "from frozen.pretrained import ViTConfig, VisionTransformer\n"
                       "losses.nn.LeakyReLU = lambda slope: losses.nn.SiLU()\n"
                       "losses.DinoDiscriminator.SIZE = 32\n"                # 224 px would take minutes
                       "losses.load_vit = lambda *args, **options: VisionTransformer(\n"

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from sit import euler, flow_matching_loss, guided_velocity, interpolate
-from usit import SIZES, Block, USiT, USiTConfig
+from variants.usit import SIZES, Block, USiT, USiTConfig
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=4, num_classes=10)
 X, T, Y = torch.randn(3, 5, 6), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([0, 3, 10])

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from common import UserError
-from weight_files import WeightFile, find_weights, read_safetensors, read_weights
+from frozen.weight_files import WeightFile, find_weights, read_safetensors, read_weights
 
 
 @pytest.fixture

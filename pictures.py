@@ -1,10 +1,12 @@
-"""Line and scatter charts drawn with Pillow, for evaluate.py; training curves are common.plot_curves's.
+"""All that is drawn, with Pillow: charts for evaluate.py and the study, grids of images, training curves.
 
-Panels stand side by side; the series of a panel share its axes, which is what comparing them needs.
+The panels of a chart stand side by side; the series of a panel share its axes, which is what comparing them
+needs. Training curves stand one below the other, each with axes of its own.
 """
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
@@ -79,4 +81,64 @@ def scatter_chart(panels, names):
         for point, label in zip(points, classes):
             x, y = to_pixel(*point)
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=COLOURS[label % len(COLOURS)])
+    return sheet
+
+
+# ------------------------------------------- grids and training curves -------------------------------------------
+
+def image_grid(rows, titles, cell=96, title_width=150):
+    """Rows of images under one another, a title before each.
+    rows: lists of PIL images, or uint8 (n, 3, H, W) tensors.
+
+    Images are brought to `cell` px by nearest neighbour when they are smaller, so that pixels stay pixels.
+    """
+    rows = [[Image.fromarray(i.permute(1, 2, 0).numpy()) for i in row.cpu()]
+            if isinstance(row, torch.Tensor) else row
+            for row in rows]
+    height = [max(cell, row[0].height if row else 0) for row in rows]
+    width = max((max(cell, i.width) for row in rows for i in row), default=cell)
+    columns, gap = max(map(len, rows)), 4
+    sheet = Image.new("RGB", (title_width + columns * (width + gap), sum(height) + gap * len(rows)), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(14), 0
+    for row, title, h in zip(rows, titles, height, strict=True):
+        draw.multiline_text((6, y + h // 2 - 8 * len(title.split("\n"))), title, fill="black", font=font)
+        for column, image in enumerate(row):
+            if image.size != (width, h):
+                shrinks = image.width > width or image.height > h
+                image = image.resize((width, h), Image.BICUBIC if shrinks else Image.NEAREST)
+            sheet.paste(image, (title_width + column * (width + gap), y))
+        y += h + gap
+    return sheet
+
+
+def plot_curves(curves, width=900, height=220):
+    """One panel a curve, log scale where the values call for it.
+    curves: title -> [(x, y), ...]; empty ones are left out.
+
+    Returns a PIL image."""
+    curves = {title: list(zip(*points)) for title, points in curves.items() if points}
+    sheet = Image.new("RGB", (width, height * len(curves)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for panel, (title, (xs, ys)) in enumerate(curves.items()):
+        left, right, top, bottom = 70, width - 20, panel * height + 28, (panel + 1) * height - 26
+        # a rate that falls to nothing reads better linearly
+        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
+        values = [math.log10(y) for y in ys] if log else list(ys)
+        low, high = min(values), max(values)
+        high += 1e-9 + (high == low)
+        first, last = min(xs), max(xs) + (max(xs) == min(xs))
+        draw.text((left, top - 22), title + (" (log scale)" if log else ""), fill="black", font=font)
+        draw.rectangle((left, top, right, bottom), outline="grey")
+        for share in (0, 0.5, 1):
+            y = bottom - share * (bottom - top)
+            value = low + share * (high - low)
+            draw.text((4, y - 8), f"{10 ** value if log else value:.4g}", fill="black", font=font)
+            draw.line((left, y, right, y), fill="lightgrey")
+            x = left + share * (right - left)
+            draw.text((x - 20 * share, bottom + 4), f"{first + share * (last - first):.0f}", fill="black",
+                      font=font)
+        points = [(left + (x - first) / (last - first) * (right - left),
+                   bottom - (v - low) / (high - low) * (bottom - top))
+                  for x, v in zip(xs, values)]
+        draw.line(points if len(points) > 1 else points * 2, fill="steelblue", width=2)
     return sheet

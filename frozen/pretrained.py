@@ -28,8 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
 from common import Linear, UserError
-from maetok import Attention, LayerScale
-from weight_files import WeightFile, check_state, find_weights, load_frozen, read_weights
+from frozen.weight_files import WeightFile, check_state, find_weights, load_frozen, read_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # mean and std of RGB in [0, 1]
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                      # SigLIP's: images back in [-1, 1]
@@ -83,6 +82,32 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(x, approximate="tanh" if self.kind == "tanh" else "none"))
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention. Not maetok's: a frozen network must not change when someone edits that."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)                                      # (B, nh, T, hs)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class LayerScale(nn.Module):
+    """A gain for each channel of a residual branch."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class ViTBlock(nn.Module):
     """x + attention, x + MLP, with LayerScale in DINOv2. Parameters are named as in the official files."""
 
@@ -92,10 +117,10 @@ class ViTBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, config.heads)
         self.mlp = MLP(D, config.hidden or 4 * D, config.mlp)
-        self.ls1, self.ls2 = (LayerScale(D, 1.0) if config.layer_scale else nn.Identity() for _ in range(2))
+        self.ls1, self.ls2 = (LayerScale(D) if config.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x), rope=None))
+        x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import common
-from charts import line_chart
+from pictures import line_chart, plot_curves
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 
@@ -291,7 +291,7 @@ def loss_chart(curves):
     losses = {f"{part}: {key}": [(record["step"], record[key]) for record in records if key in record]
               for part, records in curves.items() for key in ("recon", "hog", "loss")
               if part == "diffusion" or key != "loss"}
-    return {"losses": common.plot_curves(losses)} if any(losses.values()) else {}
+    return {"losses": plot_curves(losses)} if any(losses.values()) else {}
 
 
 def sample_sheet(units):

@@ -24,7 +24,7 @@ import common
 from common import UserError, sample_rng
 from data import Folder, GlobalBatches, build_dataset, collate, read_npz, to_float
 from metrics import FeatureStatistics
-from pretrained import load_inception, load_teacher
+from frozen.pretrained import load_inception, load_teacher
 
 
 # ------------------------------------------- images and processes -------------------------------------------

@@ -25,7 +25,7 @@ import torch
 from common import UserError
 from maetok import MAETok, MAETokConfig
 from sit import SiT, SiTConfig
-from weight_files import WeightFile, check_state, find_weights, read_safetensors
+from frozen.weight_files import WeightFile, check_state, find_weights, read_safetensors
 
 # The paper's protocol: image size -> repositories, and options of sample.py.                       [App. C.2]
 RELEASED = {

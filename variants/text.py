@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, sample_rng, to_device
-from weight_files import WeightFile, find_weights
+from frozen.weight_files import WeightFile, find_weights
 
 CLIP_VOCABULARY = WeightFile(
     "bpe_simple_vocab_16e6.txt.gz",

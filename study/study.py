@@ -1,9 +1,9 @@
 """The paper's claim at a scale anyone can repeat: does masked training make latents that a diffusion model
 learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
 
-    python study.py                              # quick: seven rows, two seeds; 2 to 3 hours on 2 cores
-    python study.py --setting full               # all rows, longer: a night on 2 cores (not run)
-    python study.py --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
+    python -m study.study                              # quick: seven rows, two seeds; 2 to 3 hours on 2 cores
+    python -m study.study --setting full               # all rows, longer: a night on 2 cores (not run)
+    python -m study.study --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
 
 For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
 anyone would by hand, and gathers what they measured. All rows have the same steps, models and number of
@@ -36,9 +36,11 @@ import torch
 import common
 from common import UserError
 from data import build_dataset
-from features import load_classifier
-from pretrained import EfficientNetTeacher
-from study_report import report
+from frozen.features import load_classifier
+from frozen.pretrained import EfficientNetTeacher
+from study.report import report
+
+SCRIPTS = Path(__file__).resolve().parents[1]                      # where the scripts are
 
 # name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
 ROWS = {
@@ -220,7 +222,7 @@ class Study:
             print(f"{time.strftime('%H:%M:%S')} {title}", flush=True)
             file.write(f"\n$ python {shlex.join(arguments)}\n")
             file.flush()
-            script = Path(__file__).with_name(arguments[0])
+            script = SCRIPTS / arguments[0]
             process = subprocess.Popen([sys.executable, script, *arguments[1:]], stdout=file, stderr=file,
                                        env=os.environ | {"OMP_NUM_THREADS": str(self.args.threads)})
             self.running.add(process)

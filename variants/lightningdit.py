@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import Linear
-from maetok import rotate
 from sit import LabelEmbedder, SiTConfig, TimestepEmbedder, modulate, position_table
 
 # Widths, depths and heads are SiT's, sit.SIZES: LightningDiTConfig(**SIZES["XL"]).                  [Table 9]
@@ -60,6 +59,12 @@ def rotary_angles(length, head_size, device=None):
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=device) / head_size)               # (hs/2,)
     angle = torch.arange(length, device=device)[:, None] * frequency                               # (L, hs/2)
     return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs (i, i + hs/2) of x (B, nh, L, hs) by the angles; in float32, returned in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
