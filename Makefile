@@ -11,7 +11,7 @@ OUT ?= runs/study-quick
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: demo study test
+.PHONY: demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 demo: .venv/runtime
@@ -34,6 +34,13 @@ study: .venv/runtime
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(TESTS)
+
+# Without what starts or kills processes or runs whole programs.
+test-fast: .venv/dev
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
 
 # The stamps make pip run again only when a requirements file changes.
 .venv/runtime: requirements.txt

@@ -29,10 +29,11 @@ from tqdm import tqdm
 import common
 import metrics
 from pictures import image_grid, line_chart, scatter_chart
-from common import Count, Number, Positive, Seed, Share, UserError, Weight, Whole
+from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
-from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network, few_images, gather,
-                      open_data, open_samples, reference, save_statistics, share)
+from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
+                             few_images, gather, open_data, open_samples, reference, save_statistics,
+                             share)
 from losses import LPIPS
 from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16

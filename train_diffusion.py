@@ -7,7 +7,7 @@
 The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed
 in the loop. Running the same command again goes on from the last checkpoint, with any number of processes.
 
-Time: data at t = 0, noise at t = 1, here and in sit.py. 
+Time: data at t = 0, noise at t = 1, here and in sit.py.
 Shapes: B batch · L latent tokens · C latent channels.
 """
 import contextlib

@@ -54,6 +54,7 @@ def test_a_full_gpu_is_one_line_that_names_the_ways_out(capsys):
     assert "--accumulate" in error and "--checkpointing" in error
 
 
+@pytest.mark.slow
 def test_one_process_of_every_node_goes_first(tmp_path):
     """Two nodes of two processes, played by four on this machine: rank 0, then rank 2, then the others."""
     script = tmp_path / "script.py"

@@ -47,6 +47,7 @@ def tokenizer(out, steps, *options):
 GAN = "--disc-start 1 --batch-size 4 --diffaug --consistency 4 --random-frozen".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     [*GAN, "--disc", "dino", "--percep-weight", "1"],
     [*GAN, "--disc", "patch", "--variational", "--accumulate", "2", "--checkpointing"],

@@ -180,6 +180,7 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
 
 # ------------------------------------- latents, curve, cfg and theory -------------------------------------
 
+@pytest.mark.slow
 def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
     measure("latents", tokenizer, tokenizer, "--names", "one", "two", "--components", 1, 3,
             "--train-images", 300, "--test-images", 100, "--starts", 1, "--dims", 4, "--pixels",
@@ -330,6 +331,7 @@ def test_theory_finds_that_more_modes_need_more_samples(tmp_path):
 
 # ------------------------------------------------ bad input ------------------------------------------------
 
+@pytest.mark.slow
 def test_speed_counts_every_product_of_a_row(tmp_path):
     measure("speed", "--only", "SiT-B sampling call, 128", "HOG", "--sample-batch", 1, "--repeats", 1,
             "--out", tmp_path / "speed")

@@ -93,6 +93,7 @@ def debris(folder):
 
 # ------------------------------------------------ kills ------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["tokenizer", "diffusion"])
 def test_ten_kills_change_nothing(script, tmp_path, tokenizer):
     argv = ([*TINY, "--steps", "20", "--stage2-steps", "12", "--save-every", "1", "--grid-every", "9"]
@@ -109,6 +110,7 @@ def test_ten_kills_change_nothing(script, tmp_path, tokenizer):
         p.name for p in (tmp_path / "killed").iterdir())
 
 
+@pytest.mark.slow
 def test_ten_kills_of_a_sampling_run_change_nothing(tmp_path, sit):
     argv = ["--ckpt", sit, "--num", "200", "--steps", "8", "--batch-size", "1", "--device", "cpu"]
     sample.main([str(a) for a in [*argv, "--out", tmp_path / "whole.npz"]])
@@ -163,6 +165,7 @@ def script(name, argv, launcher=()):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, launcher", [
     (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGTERM, torchrun(2))],
     ids=["SIGTERM", "SIGHUP", "SIGTERM to torchrun"])
@@ -184,6 +187,7 @@ def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path):
         assert_same_weights(*(common.load_checkpoint(tmp_path / out) for out in ("run", "whole")))
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_launcher_is_killed(tmp_path):
     argv = [*TINY, "--stage", "1", "--steps", "100000", "--log-every", "5", "--out", tmp_path]
     process = script("train_tokenizer", argv, torchrun(2))
@@ -198,6 +202,7 @@ def test_workers_end_when_their_launcher_is_killed(tmp_path):
     wait_for(ended, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer", "diffusion", "sample"])
 def test_two_runs_in_one_folder_are_refused(name, tmp_path, tokenizer, sit):
     out, argv = tmp_path / "run", {
@@ -218,6 +223,7 @@ def test_two_runs_in_one_folder_are_refused(name, tmp_path, tokenizer, sit):
     common.unlock(folder)
 
 
+@pytest.mark.slow
 def test_an_error_has_a_line_of_its_own_below_the_progress_bar(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(12):

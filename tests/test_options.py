@@ -83,6 +83,7 @@ NAMES = ("train_tokenizer", "train_diffusion", "sample", "recon", "generation", 
          "theory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_with_odd_values(name, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

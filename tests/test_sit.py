@@ -325,6 +325,7 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
     assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])
 
 
+@pytest.mark.slow
 def test_euler_maruyama_as_released_takes_2t_on_the_cosine_path_too():
     """A naive loop by the score: drift v - t s, noise sqrt(2 t dt); on the linear path both choices are one."""
     def velocity(x, t):

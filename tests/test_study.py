@@ -20,6 +20,7 @@ def images(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys):
     command = ["--setting", "smoke", "--rows", "MAETok (HOG)", "--data", str(images), "--out",
                str(tmp_path), "--device", "cpu"]

@@ -21,8 +21,8 @@ from common import UserError
 from data import COLOURS, Shapes, build_dataset, collate
 from maetok import MAETok
 from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
-from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words, idf_weights,
-                  read_merges, split, text_loss)
+from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words,
+                           idf_weights, read_merges, split, text_loss)
 from train_tokenizer import Config
 
 TEXT = "--data captioned-shapes --text-vocab words --text-words 32".split()
@@ -313,6 +313,7 @@ def test_text_joins_other_targets_with_its_own_weight_and_ends_with_stage_1(tmp_
     assert state["step"] == 10 and not any(name.startswith("aux_decoders") for name in state["model"])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_resuming_is_exact(tmp_path):
     options = [*TEXT, "--targets", "hog,text", "--stage", "1", "--save-every", "3"]
     whole = train(tmp_path / "one", *options)

@@ -133,6 +133,7 @@ def test_cache_is_resumed_shard_by_shard_and_refused_when_stale(tmp_path, tokeni
         train(tmp_path / "a", tokenizer, "--flip")
 
 
+@pytest.mark.slow
 def test_kill_during_extraction_loses_one_shard_at_most(tmp_path, tokenizer):
     options = [*TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path, "--cache-images", 30_000]
     process = run("train_diffusion.py", *options, start=subprocess.Popen)
@@ -182,6 +183,7 @@ def test_training_learns_and_logs_the_loss_by_time(tmp_path, tokenizer):
     assert min(Image.open(tmp_path / "grid_0000150.png").size) > 90 and (tmp_path / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_after_a_kill(tmp_path, tokenizer):
     options = [*TINY.split(), "--tokenizer", tokenizer]
     assert run("train_diffusion.py", *options, "--out", tmp_path / "whole").returncode == 0
@@ -202,6 +204,7 @@ def test_resuming_is_exact_after_a_kill(tmp_path, tokenizer):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_in_training_and_sampling(tmp_path, tokenizer):
     one = train(tmp_path / "one", tokenizer)
     two = run("train_diffusion.py", *TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path / "two",
@@ -342,6 +345,7 @@ def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
         train(tmp_path / "u", tokenizer, "--model", "usit", "--guidance-free")
 
 
+@pytest.mark.slow
 def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
     options = "--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1".split()
     state = train(tmp_path / "run", tokenizer, *options)
@@ -399,6 +403,7 @@ def test_images_without_a_class_train_the_null_class(tmp_path, tokenizer):
 
 # ------------------------------------------------ bad input ------------------------------------------------
 
+@pytest.mark.slow
 def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
     (tmp_path / "broken.pt").write_bytes(b"junk")
     for message, options in [("which tokenizer", ["--tokenizer", ""]),

@@ -256,6 +256,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path):
 
 # ------------------------------------------------ resuming ------------------------------------------------
 
+@pytest.mark.slow
 def test_ten_steps_equal_five_a_kill_and_five_bit_for_bit(tmp_path):
     options = ["--steps", "10", "--stage", "1"]
     assert run(command(tmp_path / "whole", *options)).returncode == 0
@@ -331,6 +332,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path, part):
 
 # ------------------------------------------------ processes ------------------------------------------------
 
+@pytest.mark.slow
 def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
     options = ["--steps", "20", "--stage2-steps", "4", "--save-every", "10"]
     train(tmp_path / "one", *options)
@@ -346,6 +348,7 @@ def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_torchrun_agents_on_loopback(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -365,6 +368,7 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
 
 # ------------------------------------------------ bad input ------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, message", [
     (["--data", "nowhere"], "--data nowhere: no such folder (nor one of: shapes, cifar10, a .npz file)"),
     (["--preset", "tiny"], "unknown preset tiny; there are: "),
@@ -473,6 +477,7 @@ def test_frozen_networks_stay_as_they_are_and_out_of_the_checkpoint(tmp_path, mo
     assert state["model"].keys() == train(tmp_path / "plain", "--stage2-steps", "2")["model"].keys()
 
 
+@pytest.mark.slow
 def test_the_discriminators_step_leaves_the_tokenizer_alone_and_the_reverse(tmp_path):
     run = lambda name, *options: train(tmp_path / name, "--steps", "1", "--stage", "1", *options)
     without, silent, loud = (run("a", "--disc", "none"),
@@ -498,6 +503,7 @@ def test_resuming_with_the_gan_is_exact(tmp_path):
     assert whole["adversary"]["lecam.real_ema"] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_the_gan_runs_in_bfloat16(tmp_path, monkeypatch, disc):
     monkeypatch.setattr(losses.DinoDiscriminator, "SIZE", 32)
@@ -506,6 +512,7 @@ def test_the_gan_runs_in_bfloat16(tmp_path, monkeypatch, disc):
     assert np.isfinite(logged_losses(tmp_path / disc)).all()
 
 
+@pytest.mark.slow
 def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkeypatch):
     first = train(tmp_path / "first", *GAN, "--stage", "1")
     taken, start = {}, trainer.start_from
@@ -520,6 +527,7 @@ def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkey
     assert all(torch.equal(tensor, first["adversary"][name]) for name, tensor in taken.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps, every term to 1e-4.
@@ -554,6 +562,7 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     assert "adv" in one[2]
 
 
+@pytest.mark.slow
 def test_a_missing_weight_file_is_one_line(tmp_path, monkeypatch):
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")                # nobody listens: as without a network
@@ -587,6 +596,7 @@ def test_checkpointing_gives_the_same_weights_bit_for_bit(tmp_path, monkeypatch)
     assert sum(calls) == 2 * (3 * 3 * 2 + 1 * (2 + 1))
 
 
+@pytest.mark.slow
 def test_checkpointing_in_two_processes_with_the_gan(tmp_path):
     options = [*GAN, "--accumulate", "2", "--steps", "5", "--stage", "1"]
     train(tmp_path / "one", *options)
