@@ -232,14 +232,15 @@ def _comments(config_class):
     return found
 
 
-def parse_config(config_class, presets, base, description, argv=None, hidden=()):
+def parse_config(config_class, presets, base, description, argv=None, hidden=(), shown=None):
     """Build a config from the command line. Precedence: the class's defaults < presets < options.
 
     presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is
     not in `base` (the presets that fix a scale; the first of them is the default),
     that default comes before it.
     hidden: fields that get no option because the script sets them, as are those that are no Number, str or
-    bool.
+    bool. shown: fields that --help lists (None: all); --help-all lists the others too. A field without a comment
+    is a ValueError.
     Raises UserError for unknown options, presets and values.
     """
     description += (f"\nDefaults below are the paper's or those of the source named with them; "
@@ -250,6 +251,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
                            usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
                            allow_abbrev=False, argument_default=argparse.SUPPRESS,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = shown is None or "--help-all" in (sys.argv if argv is None else argv)
+    parser.add_argument("--help-all", action="help", help="list every option, those of a preset or a test too")
     groups = {}
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
@@ -257,14 +260,17 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=())
         if not number and field.type not in (str, bool) or field.name in hidden:
             continue
         title, text = comments[field.name]
+        if not text:
+            raise ValueError(f"{config_class.__name__}.{field.name} has no comment to be its help")
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
                {"type": field.type, "metavar": (field.type.kind if number else field.type).__name__.upper()}
         default = f"default {field.default!r}"
         if (small := presets[base[0]].get(field.name, field.default)) != field.default:
             default += f"; {base[0]}: {small!r}"
-        group.add_argument("--" + field.name.replace("_", "-"), help=f"{text} ({default})".replace("%", "%%"),
-                           **kind)
+        text = f"{text} ({default})".replace("%", "%%")
+        group.add_argument("--" + field.name.replace("_", "-"), **kind,
+                           help=text if everything or field.name in shown else argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     if not given.get("out", "default").strip():
         raise UserError("--out is empty: name a folder, or leave the option out")

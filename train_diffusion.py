@@ -148,6 +148,10 @@ PRESETS = {
     "usit-2b": USIT_SIZES["2B"] | dict(model="usit", batch_size=1024, beta1=0.99, beta2=0.99, warmup=5000,
                                        steps=500_000, keep_every=50_000),
 }
+# What --help lists; --help-all lists the rest.
+SHOWN = """preset tokenizer out seed device dtype compile checkpointing workers data cache cache_images
+    unconditional model path times guidance_free width depth steps batch_size accumulate lr ema save_every keep
+    keep_every grid_every""".split()
 FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
         "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg",
         "weights_dir"}
@@ -499,7 +503,7 @@ def load_state(config, state, checkpoint):
 def main(argv=None):
     """Run the command line (argv without the program's name; None: sys.argv)."""
     config = common.parse_config(Config, PRESETS, list(PRESETS), __doc__, argv,
-                                 hidden=("num_latents", "latent_dim", "num_classes"))
+                                 hidden=("num_latents", "latent_dim", "num_classes"), shown=SHOWN)
     if not config.tokenizer:
         raise UserError("which tokenizer? Give --tokenizer RUN_FOLDER_OR_CHECKPOINT of train_tokenizer.py")
     rank, world, device = processes = common.start_processes(config.device)

@@ -205,6 +205,11 @@ ABLATIONS = {
     "ape": dict(rope="none", ape="both"),                                                   # [Table 13b]
 }
 PRESETS = SCALES | ABLATIONS
+# What --help lists; --help-all lists the rest, which the released preset, an ablation or a test needs.
+SHOWN = """preset out stage init seed device dtype compile checkpointing workers data flip skip_corrupt
+    image_size patch_size width num_latents latent_dim variational targets mask_low mask_high aux_depth
+    percep_weight disc disc_start weights_dir steps batch_size accumulate lr warmup stage2_steps stage2_lr
+    save_every keep keep_every""".split()
 # Options that may differ when a run is resumed: they do not change what is learned.
 FREE = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
         "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "eval_images",
@@ -653,7 +658,7 @@ def start_stage_2(config, state, device):
 
 def main(argv=None):
     """Run the command line (argv without the program's name; None: sys.argv)."""
-    config = common.parse_config(Config, PRESETS, list(SCALES), __doc__, argv)
+    config = common.parse_config(Config, PRESETS, list(SCALES), __doc__, argv, shown=SHOWN)
     if not config.data:
         raise UserError("which images? Give --data FOLDER (ImageFolder layout), FILE.npz, cifar10 or shapes")
     rank, world, device = processes = common.start_processes(config.device)

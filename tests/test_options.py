@@ -1,6 +1,7 @@
 """Every option of every command, given what a hurried person or a script with an empty variable gives it: a clear
 refusal or a run, no traceback, and no number outside its range taken in silence."""
 import argparse
+import re
 
 import pytest
 import torch
@@ -148,3 +149,15 @@ def test_the_studys_options():
         for value in ("-1", "nan", str(10 ** 20), "x"):
             with pytest.raises(common.UserError, match=flag):
                 study.main([flag, value])
+
+
+@pytest.mark.parametrize("module, most", [(train_tokenizer, 38), (train_diffusion, 30)])
+def test_help_is_short_and_help_all_is_whole(module, most, capsys):
+    listed = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            module.main([flag])
+        listed[flag] = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.M)) - {"--help-all"}
+    assert len(listed["--help"]) == len(module.SHOWN) <= most
+    assert listed["--help-all"] == {flag for flag, _ in options(module.__name__)} | {
+        f"--{f.name.replace('_', '-')}" for f in module.dataclasses.fields(module.Config) if f.type is bool}
