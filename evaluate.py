@@ -10,13 +10,12 @@ JSON. (Not here: the human evaluation, and the published baselines, whose weight
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
 
-The mathematics is in metrics.py, networks and references in features.py, the drawing in charts.py. Images are
+The mathematics is in metrics.py, networks and references in features.py, the drawing in pictures.py. Images are
 uint8 wherever they are measured; networks run in float32. Under torchrun the processes share the images.
 """
 import argparse
 import contextlib
 import importlib.util
-import json
 import math
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import checkpoints
 import common
 import metrics
 from pictures import image_grid, line_chart, scatter_chart
@@ -34,14 +34,13 @@ from data import build_dataset, to_float, to_uint8
 from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
                              few_images, gather, open_data, open_samples, reference, save_statistics,
                              share)
+from flow import SAMPLERS, check_guidance, choose_labels, sample_latents
 from losses import LPIPS
+from maetok import load_tokenizer
 from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
-from sample import SAMPLERS, check_guidance, choose_labels, load_guide, sample_latents
-from study.speed import measure_speed
-from train_diffusion import load_diffusion
-from train_tokenizer import load_tokenizer
+from sit import load_diffusion, load_guide
 
 
 def finish(args, result, path, table=()):
@@ -56,7 +55,7 @@ def finish(args, result, path, table=()):
                 print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(path, lambda p: p.write_text(json.dumps(result, indent=1)))
+        checkpoints.write_json(path, result)
         print(f"wrote {path}")
 
 
@@ -64,7 +63,7 @@ def save_picture(args, picture, path):
     """picture: PIL image. Rank 0 writes it."""
     if args.rank == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(path, lambda p: picture.save(p, "PNG"))
+        checkpoints.write_png(path, picture)
         print(f"wrote {path}")
 
 
@@ -85,7 +84,7 @@ def recon(args):
                                      args.out or f"runs/{name}_recon")
     else:
         tokenizer = load_tokenizer(args.run, args.device)
-        data = args.data or common.load_checkpoint(args.run)["config"]["data"]
+        data = args.data or checkpoints.load_checkpoint(args.run)["config"]["data"]
     size = args.size or tokenizer.config.image_size
     try:
         tokenizer.grid((size, size))
@@ -101,7 +100,7 @@ def recon(args):
     real, fake, rows, shown, found = None, None, [], [], []
     for _, originals in batches(images, args, "reconstructing"):
         x = to_float(originals.to(args.device))                                             # (B, 3, H, W)
-        redrawn = to_uint8(tokenizer.decode(tokenizer.encode(x), (size, size)))
+        redrawn = to_uint8(tokenizer.reconstruct(x))
         a, b = originals.to(args.device), redrawn
         values = [metrics.psnr(a, b), metrics.ssim(a, b), metrics.ssim(a, b, data_range=2.0)]
         if lpips is not None:
@@ -157,6 +156,12 @@ def recon_picture(shown, cell=128):
     return image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
 
 
+def reconstructions(args, tokenizer, images):
+    """Of a list of Images, what the tokenizer makes of them: (indices, uint8 (B, 3, H, W)), as `batches`."""
+    for indices, x in batches(images, args, "reconstructing"):
+        yield indices, to_uint8(tokenizer.reconstruct(to_float(x.to(args.device))))
+
+
 def run_folder(path):
     """A run folder from itself or from a checkpoint in it."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
@@ -204,7 +209,7 @@ def how_drawn(samples):
     note = Path(f"{str(samples).rstrip('/')}.settings.json")
     if not note.exists():
         return "guidance, steps and seed unknown"
-    settings = common.read_json(note)
+    settings = checkpoints.read_json(note)
     names = ("ckpt", "released", "guide_ckpt", "cfg", "cfg_interval", "sampler", "steps", "seed", "dtype")
     return "drawn with " + ", ".join(f"{name} {settings[name]}" for name in names
                                      if settings.get(name) is not None)
@@ -229,8 +234,7 @@ def classified(args, network, labels, fake, size):
     if args.tokenizer:
         # Samples are drawn by the tokenizer's decoder: this tells its share of the blame.
         tokenizer = load_tokenizer(args.tokenizer, args.device)
-        redraw = lambda x: to_uint8(tokenizer.decode(tokenizer.encode(to_float(x)), (size, size)))
-        redrawn = ((i, redraw(x.to(args.device))) for i, x in batches(tests, args, "reconstructions"))
+        redrawn = reconstructions(args, tokenizer, tests)
         found = collect(args, network, redrawn, PRECISION_IMAGES, logits=True)
         result["reconstructions_assigned_to_their_class"] = accuracy(found.logits, truth)
         # A blurry sample lies outside the manifold of sharp images, whatever it shows: against them precision
@@ -259,7 +263,7 @@ def latents(args):
     result, pictures, classes = {}, {}, None
     for name, run in zip(args.names or args.runs, args.runs):
         tokenizer = load_tokenizer(run, args.device)
-        data = args.data or common.load_checkpoint(run)["config"]["data"]
+        data = args.data or checkpoints.load_checkpoint(run)["config"]["data"]
         size, sets = tokenizer.config.image_size, {}
         for split, count in (("train", args.train_images), ("test", args.test_images), ("picture", 0)):
             images = (first_classes(open_data(args, data, "test", size, 0)) if split == "picture" else
@@ -415,10 +419,7 @@ def prepare(args, path):
     redrawn = None
     if args.gap:
         images = open_data(args, data, "train", size, args.reference_images)
-        redraw = lambda x: to_uint8(tokenizer.decode(tokenizer.encode(to_float(x.to(args.device))),
-                                                     (size, size)))
-        stream = ((i, redraw(x)) for i, x in batches(images, args, "reconstructing"))
-        redrawn = collect(args, network, stream)
+        redrawn = collect(args, network, reconstructions(args, tokenizer, images))
     dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
     protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features {name} "
                 f"in float32; EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
@@ -431,7 +432,7 @@ def prepare(args, path):
 
 def curve(args):
     """Fréchet distance of samples over a run's numbered checkpoints.                        [Fig. 5b]"""
-    paths = common.numbered_checkpoints(args.run)[::-1]
+    paths = checkpoints.numbered_checkpoints(args.run)[::-1]
     if not paths:
         raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
                         "train_diffusion.py; a larger --keep keeps more of them")
@@ -526,6 +527,8 @@ def theory(args):
 
 def speed(args):
     """Images a second, share of this machine's matrix-product peak, peak memory of every part. [Sec. 4.5]"""
+    from study.speed import measure_speed      # here, because it imports the trainer, whose step it times
+
     result, table = measure_speed(args)
     finish(args, result, f"{args.out}.json", table)
 

@@ -17,7 +17,9 @@ The paper writes H for the latent channels; here that is C. Images are RGB float
 Provenance tags: [Eq. 7], [Sec. 3.2], [Table 7] the paper (arXiv:2502.03444v2) · [released code] what only the
 authors' code shows · [ours] both are silent.
 """
+import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Count, Linear, Positive, Weight, Whole, check_ranges
+from checkpoints import load_checkpoint, load_weights
+from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
 
 
 @dataclass
@@ -106,6 +109,12 @@ def unpatchify(patches, patch_size, grid):
     P, (h, w) = patch_size, grid
     x = patches.reshape(B, h, w, P, P, length // (P * P))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
+
+
+def mask_out(images, mask, patch_size):
+    """Images (B, c, H, W) as the encoder sees them: the patches of mask (B, N) bool are 0, grey."""
+    P, (H, W) = patch_size, images.shape[-2:]
+    return unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, (H // P, W // P))
 
 
 def random_mask(rngs, num_patches, low=0.4, high=0.6):
@@ -473,6 +482,10 @@ class MAETok(nn.Module):
         grid = self.grid(size or (self.config.image_size, self.config.image_size))
         return unpatchify(self.decoder(latents, grid), self.config.patch_size, grid)
 
+    def reconstruct(self, images):
+        """decode(encode(images)): (B, 3, H, W) -> (B, 3, H, W)."""
+        return self.decode(self.encode(images), images.shape[-2:])
+
     def forward(self, images, mask=None, noise=None):
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
@@ -537,3 +550,34 @@ def kl_divergence(posterior):
     """
     mean, logvar = posterior.float().chunk(2, dim=-1)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
+
+
+# -------------------------------------------- a trained tokenizer --------------------------------------------
+
+def load_tokenizer(path, device="cpu"):
+    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py: MAETok with the EMA weights,
+    in eval mode.
+
+    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
+    from the middle of a stage has none yet, which a warning says. Raises UserError.
+    """
+    return tokenizer_of(load_checkpoint(path), path).to(device)
+
+
+def tokenizer_of(state, path):
+    """The same from a checkpoint already read; `path` is for messages."""
+    if state.get("kind") != "tokenizer":
+        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
+    names = {field.name for field in dataclasses.fields(MAETokConfig)}
+    try:
+        model = MAETok(MAETokConfig(**{k: v for k, v in state["config"].items() if k in names}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path} has a config this version cannot build: {e}") from e
+    if state["stage"] == 2:
+        model.freeze_encoder()                                                  # drops the auxiliary decoders
+    load_weights(model, state["ema"], path)
+    if not state["measured"]:
+        print(f"warning: {path} is from the middle of training, "
+              "its latent mean and std are not measured yet: normalised latents are the raw ones",
+              file=sys.stderr)
+    return model.eval().requires_grad_(False)

@@ -23,78 +23,19 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import Count, Seed, Share, UserError, Weight, Whole, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
-from maetok import patchify, random_mask, unpatchify
+from flow import SAMPLERS, check_guidance, choose_labels, sample_latents
+from maetok import mask_out, random_mask
 from pictures import image_grid
 from variants.released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
-from sit import euler, euler_maruyama, guided_velocity, heun
-from train_diffusion import load_diffusion
-
-SAMPLERS = ("euler-maruyama", "euler", "heun")
-
-
-def choose_labels(num, classes, num_classes, kind, seed):
-    """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from
-    seed and i)."""
-    if num_classes == 0:
-        return np.zeros(num, np.int64)      # the null class of an unconditional model; files get -1, no class
-    classes = np.asarray(classes if classes else range(num_classes))
-    if classes.min() < 0 or classes.max() >= num_classes:
-        raise UserError(f"--classes must lie in 0..{num_classes - 1}, the classes of this model")
-    if kind == "balanced":
-        return classes[np.arange(num) % len(classes)]
-    return np.array([classes[sample_rng(seed, "sample-label", 0, i).integers(len(classes))]
-                     for i in range(num)])
-
-
-def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
-                   steps=250, path="linear", trajectory=None, guide=None, as_released=False):
-    """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
-    guide: the worse model of autoguidance, see sit.guided_velocity. as_released: Euler-Maruyama with w = 2t on
-    any path and Heun deciding on guidance once a step, as the authors' code samples; see sit.py.
-
-    All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
-    """
-    device, shape = next(model.parameters()).device, (model.config.num_latents, model.config.latent_dim)
-    rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
-    # By way of pinned memory: a plain copy would make the host wait for the GPU in every step.
-    draw = lambda: common.to_device(torch.from_numpy(
-        np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])), device)
-    velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval, guide)
-    if sampler == "euler-maruyama":
-        return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
-                              trajectory=trajectory, diffusion="t" if as_released else "sigma")
-    if sampler == "heun":
-        return heun(velocity, draw(), steps, trajectory=trajectory, decide="step" if as_released else "call")
-    return euler(velocity, draw(), steps, trajectory=trajectory)
-
-
-def load_guide(path, model, tokenizer, config, device):
-    """The worse model of autoguidance, which must share latents, path and classes with `model`.
-    Raises UserError."""
-    guide, its_tokenizer, its_config = load_diffusion(path, device)
-    if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
-        raise UserError(f"--guide-ckpt {path} was trained on another tokenizer's latents")
-    for what, its, ours in (("classes", guide.config.num_classes, model.config.num_classes),
-                            ("path", its_config["path"], config["path"])):
-        if its != ours:
-            raise UserError(f"--guide-ckpt {path}: {what} {its}, the model's {ours}; they must agree")
-    return guide
-
-
-def check_guidance(model, scale, guide=None):
-    """Refuse scales and schemes that a model cannot do. Raises UserError."""
-    if scale != 1 and model.config.num_classes == 0 and guide is None:
-        raise UserError("--cfg: an unconditional model cannot be guided")
-    if model.config.guidance_free and (scale < 1 or guide is not None):
-        raise UserError("a model of guidance-free training takes --cfg from 1 on, and no --guide-ckpt")
-
+from sit import load_diffusion, load_guide
 
 def whole_part(path):
     """The images of a finished part, uint8 (n, H, W, 3). Raises UserError."""
-    part = common.load_npy(path)
+    part = checkpoints.load_npy(path)
     if part is None:
         raise UserError(f"{path} is damaged; run the same command again")
     return part
@@ -113,7 +54,7 @@ def write_npz(path, parts, labels):
                     entry.write(whole_part(part).tobytes())
             with file.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels)
-    common.atomic_write(path, write)
+    checkpoints.atomic_write(path, write)
 
 
 def check_outputs(outs, parts, settings):
@@ -123,7 +64,7 @@ def check_outputs(outs, parts, settings):
         if out.suffix in (".npz", ".png") or not out.is_dir() or not any(out.iterdir()):
             continue
         notes = [note for note in (Path(f"{out}.settings.json"), parts / "settings.json") if note.exists()]
-        if settings not in [common.read_json(note) for note in notes]:
+        if settings not in [checkpoints.read_json(note) for note in notes]:
             raise UserError(f"{out} holds files already, and these samples would mix with them; delete it or "
                             "choose another --out")
 
@@ -144,7 +85,7 @@ def write_outputs(outs, parts, labels, size):
                      for label in np.unique(labels)]
             sheet = image_grid(tiles, [str(label) for label in np.unique(labels)],
                                       cell=min(96, 3 * size), title_width=40)
-            common.atomic_write(out, lambda p: sheet.save(p, "PNG"))
+            checkpoints.write_png(out, sheet)
         else:
             out.mkdir(exist_ok=True)
             number = 0
@@ -165,12 +106,10 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     size, P = tokenizer.config.image_size, tokenizer.config.patch_size
     dataset = build_dataset(config["data"], "test", size, config["data_root"], seed=config["seed"])
     images = to_float(next(some_images(dataset, columns))[0]).to(device)
-    grid = tokenizer.grid(images.shape[-2:])
     rngs = [sample_rng(args.seed, "report-mask", 0, i) for i in range(len(images))]
-    mask = random_mask(rngs, grid[0] * grid[1], 0.5, 0.5).to(device)
-    rows = {"test images": images, "masked input\n(stage 1)": unpatchify(
-        patchify(images, P).masked_fill(mask[..., None], 0), P, grid),
-        "reconstruction": tokenizer.decode(tokenizer.encode(images), images.shape[-2:])}
+    mask = random_mask(rngs, (size // P) ** 2, 0.5, 0.5).to(device)
+    rows = {"test images": images, "masked input\n(stage 1)": mask_out(images, mask, P),
+            "reconstruction": tokenizer.reconstruct(images)}
     y = np.arange(columns) % max(1, model.config.num_classes)
     draw = lambda labels, scale, **kw: sample_latents(model, range(len(labels)), labels, args.seed, scale,
                                                       args.cfg_interval, args.sampler, args.steps,
@@ -189,7 +128,7 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
         sheet = Image.new("RGB", size, "white")
         sheet.paste(above)
         sheet.paste(below, (0, above.height + 8))
-    common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
+    checkpoints.write_png(path, sheet)
 
 
 def main(argv=None):
@@ -281,19 +220,19 @@ def main(argv=None):
     settings = json.loads(json.dumps(settings))                                             # tuples to lists
     if rank == 0:
         check_outputs(outs, folder, settings)
-        common.lock(folder)
-        common.remove_debris(folder)
+        checkpoints.lock(folder)
+        checkpoints.remove_debris(folder)
         if not (folder / "settings.json").exists():
-            common.atomic_write(folder / "settings.json", lambda p: p.write_text(json.dumps(settings)))
+            checkpoints.write_json(folder / "settings.json", settings)
     if world > 1:
         dist.barrier()
-    if common.read_json(folder / "settings.json") != settings:
+    if checkpoints.read_json(folder / "settings.json") != settings:
         raise UserError(f"{folder} holds unfinished samples made with other settings; "
                         "delete it or choose another --out")
     starts = range(0, num, args.batch_size)
     parts = [folder / f"{start:07d}.npy" for start in starts]
     mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world]
-            if common.load_npy(part) is None]                                       # a damaged one is drawn again
+            if checkpoints.load_npy(part) is None]                                  # a damaged one is drawn again
     with tqdm(total=len(mine) * args.batch_size * world, desc="sampling", unit="img",
               disable=rank > 0) as bar:
         for start, part in mine:
@@ -305,7 +244,7 @@ def main(argv=None):
                                    args.sampler, args.steps, config["path"], guide=guide,
                                    as_released=bool(args.released))
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
-            common.atomic_write(part, lambda p: common.save_npy(p, images))
+            checkpoints.atomic_write(part, lambda p: checkpoints.save_npy(p, images))
             bar.update(args.batch_size * world)
     if world > 1:
         dist.barrier()
@@ -318,7 +257,7 @@ def main(argv=None):
         for out in outs[1:]:
             shutil.copyfile(folder / "settings.json", f"{out}.settings.json")
         os.replace(folder / "settings.json", f"{outs[0]}.settings.json")
-        common.unlock(folder)
+        checkpoints.unlock(folder)
         folder.rmdir()
 
 

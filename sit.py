@@ -1,15 +1,12 @@
 """SiT, the diffusion model: noise and a class -> latent tokens (B, L, C).                 [Sec. 4.1, Table 8]
 
-    training   latents x, noise eps, time t --interpolate--> x_t, v;
-               SiT(x_t, t, class) learns v by squared error
-    sampling   noise x_1 --euler_maruyama, 250 calls of SiT--> x_0,
-               normalised latents --MAETok.decode--> images
+    x_t, t, class --SiT--> the velocity of x_t
 
-The architecture and the objective are SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1
-on a 1D sequence of tokens. In order of use: the transformer, the paths between data and noise,
-the samplers, guidance.
+The architecture is SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1 on a 1D
+sequence of tokens. What it learns and how it is sampled, the same for all three diffusion models, stands
+in flow.py.
 
-Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1. Samplers go from 1 down to 0.
+Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1.
 
 Shape legend, the same in every file:
     B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
@@ -19,6 +16,7 @@ which stands for "no class given".
 Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
 [released code] what only the authors' code shows · [ours] all are silent.
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -26,7 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Count, Linear, Positive, Whole, check_ranges
+import common
+from checkpoints import load_checkpoint, load_weights
+from common import Count, Linear, Positive, UserError, Whole, check_ranges
+from maetok import tokenizer_of
 
 
 @dataclass
@@ -260,262 +261,60 @@ def sit_macs(config):
     return config.depth * block + ends
 
 
-# ------------------------------------------- paths and objective -------------------------------------------
-# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with
-# alpha, sigma = 1, 0 at t = 0 and 0, 1 at t = 1.
-# Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
-# [SiT, Sec. 2]
+# -------------------------------------------- trained models --------------------------------------------
 
-def path_coefficients(t, path="linear"):
-    """alpha, sigma, alpha', sigma' at times t, a float tensor of any shape: four tensors like t.
-
-    path: "linear", the usual one, or "cosine", which SiT calls GVP [SiT]. Raises ValueError for others.
-    """
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    if path == "cosine":
-        h = math.pi / 2
-        return torch.cos(h * t), torch.sin(h * t), -h * torch.sin(h * t), h * torch.cos(h * t)
-    raise ValueError(f"path is {path!r}: choose linear or cosine")
+def model_classes(name):
+    """(model, its config) of --model. Raises UserError for a name that none has."""
+    if name == "sit":
+        return SiT, SiTConfig
+    # Not at the top: the variants are made from this file's parts.
+    if name == "lightningdit":
+        from variants.lightningdit import LightningDiT, LightningDiTConfig
+        return LightningDiT, LightningDiTConfig
+    if name == "usit":
+        from variants.usit import USiT, USiTConfig
+        return USiT, USiTConfig
+    raise UserError(f"--model {name}: choose sit, lightningdit or usit")
 
 
-def interpolate(x, noise, t, path="linear"):
-    """Training's input and target: x, noise (B, L, C) and t (B,) -> state x_t and velocity v, (B, L, C) each.
-    """
-    alpha, sigma, d_alpha, d_sigma = path_coefficients(t[:, None, None], path)
-    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+def build_config(values):
+    """The model's own config out of a run's, a dict. Raises UserError for sizes that cannot make a model."""
+    config = model_classes(values["model"])[1]
+    names = {field.name for field in dataclasses.fields(config)}
+    try:
+        return config(**{k: v for k, v in values.items() if k in names})
+    except ValueError as e:
+        raise UserError(str(e)) from e
 
 
-def flow_matching_loss(prediction, target):
-    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample,
-    for a trainer to sort by t."""
-    return (prediction.float() - target.float()).square().mean((1, 2))
+def build_model(values):
+    """The model that a run's config, a dict, describes."""
+    return model_classes(values["model"])[0](build_config(values))
 
 
-def sample_times(rngs, kind="uniform", path="linear"):
-    """Training times, (B,) float32 on the CPU, from one numpy Generator a sample:
-    independent of batch and process.
-
-    kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal": fewer times
-    near either end [the released code's README]. With n standard normal, sigma / alpha = e^n on either path:
-    t = sigmoid(n) on the linear one, (2 / pi) atan(e^n) on the cosine one. Raises ValueError for others.
-    """
-    if kind == "uniform":
-        return torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
-    if kind == "logit-normal":
-        n = torch.tensor([rng.standard_normal() for rng in rngs], dtype=torch.float64)
-        return (n.sigmoid() if path == "linear" else n.exp().atan() * (2 / math.pi)).float()
-    raise ValueError(f"times are {kind!r}: choose uniform or logit-normal")
-
-
-def drop_labels(rngs, y, null_class, probability=0.1):
-    """Labels (B,) int64 with some replaced by the null class,
-    so that one model learns both halves of guidance.
-
-    rngs: one numpy Generator a sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
-    them all, which is how an unconditional model is trained [Table 5].
-    """
-    dropped = torch.tensor([rng.random() < probability for rng in rngs], dtype=torch.bool, device=y.device)
-    return torch.where(dropped, null_class, y)
+def load_diffusion(path, device="cpu"):
+    """(the model with the EMA weights, its tokenizer, config dict) from a checkpoint or run folder of
+    train_diffusion.py, both in eval mode. Raises UserError."""
+    state = load_checkpoint(path)
+    if state.get("kind") != "diffusion":
+        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
+    try:
+        model = build_model(state["config"])
+    except (TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{path} has a config this version cannot build: {e}") from e
+    load_weights(model, state["ema"], path)
+    tokenizer = tokenizer_of(state["tokenizer"], path)
+    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"]
 
 
-def expected_noise(v, x, t, path="linear"):
-    """E[eps | x_t], (B, L, C), from the velocity.
-
-    x_t = alpha x + sigma eps and v = alpha' x + sigma' eps are two equations in x and eps, and expectations
-    obey them too. Their determinant  alpha sigma' - alpha' sigma  is 1 on the linear path and pi/2 on the
-    cosine path, never 0.
-    v, x: (B, L, C), x being x_t. t: a float or (B,).
-    """
-    # A float stays on the CPU, a scalar that kernels take by value: sent to a GPU, the host would wait for it.
-    t = t.to(x).reshape(-1, 1, 1) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=x.dtype)
-    alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
-    return (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
-
-
-def score_from_velocity(v, x, t, path="linear"):
-    """The score of x_t, the gradient of the logarithm of its density:  s = -E[eps | x_t] / sigma.
-    [SiT, Sec. 2]
-
-    For given data, x_t is a Gaussian of deviation sigma, with the score
-    -(x_t - alpha x) / sigma^2 = -eps / sigma; and the score of a mixture is the expectation over its parts.
-    On the linear path that is  -(x_t + (1 - t) v) / t.
-    As t -> 0 it grows like 1/sigma, and at t = 0 there is none: raises ValueError. Samplers need not go
-    there: they use sigma s = -E[eps | x_t],  which is finite at all times.
-    v, x, t, path: as expected_noise's.
-    """
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
-    if (t <= 0).any():
-        raise ValueError("the score does not exist at t = 0, where the state is data without noise")
-    return -expected_noise(v, x, t, path) / path_coefficients(t, path)[1]
-
-
-# ------------------------------------------------ samplers ------------------------------------------------
-# From noise at t = 1 to data at t = 0. All take
-#   velocity     a callable: state (B, L, C), t (a float) -> (B, L, C) in any float dtype;
-#                guided_velocity makes one
-#   x            (B, L, C), standard normal noise
-#   trajectory   a list, to which (t, state) is appended at the start and after every step; None: not kept
-# and return the state at t = 0 in x's dtype. On the way it is float64 [released code]: hundreds of small
-# additions to a 16-bit state would round off most of each.
-
-def _state(x):
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)     # Apple GPUs have no float64
-
-
-def _times(steps, last=None):
-    """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0
-    and equal spacing up to it."""
-    if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, not {steps}")
-    if last is None:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    return [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
-
-
-def _keep(trajectory, t, x, dtype):
-    if trajectory is not None:
-        trajectory.append((t, x.to(dtype)))
-
-
-@torch.no_grad()
-def euler(velocity, x, steps=250, trajectory=None):
-    """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length."""
-    dtype, x, times = x.dtype, _state(x), _times(steps)
-    _keep(trajectory, 1.0, x, dtype)
-    for t, t_next in zip(times, times[1:]):
-        x = x + (t_next - t) * velocity(x, t).to(x)
-        _keep(trajectory, t_next, x, dtype)
-    return x.to(dtype)
-
-
-@torch.no_grad()
-def heun(velocity, x, steps=125, trajectory=None, decide="call"):
-    """Heun's method for the ODE dx/dt = v: an Euler step,
-    then again with the mean of the velocities at its two ends.
-
-    An error of second order for 2 * steps - 1 calls: the default costs what 250 Euler steps do. The last step
-    is an Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state
-    for data and would leave half of the noise that is still there.
-    One step of first order among many leaves the whole at second.
-    decide: where guidance has an interval, "call" asks at each call's own time whether it holds [ours], "step"
-    once at the start of a step for both of its calls [released code]; velocity is then guided_velocity's.
-    """
-    dtype, x, times = x.dtype, _state(x), _times(steps)
-    _keep(trajectory, 1.0, x, dtype)
-    for t, t_next in zip(times, times[1:]):
-        v = velocity(x, t).to(x)
-        if t_next > 0:
-            asked = {"start": t} if decide == "step" else {}
-            v = (v + velocity(x + (t_next - t) * v, t_next, **asked).to(x)) / 2
-        x = x + (t_next - t) * v
-        _keep(trajectory, t_next, x, dtype)
-    return x.to(dtype)
-
-
-@torch.no_grad()
-def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear", generator=None,
-                   trajectory=None, diffusion="sigma"):
-    """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
-
-        dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
-        x_t is distributed as the ODE's for any w(t) >= 0 [SiT]
-
-    diffusion "sigma": w = 2 sigma(t) [ours], "t": w = 2t whatever the path [released code]; on the linear path
-    both are 2t. As s is -E[eps|x_t] / sigma, the drift v - w/2 s is v + w/(2 sigma) E[eps|x_t]: for "sigma"
-    nothing is divided by a small number, and for "t" on the cosine path t / sigma is within [2/pi, 1].
-    `steps` calls, at linspace(1, last, steps). The step from `last` to 0 adds no noise, since none after it
-    could take that away; it uses the SDE's drift over its whole length, so `last` must be small beside the
-    data's spread [released code].
-    noise: a callable, step 0 ... steps - 2 -> (B, L, C) standard normal, with which each sample can have its
-    own stream and come out the same in any batch. None: torch's, from `generator`.
-    Raises ValueError for steps < 1, last outside (0, 1) or another diffusion.
-    """
-    if diffusion not in ("sigma", "t"):
-        raise ValueError(f"diffusion is {diffusion!r}: choose sigma or t")
-    if not 0 < last < 1:
-        raise ValueError(f"last is {last}: the last step starts between 0 and 1")
-    dtype, x, times = x.dtype, _state(x), _times(steps, last)
-    if noise is None:
-        device = generator.device if generator else x.device
-        noise = lambda step: torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    sigmas = path_coefficients(torch.tensor(times, dtype=torch.float64), path)[1].tolist()
-    _keep(trajectory, 1.0, x, dtype)
-    for step, (t, t_next) in enumerate(zip(times, times[1:])):
-        v = velocity(x, t).to(x)
-        half_w = sigmas[step] if diffusion == "sigma" else t
-        drift = v + half_w / sigmas[step] * expected_noise(v, x, t, path)           # v - w/2 * score
-        x = x + (t_next - t) * drift
-        if t_next > 0:
-            x = x + math.sqrt(2 * half_w * (t - t_next)) * noise(step).to(x)
-        _keep(trajectory, t_next, x, dtype)
-    return x.to(dtype)
-
-
-# ------------------------------------------------ guidance ------------------------------------------------
-
-def guidance_free_mixture(model, prediction, x_t, t, y, beta):
-    """Guidance-free training: beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)], (B, L, C), which takes
-    the prediction's place in every loss.
-
-    In expectation it must be the conditional velocity c, so the model itself tends to
-    u + (c - u) / beta: the velocity guided by 1 / beta, u being its own unconditional one (sg: no
-    gradient).
-    Sampling then needs one call where classifier-free guidance needs two.  [rebuttal; Chen et al. 2025]
-    model: for v(., null, 1). prediction: v(x_t, c, beta) with gradient. beta (B,): uniform in [0, 1], and 1
-    where the label was dropped, which trains u by the plain loss.
-    """
-    with torch.no_grad():
-        u = model(x_t, t, torch.full_like(y, model.config.num_classes))
-    b = beta[:, None, None]
-    return b * prediction.float() + (1 - b) * u.float()
-
-
-def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
-    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale (c - u),
-    for a span of times.
-
-    Two other schemes on the same line, with their own u:
-    autoguidance (Karras et al. 2024): u is the velocity of `guide`, a worse model of the same latents, such
-    as an earlier checkpoint, with the same labels [rebuttal: 1 M of 4 M steps].
-    guidance-free training: a model with config.guidance_free is told 1 / cfg_scale and returns the guided
-    velocity from one call.
-
-    c and u are the velocities with the labels y (B,) and with the null class;
-    all channels are guided [released code].
-    interval: (low, high), both ends included; outside it c is used as it is [App. C.2, after Kynkäänniemi et
-    al. 2024: guiding the noisiest states costs variety]. Where c is used as it is, and at scale 1 everywhere,
-    u is not computed; elsewhere c and u are one batch of 2B.
-    SiT-XL's main results: 250 steps, scale 1.9 in [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2].
-    The model is called in its weights' dtype; the two velocities are combined in the state's.
-    Raises ValueError for an unconditional model with a scale other than 1: its c is u.
-    """
-    (low, high), null_class = interval, model.config.num_classes
-    if null_class == 0 and cfg_scale != 1 and guide is None:
-        raise ValueError("an unconditional model cannot be guided: leave cfg_scale at 1")
-    if model.config.guidance_free and cfg_scale < 1:
-        raise ValueError("a model of guidance-free training knows guidance scales from 1 on")
-    dtype, null = next(model.parameters()).dtype, torch.full_like(y, null_class)
-
-    def velocity(x, t, start=None):
-        # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
-        guided = cfg_scale != 1 and low - 1e-6 <= (t if start is None else start) <= high + 1e-6
-        if model.config.guidance_free or guide is not None:
-            times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-            if guide is None:
-                beta = torch.full_like(times, 1 / cfg_scale if guided else 1.0)
-                return model(x.to(dtype), times, y, beta).to(x.dtype)
-            c = model(x.to(dtype), times, y).to(x.dtype)
-            if not guided:
-                return c
-            u = guide(x.to(dtype), times, y).to(x.dtype)
-            return u + cfg_scale * (c - u)
-        inputs, labels = (torch.cat((x, x)), torch.cat((y, null))) if guided else (x, y)
-        times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
-        v = model(inputs.to(dtype), times, labels).to(x.dtype)
-        if not guided:
-            return v
-        c, u = v.chunk(2)
-        return u + cfg_scale * (c - u)
-
-    return velocity
+def load_guide(path, model, tokenizer, config, device):
+    """The worse model of autoguidance, which must share latents, path and classes with `model`.
+    Raises UserError."""
+    guide, its_tokenizer, its_config = load_diffusion(path, device)
+    if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
+        raise UserError(f"--guide-ckpt {path} was trained on another tokenizer's latents")
+    for what, its, ours in (("classes", guide.config.num_classes, model.config.num_classes),
+                            ("path", its_config["path"], config["path"])):
+        if its != ours:
+            raise UserError(f"--guide-ckpt {path}: {what} {its}, the model's {ours}; they must agree")
+    return guide

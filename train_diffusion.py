@@ -7,7 +7,7 @@
 The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed
 in the loop. Running the same command again goes on from the last checkpoint, with any number of processes.
 
-Time: data at t = 0, noise at t = 1, here and in sit.py.
+Time: data at t = 0, noise at t = 1, here and in flow.py.
 Shapes: B batch · L latent tokens · C latent channels.
 """
 import contextlib
@@ -26,26 +26,24 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
-from variants.lightningdit import Block as LightningDiTBlock
-from variants.lightningdit import LightningDiT, LightningDiTConfig, velocity_direction_loss
-from maetok import Decoder, initialise, masked_feature_loss
-from pictures import image_grid, plot_curves
+from flow import (drop_labels, euler, flow_matching_loss, guidance_free_mixture, guided_velocity, interpolate,
+                  path_coefficients, sample_times)
 from frozen.pretrained import TEACHERS, load_teacher
+from maetok import Decoder, initialise, masked_feature_loss, tokenizer_of
+from pictures import image_grid, plot_curves
+from sit import SIZES, SiTConfig, build_config, build_model
 from sit import Block as SiTBlock
-from sit import (SIZES, SiT, SiTConfig, drop_labels, euler, flow_matching_loss, guidance_free_mixture,
-                 guided_velocity, interpolate, path_coefficients, sample_times)
-from train_tokenizer import tokenizer_of
+from variants.lightningdit import Block as LightningDiTBlock
+from variants.lightningdit import velocity_direction_loss
 from variants.usit import SIZES as USIT_SIZES
 from variants.usit import Block as USiTBlock
-from variants.usit import USiT, USiTConfig
 
 TIME_BINS = 10
-MODELS = {"sit": (SiT, SiTConfig), "lightningdit": (LightningDiT, LightningDiTConfig),
-          "usit": (USiT, USiTConfig)}
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Config(SiTConfig):
     model: str = "sit"            # sit [Table 8], lightningdit [Table 9] or usit [Table 3]
     qk_norm: bool = False         # lightningdit: RMSNorm on queries and keys
     sine_table: bool = True       # lightningdit: fixed positions under its RoPE
-    path: str = "linear"          # linear or cosine interpolant between data and noise; see sit.py
+    path: str = "linear"          # linear or cosine interpolant between data and noise; see flow.py
     times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
                                   # [released code's README]
     label_dropout: Share = 0.1    # share of labels replaced by the null class, for guidance [SiT]
@@ -117,8 +115,6 @@ class Config(SiTConfig):
         self.out = self.out or f"runs/diffusion-{self.preset.replace(',', '-')}"
         path_coefficients(torch.zeros(1), self.path)                                  # these raise ValueError
         sample_times([], self.times)
-        if self.model not in MODELS:
-            raise UserError(f"--model {self.model}: choose {', '.join(MODELS)}")
         build_config(dataclasses.asdict(self))
         if self.repa and self.repa not in TEACHERS:
             raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
@@ -181,7 +177,7 @@ class LatentCache(torch.utils.data.Dataset):
     def __init__(self, folder, key, length, flip, seed):
         self.folder, self.length, self.flip, self.seed = Path(folder), length, flip, seed
         meta = self.folder / "meta.json"
-        if meta.exists() and common.read_json(meta).get("key") != key:
+        if meta.exists() and checkpoints.read_json(meta).get("key") != key:
             raise UserError(f"{folder} holds latents of another tokenizer, data set or preprocessing; "
                             "delete it, or choose another --out")
         self.shards = None
@@ -197,7 +193,7 @@ class LatentCache(torch.utils.data.Dataset):
 
     def whole(self, shard, shape):
         """Whether a shard is there, is what was written, and has latents of this shape."""
-        latents, labels = (common.load_npy(path) for path in self.shard_paths(shard))
+        latents, labels = (checkpoints.load_npy(path) for path in self.shard_paths(shard))
         count = min(SHARD_IMAGES, self.length - shard * SHARD_IMAGES)
         if (latents is not None and labels is not None and latents.shape == (count, *shape)
                 and labels.shape == (count,)):
@@ -213,8 +209,8 @@ class LatentCache(torch.utils.data.Dataset):
         so an interruption costs one shard at most."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            common.remove_debris(self.folder)
-            common.atomic_write(self.folder / "meta.json", lambda p: p.write_text(json.dumps({"key": key})))
+            checkpoints.remove_debris(self.folder)
+            checkpoints.write_json(self.folder / "meta.json", {"key": key})
         if world > 1:
             dist.barrier()                                      # no shard is begun before the debris is gone
         order = range(self.length)
@@ -231,10 +227,7 @@ class LatentCache(torch.utils.data.Dataset):
                 batches = [[(0, i) for i in indices[a:a + batch_size]]
                            for a in range(0, len(indices), batch_size)]
                 latents, labels = [], []
-                for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                                         collate_fn=collate):
-                    if isinstance(batch, UserError):
-                        raise batch
+                for batch in common.batch_loader(dataset, batches, workers, device, collate):
                     images = to_float(batch[0].to(device))
                     views = [images, images.flip(-1)] if self.flip else [images]
                     z = torch.stack([tokenizer.encode(view, normalize=True)
@@ -244,7 +237,7 @@ class LatentCache(torch.utils.data.Dataset):
                     bar.update(len(images))
                 paths = self.shard_paths(shard)
                 for path, array in zip(paths, (np.concatenate(latents), np.concatenate(labels))):
-                    common.atomic_write(path, lambda p: common.save_npy(p, array))
+                    checkpoints.atomic_write(path, lambda p: checkpoints.save_npy(p, array))
         if world > 1:
             dist.barrier()
 
@@ -410,7 +403,7 @@ def train(config, state, train_set, tokenizer, teacher, processes):
                       "grad_norm": float(grad_norm), "lr": lr,
                       "latents_per_second": clock.rate(step, config.batch_size)} | means
             if rank == 0:
-                common.append_metrics(config.out, record)
+                checkpoints.append_metrics(config.out, record)
                 bar.set_postfix({"loss": f"{record['loss']:.4f}",
                                  "img/s": f"{record['latents_per_second']:.0f}"}, refresh=False)
         if rank == 0 and drawing:
@@ -431,7 +424,7 @@ def save(config, state, processes):
                    "tokenizer": state.tokenizer}
         if state.repa:
             content["repa_head"] = state.repa.head.state_dict()
-        common.save_checkpoint(config.out, content, config.keep, config.keep_every)
+        checkpoints.save_checkpoint(config.out, content, config.keep, config.keep_every)
     if processes.world > 1:
         dist.barrier()
 
@@ -449,53 +442,23 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
         x = euler(guided_velocity(model, y, scale), noise, steps)
         rows[f"guidance {scale:g}"] = to_uint8(tokenizer.decode(x, normalized=True))
     sheet = image_grid(list(rows.values()), list(rows))
-    common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
-
-
-def build_config(values):
-    """The model's own config out of a run's, a dict. Raises UserError for sizes that cannot make a model."""
-    config = MODELS[values["model"]][1]
-    names = {field.name for field in dataclasses.fields(config)}
-    try:
-        return config(**{k: v for k, v in values.items() if k in names})
-    except ValueError as e:
-        raise UserError(str(e)) from e
-
-
-def build_model(values):
-    """The model that a run's config, a dict, describes."""
-    return MODELS[values["model"]][0](build_config(values))
-
-
-def load_diffusion(path, device="cpu"):
-    """(the model with the EMA weights, its tokenizer, config dict) from a checkpoint of this script,
-    both in eval mode."""
-    state = common.load_checkpoint(path)
-    if state.get("kind") != "diffusion":
-        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
-    try:
-        model = build_model(state["config"])
-    except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{path} has a config this version cannot build: {e}") from e
-    common.load_weights(model, state["ema"], path)
-    tokenizer = tokenizer_of(state["tokenizer"], path)
-    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"]
+    checkpoints.write_png(path, sheet)
 
 
 def load_state(config, state, checkpoint):
     """All that a checkpoint holds into `state`. Raises UserError for one of another run."""
     out = config.out
-    common.check_same_config(checkpoint["config"], config, FREE, out)
+    checkpoints.check_same_config(checkpoint["config"], config, FREE, out)
     if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))
            for k, v in state.tokenizer["ema"].items()):
         raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
     state.step = checkpoint["step"]
-    common.load_weights(state.model, checkpoint["model"], out)
-    common.load_weights(state.ema.model, checkpoint["ema"], out)
+    checkpoints.load_weights(state.model, checkpoint["model"], out)
+    checkpoints.load_weights(state.ema.model, checkpoint["ema"], out)
     state.ema.updates = checkpoint["ema_updates"]
     if state.repa:
-        common.load_weights(state.repa.head, checkpoint["repa_head"], out)
-    common.load_optimizer(state.optimizer, checkpoint["optimizer"], out)
+        checkpoints.load_weights(state.repa.head, checkpoint["repa_head"], out)
+    checkpoints.load_optimizer(state.optimizer, checkpoint["optimizer"], out)
 
 
 # ------------------------------------------------ main ------------------------------------------------
@@ -510,7 +473,7 @@ def main(argv=None):
     if config.batch_size % (world * config.accumulate):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
-    source = common.load_checkpoint(config.tokenizer)
+    source = checkpoints.load_checkpoint(config.tokenizer)
     tokenizer = tokenizer_of(source, config.tokenizer).to(device)
     if not source["measured"]:
         raise UserError(f"{config.tokenizer} is from the middle of a training stage: "
@@ -546,12 +509,12 @@ def main(argv=None):
                                   weight_decay=config.weight_decay, fused=device.type != "mps")
     state = TrainState(model, ema, optimizer, tokenizer_state, repa)
     if rank == 0:
-        common.lock(out)
-    checkpoint = common.find_checkpoint(out, rank)
+        checkpoints.lock(out)
+    checkpoint = checkpoints.find_checkpoint(out, rank)
     if checkpoint is not None:
         load_state(config, state, checkpoint)
     checkpoint = source = None                          # the memory of two checkpoints, in every process
-    common.check_same_step(state.step, out, rank, world, device)
+    checkpoints.check_same_step(state.step, out, rank, world, device)
     if config.cache:
         length = min(config.cache_images or train_set.length or 0, train_set.length or config.cache_images)
         if length == 0:
@@ -559,20 +522,20 @@ def main(argv=None):
                             "or --no-cache")
         key = cache_key(config, tokenizer, train_set)
         cache = LatentCache(out / "latents", key, length, config.flip, config.seed)
-        workers = (8 if device.type == "cuda" else 0) if config.workers < 0 else config.workers
-        cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), workers, rank,
-                    world, device)
+        cache.build(key, tokenizer, train_set, config.cache_dtype, min(64, config.batch_size), config.workers,
+                    rank, world, device)
         skipped, train_set = train_set.skipped, cache
     if rank == 0:
-        common.start_run(config, state.step)
+        checkpoints.start_run(config, state.step)
         if config.cache and skipped:
             print(f"passed over unreadable images {int(skipped)} times")
         print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {world} x {device}; "
               f"{out}/ at step {state.step} of {config.steps}", flush=True)
-        print(common.checkpoint_budget(model, config.save_every, config.steps, config.keep, config.keep_every))
+        print(checkpoints.checkpoint_budget(model, config.save_every, config.steps, config.keep,
+                                            config.keep_every))
     train(config, state, train_set, tokenizer, teacher, processes)
     if rank == 0:
-        records = common.read_metrics(out)
+        records = checkpoints.read_metrics(out)
         curves = {"loss": [(r["step"], r["loss"]) for r in records]}
         for b in (0, TIME_BINS // 2, TIME_BINS - 1):
             curves[f"loss for t in [{b / TIME_BINS:g}, {(b + 1) / TIME_BINS:g})"] = [

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
@@ -31,8 +31,9 @@ from data import GlobalBatches, build_dataset, collate, some_images, to_float, t
 from hog import hog_dim, hog_features, hog_picture
 from losses import (View, adaptive_weight, auxiliary_loss, build_objective, compute_targets, distance,
                     generator_loss)
-from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, masked_feature_loss, patchify,
-                    random_mask, unpatchify)
+from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, mask_out, masked_feature_loss,
+                    random_mask, tokenizer_of)
+from maetok import load_tokenizer  # noqa: F401   (where it was before)
 from pictures import image_grid, plot_curves
 from metrics import psnr
 from frozen.pretrained import TEACHERS
@@ -452,7 +453,7 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
             record = {"step": step, "stage": stage.number, **log.read(step, config), "grad_norm": float(grad_norm),
                       "lr": lr, "mask": (low + high) / 2, "images_per_second": clock.rate(step, config.batch_size)}
             if rank == 0:
-                common.append_metrics(config.out, record)
+                checkpoints.append_metrics(config.out, record)
                 shown = ("recon", "percep", "adv", "kl", *config.aux_targets)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in record.items() if name in shown}
                                 | {"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
@@ -476,7 +477,7 @@ def save(config, state, processes):
         if state.adversary is not None:
             content |= {"adversary": state.adversary.state_dict(),
                         "adversary_optimizer": state.adversary_optimizer.state_dict()}
-        common.save_checkpoint(config.out, content, config.keep, config.keep_every)
+        checkpoints.save_checkpoint(config.out, content, config.keep, config.keep_every)
     if processes.world > 1:
         dist.barrier()
 
@@ -503,10 +504,10 @@ def evaluate(config, model, dataset, teachers, device):
     ratio = 0.5 if config.mask_high > 0 else 0.0
     for images, _, *captions in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
         images = to_float(images).to(device)
-        redrawn = model.decode(model.encode(images), images.shape[-2:])
+        redrawn = model.reconstruct(images)
         psnrs.append(psnr(to_uint8(images).cpu(), to_uint8(redrawn).cpu()))
         if model.aux_decoders:
-            N = patchify(images, config.patch_size).shape[1]
+            N = math.prod(model.grid(images.shape[-2:]))
             rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))
             mask, seen = random_mask(rngs, N, ratio, ratio).to(device), seen + len(images)
             output, where = model(images, mask), mask if ratio else torch.ones_like(mask)
@@ -555,10 +556,9 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
         mask = random_mask(step_rngs(config, "grid-mask", 0, range(len(images))),
                            grid[0] * grid[1], 0.5, 0.5).to(device)
         output = model(images, mask)
-        rows["masked input"] = to_uint8(
-            unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, grid))
+        rows["masked input"] = to_uint8(mask_out(images, mask, P))
         rows["reconstruction\nof the masked input"] = to_uint8(output.reconstruction)
-    rows["reconstruction"] = to_uint8(model.decode(model.encode(images), images.shape[-2:]))
+    rows["reconstruction"] = to_uint8(model.reconstruct(images))
     if stage == 1 and "hog" in model.aux_decoders:
         predicted = (output if config.mask_high > 0 else model(images)).aux["hog"]
         cell = max(8, 96 // (images.shape[-1] // config.hog_cell))
@@ -566,36 +566,7 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
                                 ("HOG predicted", predicted)):
             rows[title] = [hog_picture(f, grid, P, config.hog_cell, pixels_per_cell=cell) for f in features]
     sheet = image_grid(list(rows.values()), list(rows))
-    common.atomic_write(path, lambda p: sheet.save(p, "PNG"))
-
-
-def load_tokenizer(path, device="cpu"):
-    """The trained tokenizer in a checkpoint or run folder of this script: MAETok with the EMA weights,
-    in eval mode.
-
-    Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
-    from the middle of a stage has none yet, which a warning says. Raises UserError.
-    """
-    return tokenizer_of(common.load_checkpoint(path), path).to(device)
-
-
-def tokenizer_of(state, path):
-    """The same from a checkpoint already read; `path` is for messages."""
-    if state.get("kind") != "tokenizer":
-        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
-    names = {field.name for field in dataclasses.fields(MAETokConfig)}
-    try:
-        model = MAETok(MAETokConfig(**{k: v for k, v in state["config"].items() if k in names}))
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path} has a config this version cannot build: {e}") from e
-    if state["stage"] == 2:
-        model.freeze_encoder()                                                  # drops the auxiliary decoders
-    common.load_weights(model, state["ema"], path)
-    if not state["measured"]:
-        print(f"warning: {path} is from the middle of training, "
-              "its latent mean and std are not measured yet: normalised latents are the raw ones",
-              file=sys.stderr)
-    return model.eval().requires_grad_(False)
+    checkpoints.write_png(path, sheet)
 
 
 def start_from(config, model, adversary, path):
@@ -604,7 +575,7 @@ def start_from(config, model, adversary, path):
 
     The sizes of image and auxiliary decoders may differ, anything else must not. Raises UserError.
     """
-    state = common.load_checkpoint(path)
+    state = checkpoints.load_checkpoint(path)
     source = tokenizer_of(state, path)
     free = ("image_size", "aux_targets", "aux_depth", "aux_width", "aux_heads", "initialisation")
     differ = [f"{f.name} {getattr(source.config, f.name)!r} -> {getattr(config, f.name)!r}" for f in
@@ -613,20 +584,20 @@ def start_from(config, model, adversary, path):
     if differ:
         raise UserError(f"--init {path} holds weights of another model ({'; '.join(differ[:5])}); "
                         "give the same preset")
-    common.load_weights(model.encoder, source.encoder.state_dict(), path)
-    common.load_weights(model.decoder, source.decoder.state_dict(), path)
+    checkpoints.load_weights(model.encoder, source.encoder.state_dict(), path)
+    checkpoints.load_weights(model.decoder, source.decoder.state_dict(), path)
     for name, decoder in source.aux_decoders.items():
         if name in model.aux_decoders:
-            common.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
+            checkpoints.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
     if adversary is not None and state["config"].get("disc") == config.disc:
-        common.load_weights(adversary, state["adversary"], path)
+        checkpoints.load_weights(adversary, state["adversary"], path)
 
 
 def check_resumable(config, checkpoint, adversary):
     """Refuse to resume a run with what it cannot be resumed with. Raises UserError."""
     # Batch norm, LeCAM and the adaptive weight look at one forward pass: with a GAN its size matters.
     free = FREE - {"accumulate"} if adversary else FREE
-    common.check_same_config(checkpoint["config"], config, free, config.out)
+    checkpoints.check_same_config(checkpoint["config"], config, free, config.out)
     if config.stage == "1" and checkpoint["stage"] == 2:
         raise UserError(f"the run in {config.out} is in stage 2 already; choose another --out for --stage 1")
     if config.stage == "2" and checkpoint["stage"] == 1 and not checkpoint["measured"]:
@@ -636,12 +607,12 @@ def check_resumable(config, checkpoint, adversary):
 def load_state(state, checkpoint, path):
     """All that a checkpoint holds, but for the model's own weights, into `state`. Raises UserError."""
     state.stage, state.step, state.measured = (checkpoint[key] for key in ("stage", "step", "measured"))
-    common.load_weights(state.ema.model, checkpoint["ema"], path)
+    checkpoints.load_weights(state.ema.model, checkpoint["ema"], path)
     state.ema.updates = checkpoint["ema_updates"]
-    common.load_optimizer(state.optimizer, checkpoint["optimizer"], path)
+    checkpoints.load_optimizer(state.optimizer, checkpoint["optimizer"], path)
     if state.adversary is not None:
-        common.load_weights(state.adversary, checkpoint["adversary"], path)
-        common.load_optimizer(state.adversary_optimizer, checkpoint["adversary_optimizer"], path)
+        checkpoints.load_weights(state.adversary, checkpoint["adversary"], path)
+        checkpoints.load_optimizer(state.adversary_optimizer, checkpoint["adversary_optimizer"], path)
 
 
 def start_stage_2(config, state, device):
@@ -681,15 +652,15 @@ def main(argv=None):
         if "text" in config.aux_targets:
             networks.teachers["text"] = TextTarget(config, train_set, device)
     if rank == 0:
-        common.lock(out)
-    checkpoint = common.find_checkpoint(out, rank)
+        checkpoints.lock(out)
+    checkpoint = checkpoints.find_checkpoint(out, rank)
     if checkpoint is not None:
         check_resumable(config, checkpoint, networks.adversary)
         if config.init and rank == 0:
             print(f"note: resuming the run in {out}; --init {config.init} is not read again")
         if checkpoint["stage"] == 2:
             model.freeze_encoder()
-        common.load_weights(model, checkpoint["model"], out)
+        checkpoints.load_weights(model, checkpoint["model"], out)
     elif config.init:
         start_from(config, model, networks.adversary, config.init)
     elif config.stage == "2":
@@ -707,14 +678,14 @@ def main(argv=None):
         state.step = config.steps                                  # --init stands for a finished stage 1
         start_stage_2(config, state, device)
     checkpoint = None                                   # the memory of a whole checkpoint, in every process
-    common.check_same_step(state.step, out, rank, world, device)
+    checkpoints.check_same_step(state.step, out, rank, world, device)
     if rank == 0:
-        common.start_run(config, state.step, state.measured)
+        checkpoints.start_run(config, state.step, state.measured)
         count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
               f"auxiliary {count(model.aux_decoders):.2f} M; {world} x {device}; "
               f"{out}/ at step {state.step} of {end}", flush=True)
-        print(common.checkpoint_budget(model, config.save_every, end, config.keep, config.keep_every))
+        print(checkpoints.checkpoint_budget(model, config.save_every, end, config.keep, config.keep_every))
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
     while state.step < end or not state.measured:
@@ -727,7 +698,7 @@ def main(argv=None):
             averaged = state.ema.on(device)
             record = {"step": state.step, "stage": state.stage, "event": f"end of stage {state.stage}",
                       **evaluate(config, averaged, test_set, networks.teachers, device)}
-            common.append_metrics(out, record)
+            checkpoints.append_metrics(out, record)
             print(json.dumps(record), flush=True)
             measure_latents(config, averaged, train_set, device)
             for part in (model, state.ema.model):
@@ -736,7 +707,7 @@ def main(argv=None):
         state.measured = True
         save(config, state, processes)
     if rank == 0:
-        records = common.read_metrics(out)
+        records = checkpoints.read_metrics(out)
         terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
                  "disc_real", "disc_fake", "lecam", "lr")
         plot_curves({n: [(r["step"], r[n]) for r in records if n in r]

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import UserError, sample_rng
 from data import Folder, GlobalBatches, build_dataset, collate, read_npz, to_float
@@ -127,11 +128,8 @@ def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
     model = small_classifier(len(train_set.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     batches = GlobalBatches(train_set.length, batch_size, 0, steps, seed)
-    bar = tqdm(torch.utils.data.DataLoader(train_set, batch_sampler=batches, collate_fn=collate),
-               desc="classifier")
-    for step, batch in enumerate(bar):
-        if isinstance(batch, UserError):
-            raise batch
+    loader = common.batch_loader(train_set, batches, 0, device, collate)
+    for step, batch in enumerate(tqdm(loader, desc="classifier", total=steps)):
         if (batch[1] < 0).any():
             raise UserError("an image of --data has no class: the classifier needs all labelled")
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
@@ -164,7 +162,7 @@ def load_classifier(args, data, size):
         cached = Path(args.cache) / f"classifier_{key}.pt"
         if cached.exists():
             try:
-                common.load_checkpoint(cached)
+                checkpoints.load_checkpoint(cached)
             except UserError as e:
                 print(f"warning: {e}; it is trained again")
                 cached.unlink()
@@ -172,9 +170,9 @@ def load_classifier(args, data, size):
             model = train_classifier(train_set, args.device, args.classifier_steps)
             cached.parent.mkdir(parents=True, exist_ok=True)
             state = {"config": {"data": data, "size": size}, "model": model.state_dict()}
-            common.atomic_write(cached, lambda path: torch.save(state, path))
+            checkpoints.atomic_write(cached, lambda path: torch.save(state, path))
     model = small_classifier(len(train_set.classes))
-    common.load_weights(model, common.load_checkpoint(cached)["model"], cached)
+    checkpoints.load_weights(model, checkpoints.load_checkpoint(cached)["model"], cached)
     return model.to(args.device).eval(), f"classifier {key}"
 
 
@@ -322,5 +320,5 @@ def save_statistics(path, real, name):
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
-    common.atomic_write(Path(path), write)
+    checkpoints.atomic_write(Path(path), write)
     print(f"wrote {path}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import common
+import checkpoints
 from common import UserError
 
 
@@ -52,7 +52,7 @@ def find_weights(weights, weights_dir=""):
                 return folder / name
     path = folders[0] / weights.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(path, lambda temporary: _download(weights, path, temporary))
+    checkpoints.atomic_write(path, lambda temporary: _download(weights, path, temporary))
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import common
+import checkpoints
 from pictures import line_chart, plot_curves
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
@@ -80,7 +80,7 @@ def read_unit(name, folder, done):
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
         result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
-    records = common.read_metrics(folder / "diffusion")
+    records = checkpoints.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
     add(read("samples_unconditional")["rows"][-1], "unconditional")
     result["seconds"] = {title: round(entry["seconds"]) for title, entry in done.items()}
@@ -222,7 +222,7 @@ def report(args, units, sources):
               f"features of a classifier trained on the real images (right on {100 * accuracy:.0f} % of the "
               "test images), or of EfficientNet-Lite0 (not FID); "
               "seeds of each row: " + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
-    common.atomic_write(out / f"{args.setting}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
+    checkpoints.write_json(out / f"{args.setting}.json", result)
     tables = {"Summary": SUMMARY, "Tokenizers": TOKENIZERS,
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
@@ -231,10 +231,10 @@ def report(args, units, sources):
                "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")
-    common.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
+    checkpoints.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
     charts = {**line_charts(rows), "samples": sample_sheet(units), **loss_chart(result["reference_curves"])}
     for name, picture in charts.items():
-        common.atomic_write(out / f"{args.setting}_{name}.png", lambda p: picture.save(p, "PNG"))
+        checkpoints.write_png(out / f"{args.setting}_{name}.png", picture)
     print(f"wrote {out}/{args.setting}.json, .md, _{'.png, _'.join(charts)}.png")
 
 
@@ -279,7 +279,7 @@ def reference_curves(units, name="MAETok (HOG)", points=20):
     if 0 not in units.get(name, {}):
         return curves
     for part in ("stage1", "stage2", "diffusion"):
-        records = [r for r in common.read_metrics(units[name][0][0] / part) if "loss" in r]
+        records = [r for r in checkpoints.read_metrics(units[name][0][0] / part) if "loss" in r]
         chosen = sorted(set(np.linspace(0, len(records) - 1, points).astype(int))) if records else []
         curves[part] = [{key: r[key] for key in ("step", "loss", "recon", "hog") if key in r}
                         for r in (records[i] for i in chosen)]

@@ -29,11 +29,12 @@ import common
 import metrics
 from common import UserError
 from data import build_dataset
+from flow import flow_matching_loss
 from hog import hog_features
 from losses import adaptive_weight, build_objective, compute_targets, distance, generator_loss
 from maetok import Block, MAETok, masked_feature_loss, random_mask
 from sit import Block as SiTBlock
-from sit import SIZES, SiT, SiTConfig, flow_matching_loss
+from sit import SIZES, SiT, SiTConfig
 from train_tokenizer import PRESETS, Config, build_optimizer
 
 

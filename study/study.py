@@ -20,7 +20,6 @@ as a teacher. Neither distance is FID.
 import argparse
 import concurrent.futures
 import importlib.util
-import json
 import math
 import os
 import re
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import common
 from common import UserError
 from data import build_dataset
@@ -148,7 +148,7 @@ def read_done(args, name, seed):
     arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
-    found, done = common.read_json(path) if path.exists() else {}, {}
+    found, done = checkpoints.read_json(path) if path.exists() else {}, {}
     for title, arguments in commands(args, name, seed).items():
         fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False, "machine": None}
         done[title] = found.get(title, fresh)
@@ -209,7 +209,7 @@ class Study:
             finally:
                 entry["seconds"] += time.time() - start
                 entry["machine"] = self.args.machine
-                common.atomic_write(folder / "done.json", lambda p: p.write_text(json.dumps(done, indent=1)))
+                checkpoints.write_json(folder / "done.json", done)
             if not entry["done"]:
                 return False
         return True
@@ -277,7 +277,7 @@ def main(argv=None):
         raise UserError("no row is left to run")
     args.out = args.out or f"runs/study-{args.setting}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    common.lock(args.out)
+    checkpoints.lock(args.out)
     cores = os.cpu_count()
     args.jobs = args.jobs or min(4, cores)
     args.threads = max(1, cores // args.jobs)

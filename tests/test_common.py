@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import checkpoints
 import common
 import pictures
 from common import UserError
@@ -68,7 +69,7 @@ with common.rank_zero_first(rank, world):
     with open({str(tmp_path / "log")!r}, "a") as file:
         file.write(str(rank))
 out = {str(tmp_path)!r} + "/out" + ("" if len(sys.argv) < 2 or rank < 2 else "2")
-common.run(lambda: common.check_same_step(0, out, rank, world, device))
+common.run(lambda: checkpoints.check_same_step(0, out, rank, world, device))
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -147,9 +148,9 @@ def test_average_without_warm_up_starts_at_the_weights_with_its_full_decay():
 
 def test_milestones_stay_beside_the_newest_checkpoints(tmp_path):
     for step in range(100, 1100, 100):
-        common.save_checkpoint(tmp_path, {"step": step, "config": {}}, keep=2, keep_every=300)
-    assert [int(p.stem[5:]) for p in common.numbered_checkpoints(tmp_path)] == [1000, 900, 600, 300]
-    line = common.checkpoint_budget(torch.nn.Linear(999, 1000), 100, 1000, 2, 300)
+        checkpoints.save_checkpoint(tmp_path, {"step": step, "config": {}}, keep=2, keep_every=300)
+    assert [int(p.stem[5:]) for p in checkpoints.numbered_checkpoints(tmp_path)] == [1000, 900, 600, 300]
+    line = checkpoints.checkpoint_budget(torch.nn.Linear(999, 1000), 100, 1000, 2, 300)
     assert "0.016 GB each" in line and "3 milestones" in line and "0.08 GB in all" in line
 
 
@@ -158,9 +159,9 @@ def test_a_run_begun_before_an_option_existed_resumes_with_its_default():
     class Config:
         lr: float = 1.0
         young: str = "as before"
-    common.check_same_config({"lr": 1.0}, Config(), set(), "out")
+    checkpoints.check_same_config({"lr": 1.0}, Config(), set(), "out")
     with pytest.raises(common.UserError, match="young 'as before' -> 'new'"):
-        common.check_same_config({"lr": 1.0}, Config(young="new"), set(), "out")
+        checkpoints.check_same_config({"lr": 1.0}, Config(young="new"), set(), "out")
 
 
 def test_ema_kept_elsewhere_is_lent_as_a_copy():
@@ -218,30 +219,30 @@ def state(step):
 
 
 def test_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
-    assert common.find_checkpoint(tmp_path) is None
+    assert checkpoints.find_checkpoint(tmp_path) is None
     (tmp_path / "step_best.pt").write_text("a user's own copy")
     (tmp_path / ".step_0000004.pt.99.tmp").write_text("left by a killed process")
-    common.remove_debris(tmp_path)
+    checkpoints.remove_debris(tmp_path)
     for step in (5, 10, 100, 1000):
-        common.save_checkpoint(tmp_path, state(step), keep=2)
+        checkpoints.save_checkpoint(tmp_path, state(step), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_0000100.pt", "step_0001000.pt",
                                                            "step_best.pt"]
-    assert common.find_checkpoint(tmp_path)["step"] == 1000
+    assert checkpoints.find_checkpoint(tmp_path)["step"] == 1000
     (tmp_path / "last.pt").unlink()
-    assert common.find_checkpoint(tmp_path)["step"] == 1000
+    assert checkpoints.find_checkpoint(tmp_path)["step"] == 1000
 
 
 def test_truncated_last_falls_back_with_a_warning(tmp_path, capsys):
     for step in (5, 10):
-        common.save_checkpoint(tmp_path, state(step), keep=2)
+        checkpoints.save_checkpoint(tmp_path, state(step), keep=2)
     with open(tmp_path / "last.pt", "r+b") as file:
         file.truncate(2000)
-    assert common.find_checkpoint(tmp_path)["step"] == 5
+    assert checkpoints.find_checkpoint(tmp_path)["step"] == 5
     assert "warning" in capsys.readouterr().err
     with open(tmp_path / "step_0000005.pt", "r+b") as file:
         file.truncate(0)
     with pytest.raises(UserError, match="none of the 3 checkpoints"):
-        common.find_checkpoint(tmp_path)
+        checkpoints.find_checkpoint(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -252,7 +253,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(UserError, match="disk full"):
-        common.atomic_write(tmp_path / "x", write)
+        checkpoints.atomic_write(tmp_path / "x", write)
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -260,34 +261,34 @@ def test_a_full_disk_is_one_line():
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(UserError, match="is the disk full") as e:
-        common.atomic_write("/tmp/never-written", lambda path: torch.save(state(1), "/dev/full"))
+        checkpoints.atomic_write("/tmp/never-written", lambda path: torch.save(state(1), "/dev/full"))
     assert "\n" not in str(e.value)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
-        common.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="no 'config'"):
-        common.load_checkpoint(tmp_path / "list.pt")
+        checkpoints.load_checkpoint(tmp_path / "list.pt")
     torch.save({"config": np.random.default_rng()}, tmp_path / "code.pt")     # would need to run code to load
     with pytest.raises(UserError, match="damaged or no checkpoint"):
-        common.load_checkpoint(tmp_path / "code.pt")
+        checkpoints.load_checkpoint(tmp_path / "code.pt")
 
 
 def test_weights_of_another_model_are_refused_in_one_line():
     with pytest.raises(UserError, match="weights of another model") as e:
-        common.load_weights(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4).state_dict(), "x.pt")
+        checkpoints.load_weights(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4).state_dict(), "x.pt")
     assert "\n" not in str(e.value)
 
 
 def test_metrics_are_cut_back_on_resume(tmp_path):
     for step in (1, 2, 3, 4):
-        common.append_metrics(tmp_path, {"step": step})
+        checkpoints.append_metrics(tmp_path, {"step": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')                                           # a crash in mid-line
-    common.cut_metrics(tmp_path, 2)
-    assert [r["step"] for r in common.read_metrics(tmp_path)] == [1, 2]
+    checkpoints.cut_metrics(tmp_path, 2)
+    assert [r["step"] for r in checkpoints.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_pictures_hold_what_they_are_given():
@@ -322,11 +323,11 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     images = np.arange(2 * 3 * 64 * 64, dtype=np.uint8).reshape(2, 3, 64, 64)
     images = images.transpose(0, 2, 3, 1)                                                   # a permuted view
     path = tmp_path / "part.npy"
-    common.atomic_write(path, lambda p: common.save_npy(p, images))
+    checkpoints.atomic_write(path, lambda p: checkpoints.save_npy(p, images))
     assert np.array_equal(np.load(path), images) and np.load(path).flags.c_contiguous
     path.unlink()
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (os.truncate(number, images.nbytes // 2), sync(number)))
     with pytest.raises(UserError, match="part.npy.*disk full"):
-        common.atomic_write(path, lambda p: common.save_npy(p, images))
+        checkpoints.atomic_write(path, lambda p: checkpoints.save_npy(p, images))
     assert not list(tmp_path.iterdir())

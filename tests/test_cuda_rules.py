@@ -9,8 +9,10 @@ import torch
 from pretend_cuda import RuleBroken, pretend_cuda
 from test_train_tokenizer import TINY
 
+import checkpoints
 import common
 import evaluate
+import flow
 import losses
 import sample
 import train_diffusion
@@ -58,7 +60,7 @@ def test_tokenizer(tmp_path, monkeypatch, options):
     few, more = (waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / str(n), n, *options))
                  for n in (2, 4))
     assert few == more and few
-    state = common.load_checkpoint(tmp_path / "4")
+    state = checkpoints.load_checkpoint(tmp_path / "4")
     assert state["step"] == 8
     assert all(type(t) is torch.Tensor and t.isfinite().all() for t in state["ema"].values())
 
@@ -74,10 +76,10 @@ def test_diffusion_and_sampler(tmp_path, monkeypatch, options):
                                                            tmp_path / str(n), "--steps", n, *options])
                  for n in (3, 6))
     assert few == more and few
-    assert common.load_checkpoint(tmp_path / "6")["step"] == 6
+    assert checkpoints.load_checkpoint(tmp_path / "6")["step"] == 6
     if "--repa" in options:
         return
-    for sampler in sample.SAMPLERS:
+    for sampler in flow.SAMPLERS:
         draw = ["--ckpt", tmp_path / "6", "--sampler", sampler, "--num", "4", "--cfg", "2", "--device", "cuda",
                 "--cfg-interval", "0", "0.75"]
         outs = {n: tmp_path / f"{sampler}{n}.npz" for n in (3, 6)}

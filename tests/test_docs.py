@@ -52,6 +52,17 @@ def test_every_link_leads_somewhere(page):
         assert int(match[3]) == right_line(page, match), f"{match[0]}: run python tests/test_docs.py"
 
 
+def test_no_script_or_module_imports_a_script():
+    """But study/speed.py, which times the training step."""
+    scripts = {"train_tokenizer", "train_diffusion", "sample", "evaluate"}
+    for path in [*ROOT.glob("*.py"), *(file for folder in ("frozen", "variants", "study")
+                                       for file in (ROOT / folder).glob("*.py") if file.name != "speed.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = ([node.module] if isinstance(node, ast.ImportFrom) else
+                        [name.name for name in node.names] if isinstance(node, ast.Import) else [])
+            assert not scripts & set(imported), f"{path.name}, line {node.lineno}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_is_named_exists(page):
     known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}

@@ -19,8 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import common
+import checkpoints
 import evaluate
+import flow
+import maetok
 from frozen import features
 import sample
 import train_diffusion
@@ -159,7 +161,7 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
     measure("recon", tokenizer, "--num-images", 30, "--batch-size", 8, "--out", tmp_path / "r",
             "--data", "shapes")
     found = json.loads((tmp_path / "r.json").read_text())
-    model = train_tokenizer.load_tokenizer(tokenizer)
+    model = maetok.load_tokenizer(tokenizer)
     images = next(some_images(build_dataset("shapes", "test", 16), 30))[0]
     redrawn = to_uint8(model.decode(model.encode(to_float(images))))
     psnr = np.mean([peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)
@@ -187,7 +189,7 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
             "--out", tmp_path / "l")
     found = json.loads((tmp_path / "l.json").read_text())
     assert found["one"]["dims"] == 4 and found["one"]["mixtures"] == found["two"]["mixtures"]
-    model, sets, pixels = train_tokenizer.load_tokenizer(tokenizer), {}, {}
+    model, sets, pixels = maetok.load_tokenizer(tokenizer), {}, {}
     for split, count in (("train", 300), ("test", 100)):
         x, y = zip(*some_images(build_dataset("shapes", split, 16), count))
         sets[split] = model.encode(to_float(torch.cat(x))).flatten(1).double(), torch.cat(y)
@@ -279,7 +281,7 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
     measure("curve", diffusion, *options, "--out", tmp_path / "curve")
     found = json.loads((tmp_path / "curve.json").read_text())["rows"][-1]["diffusion_gap"]
     images = features.open_data(Namespace(data_root="data"), "shapes", "train", 16, 60)
-    model = train_tokenizer.load_tokenizer(tokenizer)
+    model = maetok.load_tokenizer(tokenizer)
     x = to_float(torch.stack([images.read(i) for i in range(60)]))
     np.savez(tmp_path / "redrawn.npz",
              arr_0=to_uint8(model.decode(model.encode(x))).permute(0, 2, 3, 1).numpy())
@@ -391,14 +393,14 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     argv = [sys.executable, str(ROOT / "evaluate.py"), "curve", str(tmp_path), "--device", "cpu"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert common.numbered_checkpoints(tmp_path) == []
+    assert checkpoints.numbered_checkpoints(tmp_path) == []
 
 
 def test_the_sweep_compares_autoguidance_and_protocols_name_the_guidance(tmp_path, diffusion, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)
     guides = []
     monkeypatch.setattr(evaluate, "sample_latents", lambda *args, guide=None, **options: (
-        guides.append(guide), sample.sample_latents(*args, guide=guide, **options))[1])
+        guides.append(guide), flow.sample_latents(*args, guide=guide, **options))[1])
     options = ("--num-images", 20, "--steps", 3, "--reference-images", 40, "--scales", 3, "--intervals",
                "0:1")
     for name, guide in (("autoguidance", ["--guide-ckpt", diffusion]), ("classifier-free", [])):

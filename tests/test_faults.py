@@ -19,8 +19,10 @@ from conftest import ROOT
 from PIL import Image
 from test_train_tokenizer import TINY, assert_same_weights, torchrun
 
+import checkpoints
 import common
 import data
+import maetok
 from frozen import features
 import sample
 import train_diffusion
@@ -84,7 +86,7 @@ def kill_at_random(script, argv, longest, seed):
 
 def records(folder):
     volatile = ("images_per_second", "latents_per_second")
-    return [{k: v for k, v in record.items() if k not in volatile} for record in common.read_metrics(folder)]
+    return [{k: v for k, v in record.items() if k not in volatile} for record in checkpoints.read_metrics(folder)]
 
 
 def debris(folder):
@@ -101,7 +103,7 @@ def test_ten_kills_change_nothing(script, tmp_path, tokenizer):
     process = start(script, [*argv, "--out", tmp_path / "whole"])
     process.join()
     kill_at_random(script, [*argv, "--out", tmp_path / "killed"], 0.9, seed=len(script))
-    a, b = (common.load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    a, b = (checkpoints.load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert_same_weights(a, b)
     assert str(a["optimizer"]) == str(b["optimizer"]) and "rng" not in a
     assert records(tmp_path / "whole") == records(tmp_path / "killed")
@@ -126,7 +128,7 @@ def test_what_a_dead_process_left_beside_a_report_goes_with_the_next_write(tmp_p
     (tmp_path / f".report.json.{process.pid}.tmp").touch()
     (tmp_path / f".report.json.{os.getpid()}0.tmp").touch()               # of a process elsewhere, or alive: maybe
     (tmp_path / f".report.json.{os.getppid()}.tmp").touch()               # alive
-    common.atomic_write(tmp_path / "report.json", lambda path: path.write_text("{}"))
+    checkpoints.atomic_write(tmp_path / "report.json", lambda path: path.write_text("{}"))
     assert (tmp_path / f".report.json.{os.getppid()}.tmp").exists()
     assert not (tmp_path / f".report.json.{process.pid}.tmp").exists()
 
@@ -144,7 +146,7 @@ def test_an_end_of_stage_record_without_its_checkpoint_is_not_doubled(tmp_path, 
         train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path)])
     monkeypatch.undo()
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path)])
-    assert [r["event"] for r in common.read_metrics(tmp_path) if "event" in r] == ["end of stage 1"]
+    assert [r["event"] for r in checkpoints.read_metrics(tmp_path) if "event" in r] == ["end of stage 1"]
 
 
 def test_a_last_pt_that_was_deleted_comes_back(tmp_path):
@@ -152,7 +154,7 @@ def test_a_last_pt_that_was_deleted_comes_back(tmp_path):
     train_tokenizer.main(argv)
     (tmp_path / "last.pt").unlink()
     train_tokenizer.main(argv)
-    assert common.load_checkpoint(tmp_path)["step"] == 6
+    assert checkpoints.load_checkpoint(tmp_path)["step"] == 6
 
 
 # ------------------------------------------- signals and two runs -------------------------------------------
@@ -172,10 +174,10 @@ def script(name, argv, launcher=()):
 def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path):
     argv = [*TINY, "--stage", "1", "--steps", "400", "--save-every", "1000", "--log-every", "5"]
     process = script("train_tokenizer", [*argv, "--out", tmp_path / "run"], launcher)
-    wait_for(lambda: len(common.read_metrics(tmp_path / "run")) > 1, 120)
+    wait_for(lambda: len(checkpoints.read_metrics(tmp_path / "run")) > 1, 120)
     process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
-    step = common.load_checkpoint(tmp_path / "run")["step"]
+    step = checkpoints.load_checkpoint(tmp_path / "run")["step"]
     assert 10 <= step < 400 and not debris(tmp_path / "run")
     assert f"stopped by {number.name}; run the same command again to go on\n" in errors
     if not launcher:
@@ -184,14 +186,14 @@ def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path):
         end = ["--steps", "400"]
         for out in ("run", "whole"):
             train_tokenizer.main([*argv, *end, "--out", str(tmp_path / out)])
-        assert_same_weights(*(common.load_checkpoint(tmp_path / out) for out in ("run", "whole")))
+        assert_same_weights(*(checkpoints.load_checkpoint(tmp_path / out) for out in ("run", "whole")))
 
 
 @pytest.mark.slow
 def test_workers_end_when_their_launcher_is_killed(tmp_path):
     argv = [*TINY, "--stage", "1", "--steps", "100000", "--log-every", "5", "--out", tmp_path]
     process = script("train_tokenizer", argv, torchrun(2))
-    wait_for(lambda: len(common.read_metrics(tmp_path)) > 1, 120)
+    wait_for(lambda: len(checkpoints.read_metrics(tmp_path)) > 1, 120)
     pid = int((tmp_path / ".lock").read_text().split()[1])
     process.kill()
     process.communicate(timeout=60)
@@ -219,8 +221,8 @@ def test_two_runs_in_one_folder_are_refused(name, tmp_path, tokenizer, sit):
     finally:
         first.kill()
         first.join()
-    common.lock(folder)                                                          # gone with the process
-    common.unlock(folder)
+    checkpoints.lock(folder)                                                          # gone with the process
+    checkpoints.unlock(folder)
 
 
 @pytest.mark.slow
@@ -245,19 +247,19 @@ def flip_bit(path, place=0.5):
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, tokenizer):
     content = (tokenizer / "last.pt").read_bytes()
-    weight = common.load_checkpoint(tokenizer)["ema"]["decoder.head.weight"].numpy().tobytes()
+    weight = checkpoints.load_checkpoint(tokenizer)["ema"]["decoder.head.weight"].numpy().tobytes()
     at = content.find(weight)
     assert at > 0
     for place in (0.2, 0.8):
         (tmp_path / "x.pt").write_bytes(content)
         flip_bit(tmp_path / "x.pt", (at + place * len(weight)) / len(content))
         with pytest.raises(UserError, match="damaged"):
-            train_tokenizer.load_tokenizer(tmp_path / "x.pt")
+            maetok.load_tokenizer(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("key", ["model", "ema", "optimizer", "stage", "measured", "step", "ema_updates"])
 def test_a_checkpoint_that_lacks_a_key_is_one_line(key, tmp_path, tokenizer):
-    state = dict(common.load_checkpoint(tokenizer))
+    state = dict(checkpoints.load_checkpoint(tokenizer))
     del state[key]
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(UserError, match=f"has no '{key}'"):
@@ -268,10 +270,10 @@ def test_a_config_or_optimizer_of_another_shape_is_one_line(tmp_path, tokenizer)
     for change, message in ((dict(config=[1]), "can be read"), (dict(config={"width": "wide"}), "cannot build"),
                             (dict(optimizer={"state": {}, "param_groups": []}), "optimizer's state"),
                             (dict(optimizer=3), "optimizer's state"), (dict(model=3), "another model")):
-        torch.save(dict(common.load_checkpoint(tokenizer)) | change, tmp_path / "last.pt")
+        torch.save(dict(checkpoints.load_checkpoint(tokenizer)) | change, tmp_path / "last.pt")
         with pytest.raises(UserError, match=message):
             if message == "cannot build":
-                train_tokenizer.load_tokenizer(tmp_path)
+                maetok.load_tokenizer(tmp_path)
             train_tokenizer.main([*TINY, "--out", str(tmp_path)])
 
 
@@ -284,7 +286,7 @@ def test_a_damaged_shard_is_encoded_again(kind, harm, tmp_path, tokenizer, monke
     shard = tmp_path / f"latents/{kind}_00001.npy"
     whole = shard.read_bytes()
     if harm == "shape":
-        common.save_npy(shard, np.zeros((16, 3), np.float16))
+        checkpoints.save_npy(shard, np.zeros((16, 3), np.float16))
     else:
         shard.write_bytes({"cut": whole[:-40], "empty": b"", "garbage": b"\x93NUMPY" + bytes(300),
                            "bit": whole}[harm])
@@ -309,11 +311,11 @@ def test_damaged_json_is_one_line(content, tmp_path, tokenizer, sit):
 
 def test_a_bad_line_of_the_log_costs_that_line_alone(tmp_path, capsys):
     for step in range(4):
-        common.append_metrics(tmp_path, {"step": step, "loss": 1.0})
+        checkpoints.append_metrics(tmp_path, {"step": step, "loss": 1.0})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     lines[1:1] = ["\x00\x00", '{"loss": 1}', "[3]"]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"st']))
-    assert [r["step"] for r in common.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [r["step"] for r in checkpoints.read_metrics(tmp_path)] == [0, 1, 2, 3]
     assert capsys.readouterr().err.count("is no record") == 3
 
 
@@ -368,7 +370,7 @@ def test_a_damaged_classifier_is_trained_again(tmp_path, capsys):
     flip_bit(file)
     features.load_classifier(args, "shapes", 16)
     assert "it is trained again" in capsys.readouterr().out
-    common.load_checkpoint(file)
+    checkpoints.load_checkpoint(file)
 
 
 # ------------------------------------------------ folders ------------------------------------------------
@@ -436,5 +438,5 @@ def test_a_reference_that_is_no_covariance_is_refused(change, tmp_path):
 
 
 def test_json_of_a_record_is_what_was_written(tmp_path):
-    common.atomic_write(tmp_path / "a.json", lambda path: path.write_text(json.dumps({"a": 1})))
-    assert common.read_json(tmp_path / "a.json") == {"a": 1}
+    checkpoints.atomic_write(tmp_path / "a.json", lambda path: path.write_text(json.dumps({"a": 1})))
+    assert checkpoints.read_json(tmp_path / "a.json") == {"a": 1}

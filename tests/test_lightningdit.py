@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from variants.lightningdit import (Attention, Block, LightningDiT, LightningDiTConfig, RMSNorm, SwiGLU,
                                    rotary_angles, velocity_direction_loss)
-from sit import SIZES, euler, flow_matching_loss, guided_velocity, interpolate
+from flow import euler, flow_matching_loss, guided_velocity, interpolate
+from sit import SIZES
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 

@@ -13,7 +13,8 @@ from common import UserError
 from maetok import MAETok
 from variants.released import (RELEASED, UNUSED, find_released, load_released_sit, load_released_tokenizer,
                       noise_share, sit_from, tokenizer_from)
-from sit import SiT, SiTConfig, path_coefficients
+from flow import path_coefficients
+from sit import SiT, SiTConfig
 
 SIZES = dict(D=128, depth=2, decoder_depth=3, L=5, C=4, P=8, side=3)     # a 24 px image, two heads of 64
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from variants.lightningdit import LightningDiT, LightningDiTConfig
-from sit import (SIZES, Block, SiT, SiTConfig, drop_labels, euler, euler_maruyama, flow_matching_loss,
-                 guidance_free_mixture, guided_velocity, heun, interpolate, path_coefficients, position_table,
-                 sample_times, score_from_velocity, sit_macs, expected_noise, time_features)
+from flow import (drop_labels, euler, euler_maruyama, flow_matching_loss, guidance_free_mixture,
+                  guided_velocity, heun, interpolate, path_coefficients, sample_times, score_from_velocity,
+                  expected_noise)
+from sit import SIZES, Block, SiT, SiTConfig, position_table, sit_macs, time_features
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 PATHS = ("linear", "cosine")

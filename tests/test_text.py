@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import common
+import checkpoints
 from variants import text
 from common import UserError
 from data import COLOURS, Shapes, build_dataset, collate
@@ -298,14 +298,14 @@ def test_malformed_json_lines_are_named(pictures, line, message):
 def test_training_beats_the_best_constant_on_captioned_shapes(tmp_path):
     train(tmp_path, *TEXT, *"--targets text --stage 1 --steps 150 --warmup 10 --lr 1e-2 --batch-size 16 "
                             "--latent-dim 8 --save-every 150 --log-every 50 --eval-images 200".split())
-    record = common.read_metrics(tmp_path)[-1]
+    record = checkpoints.read_metrics(tmp_path)[-1]
     assert record["text_loss"] < record["text_constant"] - 0.12, record
     assert 2.5 < record["text_constant"] < math.log(32)                  # better than not knowing the words
 
 
 def test_text_joins_other_targets_with_its_own_weight_and_ends_with_stage_1(tmp_path):
     state = train(tmp_path, *TEXT, "--targets", "text,hog", "--text-weight", "0.3", "--aux-weight", "2")
-    for r in common.read_metrics(tmp_path):
+    for r in checkpoints.read_metrics(tmp_path):
         if "loss" in r and r["stage"] == 1:
             assert r["loss"] == pytest.approx(r["recon"] + 2 * r["hog"] + 0.3 * r["text"], rel=1e-5)
         elif "loss" in r:
@@ -320,7 +320,7 @@ def test_two_processes_equal_one_and_resuming_is_exact(tmp_path):
     two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
     assert two.returncode == 0, two.stderr
     for term in ("loss", "text"):
-        one, other = ([r[term] for r in common.read_metrics(tmp_path / name) if term in r]
+        one, other = ([r[term] for r in checkpoints.read_metrics(tmp_path / name) if term in r]
                       for name in ("one", "two"))
         assert len(one) == 6
         np.testing.assert_allclose(one, other, atol=1e-4)

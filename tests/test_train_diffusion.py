@@ -13,8 +13,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import common
+import checkpoints
+import flow
+import maetok
 import sample
+import sit
 import train_diffusion as trainer
 import train_tokenizer
 from common import UserError
@@ -39,7 +42,7 @@ def tokenizer(tmp_path_factory):
 
 def train(out, tokenizer, *options):
     trainer.main([*TINY.split(), "--tokenizer", str(tokenizer), "--out", str(out), *map(str, options)])
-    return common.load_checkpoint(out)
+    return checkpoints.load_checkpoint(out)
 
 
 def run(script, *options, launcher=(), start=subprocess.run, **kwargs):
@@ -52,7 +55,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def losses(out):
-    return [r["loss"] for r in common.read_metrics(out)]
+    return [r["loss"] for r in checkpoints.read_metrics(out)]
 
 
 def test_a_cache_of_latents_pickles_without_its_data(tmp_path):
@@ -100,7 +103,7 @@ def test_cache_holds_the_normalised_latents_of_both_flips(tmp_path, tokenizer):
     cache = LatentCache.__new__(LatentCache)
     cache.folder, cache.length, cache.flip, cache.seed = tmp_path / "latents", 40, True, 0
     cache.open()
-    model, source = train_tokenizer.load_tokenizer(tokenizer), Shapes("train", 16, 0)
+    model, source = maetok.load_tokenizer(tokenizer), Shapes("train", 16, 0)
     seen = set()
     for index in range(12):
         image = to_float(torch.from_numpy(np.array(source[index][0])).permute(2, 0, 1)[None])
@@ -178,7 +181,7 @@ def test_training_learns_and_logs_the_loss_by_time(tmp_path, tokenizer):
     curve = losses(tmp_path)
     assert np.mean(curve[-20:]) < 0.9 * np.mean(curve[:10])
     assert 1.5 < curve[0] < 2.5                           # E|eps - x|^2 of unit-variance data, output still 0
-    record = common.read_metrics(tmp_path)[0]
+    record = checkpoints.read_metrics(tmp_path)[0]
     assert len(record["loss_t"]) == 10
     assert min(Image.open(tmp_path / "grid_0000150.png").size) > 90 and (tmp_path / "loss.png").exists()
 
@@ -197,7 +200,7 @@ def test_resuming_is_exact_after_a_kill(tmp_path, tokenizer):
         (tmp_path / "cut/step_0000010.pt").unlink()
         os.replace(tmp_path / "cut/step_0000005.pt", tmp_path / "cut/last.pt")
     assert run("train_diffusion.py", *options, "--out", tmp_path / "cut").returncode == 0
-    a, b = (common.load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    a, b = (checkpoints.load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert a["step"] == b["step"] == 10
     for part in ("model", "ema"):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
@@ -252,7 +255,7 @@ def draw(diffusion, *options):
     sample.main(["--ckpt", str(diffusion), "--steps", "4", "--device", "cpu", *map(str, options)])
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("sampler", flow.SAMPLERS)
 def test_a_sample_does_not_depend_on_the_batch_around_it(tmp_path, diffusion, sampler):
     draw(diffusion, "--num", 7, "--batch-size", 7, "--sampler", sampler, "--out", tmp_path / "a.npz")
     draw(diffusion, "--num", 7, "--batch-size", 2, "--sampler", sampler, "--out", tmp_path / "b.npz")
@@ -272,14 +275,14 @@ def test_outputs_labels_and_classes(tmp_path, diffusion):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / names[1])), file["arr_0"][1])
     assert Image.open(tmp_path / "grid.png").width > 3 * 48
     assert build_dataset(str(tmp_path / "all.npz"), "test", 16).length == 6       # what it writes it can read
-    random = sample.choose_labels(2000, None, 10, "random", 0)
+    random = flow.choose_labels(2000, None, 10, "random", 0)
     assert set(random) == set(range(10)) and np.bincount(random).min() > 150
-    assert np.array_equal(random[:50], sample.choose_labels(50, None, 10, "random", 0))
+    assert np.array_equal(random[:50], flow.choose_labels(50, None, 10, "random", 0))
 
 
 def test_an_interrupted_run_goes_on(tmp_path, diffusion, monkeypatch):
     out = tmp_path / "x.npz"
-    real, calls = sample.sample_latents, []
+    real, calls = flow.sample_latents, []
 
     def stops(*args, **kwargs):
         calls.append(args)
@@ -300,8 +303,8 @@ def test_an_interrupted_run_goes_on(tmp_path, diffusion, monkeypatch):
 
 
 def test_the_checkpoint_knows_its_tokenizer(tmp_path, diffusion, tokenizer):
-    _, inside, _ = trainer.load_diffusion(diffusion)
-    outside = train_tokenizer.load_tokenizer(tokenizer)
+    _, inside, _ = sit.load_diffusion(diffusion)
+    outside = maetok.load_tokenizer(tokenizer)
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in outside.state_dict().items())
 
 
@@ -319,7 +322,7 @@ def test_presets_of_the_other_models_are_tables_9_and_3():
 def test_the_other_models_train_resume_and_sample(tmp_path, tokenizer, name, kind):
     options = ["--model", name, *(["--direction-loss", 1] if name == "lightningdit" else [])]
     state = train(tmp_path / "run", tokenizer, *options)
-    model, _, config = trainer.load_diffusion(tmp_path / "run")
+    model, _, config = sit.load_diffusion(tmp_path / "run")
     assert type(model).__name__ == kind and config["model"] == name
     assert train(tmp_path / "run", tokenizer, *options)["step"] == state["step"]      # resumes: nothing to do
     draw(tmp_path / "run", "--num", 4, "--steps", 3, "--cfg", 2, "--sampler", "euler", "--out",
@@ -349,8 +352,8 @@ def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
 def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
     options = "--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1".split()
     state = train(tmp_path / "run", tokenizer, *options)
-    agreement = [r["repa"] for r in common.read_metrics(tmp_path / "run")]
-    assert common.read_metrics(tmp_path / "run")[0]["grad_norm"] < 5      # zero tokens would make it a hundred
+    agreement = [r["repa"] for r in checkpoints.read_metrics(tmp_path / "run")]
+    assert checkpoints.read_metrics(tmp_path / "run")[0]["grad_norm"] < 5     # zero tokens would make it a hundred
     assert agreement[-1] < agreement[0] - 0.2                                          # -cos
     assert state["repa_head"]["head.weight"].shape[0] == 384
     assert not any("head" in name or "teacher" in name for name in state["ema"])     # sampling needs neither

@@ -15,6 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoints
 import common
 import losses
 import maetok
@@ -33,7 +34,7 @@ TINY = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 -
 
 def train(out, *options):
     trainer.main([*TINY, "--out", str(out), *options])
-    return common.load_checkpoint(out)
+    return checkpoints.load_checkpoint(out)
 
 
 def command(out, *options, launcher=()):
@@ -51,7 +52,7 @@ def torchrun(processes):
 
 
 def logged_losses(out):
-    return [r["loss"] for r in common.read_metrics(out) if "loss" in r]
+    return [r["loss"] for r in checkpoints.read_metrics(out) if "loss" in r]
 
 
 def assert_same_weights(a, b):
@@ -161,17 +162,17 @@ def test_stage_2_trains_the_pixel_decoder_on_the_latents_of_stage_1(tmp_path):
         assert all(torch.equal(two[part][k], one["ema"][k]) for k in encoder)        # frozen at stage 1's EMA
     assert any(not torch.equal(two["model"][k], one["ema"][k])
                for k in two["model"] if k.startswith("decoder."))
-    events = [r for r in common.read_metrics(tmp_path) if "event" in r]
+    events = [r for r in checkpoints.read_metrics(tmp_path) if "event" in r]
     assert [e["stage"] for e in events] == [1, 2] and all(e["psnr"] > 0 for e in events)
     assert events[0]["hog_constant"] > 0 and "hog_loss" not in events[1]
-    assert [r["mask"] for r in common.read_metrics(tmp_path) if r["stage"] == 2 and "mask" in r][-1] == 0
+    assert [r["mask"] for r in checkpoints.read_metrics(tmp_path) if r["stage"] == 2 and "mask" in r][-1] == 0
 
 
 def test_stage_2_alone_from_a_checkpoint(tmp_path):
     one = train(tmp_path / "one", "--stage", "1")
     two = train(tmp_path / "two", "--stage", "2", "--init", str(tmp_path / "one"))
     assert all(torch.equal(two["model"][k], one["ema"][k]) for k in two["model"] if k.startswith("encoder."))
-    assert [r["stage"] for r in common.read_metrics(tmp_path / "two") if "loss" in r] == [2] * 4
+    assert [r["stage"] for r in checkpoints.read_metrics(tmp_path / "two") if "loss" in r] == [2] * 4
     with pytest.raises(UserError, match="give --init"):
         train(tmp_path / "three", "--stage", "2")
     with pytest.raises(UserError, match="is in stage 2 already"):
@@ -187,7 +188,7 @@ def test_stage_2_alone_from_a_checkpoint(tmp_path):
 
 def test_without_masking_the_auxiliary_decoders_learn_from_all_patches(tmp_path):
     state = train(tmp_path, "--preset", "no-mask", "--stage", "1")
-    assert all(r["hog"] > 0 for r in common.read_metrics(tmp_path) if "hog" in r)
+    assert all(r["hog"] > 0 for r in checkpoints.read_metrics(tmp_path) if "hog" in r)
     torch.manual_seed(0)
     fresh = MAETok(Config(**state["config"] | {"aux_targets": {}})).state_dict()
     assert not torch.equal(state["model"]["aux_decoders.hog.head.weight"],
@@ -201,17 +202,17 @@ def test_measurements_are_made_again_when_they_were_cut_short(tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(UserError, match="broken"):
         patch.setattr(trainer, "evaluate", unreadable)
         train(tmp_path)
-    assert common.load_checkpoint(tmp_path)["step"] == 6                # stage 1 is safe
-    trainer.load_tokenizer(tmp_path)
+    assert checkpoints.load_checkpoint(tmp_path)["step"] == 6                # stage 1 is safe
+    maetok.load_tokenizer(tmp_path)
     assert "not measured yet" in capsys.readouterr().err
     state = train(tmp_path)
     assert state["step"] == 10 and state["measured"]
-    assert [r["step"] for r in common.read_metrics(tmp_path) if "event" in r] == [6, 10]
+    assert [r["step"] for r in checkpoints.read_metrics(tmp_path) if "event" in r] == [6, 10]
 
 
 def test_saved_tokenizer_offers_normalised_latents(tmp_path):
     train(tmp_path)
-    tokenizer = trainer.load_tokenizer(tmp_path)
+    tokenizer = maetok.load_tokenizer(tmp_path)
     images = torch.stack([torch.from_numpy(np.array(Shapes("train", 16, 0)[i][0]))
                           for i in range(500)]).permute(0, 3, 1, 2)
     images = images.float() / 127.5 - 1
@@ -220,7 +221,7 @@ def test_saved_tokenizer_offers_normalised_latents(tmp_path):
     torch.testing.assert_close(tokenizer.decode(z, normalized=True),
                                tokenizer.decode(tokenizer.encode(images)), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="no checkpoint at"):
-        trainer.load_tokenizer(tmp_path / "nowhere")
+        maetok.load_tokenizer(tmp_path / "nowhere")
 
 
 def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
@@ -242,8 +243,8 @@ def test_training_lowers_the_loss_and_pictures_appear(tmp_path):
 def test_variants_train_through_both_stages(tmp_path, options):
     state = train(tmp_path, *options)
     assert state["step"] == 10 and np.isfinite(logged_losses(tmp_path)).all()
-    assert ("kl" in common.read_metrics(tmp_path)[0]) == ("vae-mask" in options)
-    trainer.load_tokenizer(tmp_path)
+    assert ("kl" in checkpoints.read_metrics(tmp_path)[0]) == ("vae-mask" in options)
+    maetok.load_tokenizer(tmp_path)
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path):
@@ -268,14 +269,14 @@ def test_ten_steps_equal_five_a_kill_and_five_bit_for_bit(tmp_path):
         assert process.poll() is None and time.time() < deadline
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (common.find_checkpoint(tmp_path / "killed")["step"] == 5
+    assert (checkpoints.find_checkpoint(tmp_path / "killed")["step"] == 5
             or (tmp_path / "killed/step_0000010.pt").exists())
     # should the kill have come too late: go back to 5
     for debris in (tmp_path / "killed").glob("step_0000010.pt"):
         debris.unlink()
         os.replace(tmp_path / "killed/step_0000005.pt", tmp_path / "killed/last.pt")
     assert run(command(tmp_path / "killed", *options)).returncode == 0
-    a, b = (common.load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    a, b = (checkpoints.load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert a["step"] == b["step"] == 10
     assert_same_weights(a, b)
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
@@ -286,7 +287,7 @@ def test_resuming_inside_stage_2_is_exact_too(tmp_path):
     train(tmp_path / "cut", "--save-every", "4")
     (tmp_path / "cut/last.pt").unlink()
     (tmp_path / "cut/step_0000010.pt").unlink()
-    assert common.find_checkpoint(tmp_path / "cut")["step"] == 8
+    assert checkpoints.find_checkpoint(tmp_path / "cut")["step"] == 8
     assert_same_weights(whole, train(tmp_path / "cut", "--save-every", "4"))
 
 
@@ -311,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatc
         calls.append(name), prediction.mean() * (float("nan") if len(calls) == 12 else 1.0))[1])
     with pytest.raises(UserError, match="not finite at step 12 .* another --out a lower --lr"):
         train(tmp_path, "--stage", "1", "--steps", "20", "--save-every", "4", "--log-every", "100")
-    assert common.load_checkpoint(tmp_path)["step"] == 8
+    assert checkpoints.load_checkpoint(tmp_path)["step"] == 8
 
 
 @pytest.mark.parametrize("part", ["model", "ema"])
@@ -321,12 +322,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path, part):
     state[part]["decoder.head.weight"][0, 0] = float("nan")
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(UserError, match="the weights are not finite at step 6"):
-        common.save_checkpoint(tmp_path, state, keep=3)
+        checkpoints.save_checkpoint(tmp_path, state, keep=3)
     assert (tmp_path / "last.pt").read_bytes() == before
     torch.save(dict(state), tmp_path / "last.pt")
     with pytest.raises(UserError, match="holds weights that are NaN or infinite"):
         if part == "ema":
-            trainer.load_tokenizer(tmp_path)
+            maetok.load_tokenizer(tmp_path)
         train(tmp_path, "--stage", "1")
 
 
@@ -343,7 +344,7 @@ def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
     # Started with two processes, gone on with one.
     for path in ("last.pt", "step_0000024.pt", "step_0000020.pt"):
         (tmp_path / "two" / path).unlink()
-    assert common.find_checkpoint(tmp_path / "two")["step"] == 10
+    assert checkpoints.find_checkpoint(tmp_path / "two")["step"] == 10
     train(tmp_path / "two", *options)
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
 
@@ -361,7 +362,7 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
               for _ in range(2)]
     outputs = [agent.communicate(timeout=240)[0] for agent in agents]
     assert all(agent.returncode == 0 for agent in agents), "\n".join(outputs)
-    assert common.load_checkpoint(tmp_path)["step"] == 4
+    assert checkpoints.load_checkpoint(tmp_path)["step"] == 4
     train(tmp_path / "alone", "--stage", "1", "--steps", "4")
     np.testing.assert_allclose(logged_losses(tmp_path), logged_losses(tmp_path / "alone"), atol=1e-4)
 
@@ -426,7 +427,7 @@ def test_steps_take_two_image_sizes_in_turn_and_the_tokenizer_runs_at_others(tmp
     train(tmp_path / "run", "--mixed-size", "24", "--steps", "4", "--stage2-steps", "2")
     trained = [size for size, before in zip(seen, [0, *seen]) if size != before]       # evaluation is at 16 px
     assert trained[:4] == [16, 24, 16, 24]
-    tokenizer = trainer.load_tokenizer(tmp_path / "run")
+    tokenizer = maetok.load_tokenizer(tmp_path / "run")
     for size in ((16, 16), (24, 24), (32, 16)):
         latents = tokenizer.encode(torch.rand(2, 3, *size))
         assert latents.shape == (2, 4, 4) and tokenizer.decode(latents, size).shape == (2, 3, *size)
@@ -443,7 +444,7 @@ def test_every_term_of_the_objective_is_logged_and_they_sum_to_the_loss(tmp_path
     options = ("--targets hog,dinov2-s --disc patch --disc-start 2 --percep-weight 1 --percep-warmup 4 "
                "--disc-weight 0.4 --aux-weight 0.5 --variational --random-frozen --steps 5 --stage 1").split()
     train(tmp_path / "run", *options)
-    for r in common.read_metrics(tmp_path / "run"):
+    for r in checkpoints.read_metrics(tmp_path / "run"):
         if "loss" in r:
             step = r["step"] - 1
             expected = (r["recon"] + min(1, step / 4) * r["percep"] + 0.5 * (r["hog"] + r["dinov2-s"])
@@ -552,7 +553,7 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     for name, launcher in (("one", []), ("two", torchrun(2))):
         done = run([sys.executable, *launcher, str(script), *options, "--out", str(tmp_path / name)])
         assert done.returncode == 0, done.stderr
-    one, two = (common.read_metrics(tmp_path / name) for name in ("one", "two"))
+    one, two = (checkpoints.read_metrics(tmp_path / name) for name in ("one", "two"))
     terms = ("loss", "recon", "hog", "adv", "adaptive_weight", "disc", "lecam", "consistency")
     for a, b in zip(one, two, strict=True):
         for term in terms:

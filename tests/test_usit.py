@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from sit import euler, flow_matching_loss, guided_velocity, interpolate
+from flow import euler, flow_matching_loss, guided_velocity, interpolate
 from variants.usit import SIZES, Block, USiT, USiTConfig
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=4, num_classes=10)

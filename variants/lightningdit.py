@@ -7,9 +7,10 @@ A SiT (sit.py) with the parts of today's language models (Yao & Wang 2025, arXiv
     sine table added to tokens  -> 1D RoPE on top: positions also turn queries and keys
     squared error of v          -> the same plus 1 - cos(v^, v), `velocity_direction_loss` ["cosine loss"]
 
-and, in training, logit-normal times (sit.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K steps;
-in sampling, Euler with 250 steps (sit.euler) [Table 9].
-Embedders, paths, losses, samplers and guidance are sit.py's; `forward` takes and returns what SiT's does.
+and, in training, logit-normal times (flow.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K steps;
+in sampling, Euler with 250 steps (flow.euler) [Table 9].
+Embedders are sit.py's; paths, losses, samplers and guidance are flow.py's; `forward` takes and returns
+what SiT's does.
 
 DATA AT t = 0, NOISE AT t = 1, as everywhere here. LightningDiT's own code counts time the other way round.
 

@@ -8,7 +8,7 @@ a config.json and a model.safetensors. Sizes are read off the tensors (config.js
 tokenizer's widths). Every tensor must be known, there, of its shape and float32; else a UserError lists it.
 
 What is unknown of the released models, and where it is an option here:
-  - the path that SiT was trained on: `path` of sit.py's samplers, linear unless told otherwise; noise_share,
+  - the path that SiT was trained on: `path` of flow.py's samplers, linear unless told otherwise; noise_share,
     below, asks the weights themselves.
   - the density of its training times, uniform [Sec. 4.1] or logit-normal [released code's README]:
     `train_diffusion.py --times`. Samplers do not need to know.

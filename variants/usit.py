@@ -11,7 +11,7 @@ SiT's objective. A U-ViT is a plain ViT with two ideas:
         out_blocks  n <- ... <- 2 <- 1 <--------+        x <- skip_linear([x ; skip]) before each of them
 
 `depth` counts the mirrored blocks, 2n; the middle one comes on top [U-ViT, DC-AE]: depth 28 has 29.
-Paths, loss, samplers and guidance are sit.py's; `forward` takes and returns what SiT's does.
+Paths, loss, samplers and guidance are flow.py's; `forward` takes and returns what SiT's does.
 DATA AT t = 0, NOISE AT t = 1.
 
 Shape legend: B batch · L latent tokens · C latent channels · T all tokens, 2 + L · D width · nh heads ·
