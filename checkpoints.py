@@ -183,8 +183,8 @@ def checkpoint_budget(model, save_every, steps, keep, keep_every):
 
 
 def save_checkpoint(out, state, keep, keep_every=0):
-    """Write `state` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and
-    out/last.pt.
+    """Write `state` (tensors and plain Python values, with an int "step") to
+    out/step_NNNNNNN.pt and out/last.pt.
 
     Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
     numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a
@@ -294,7 +294,7 @@ def load_optimizer(optimizer, state, path):
 
 
 def check_same_config(saved, config, free, path):
-    """Refuse to go on with a run under another configuration; fields in `free` may change.
+    """Refuse to resume a run under another configuration; fields in `free` may change.
     Raises UserError."""
     now = dataclasses.asdict(config)
     # A field younger than the checkpoint: its default is what was done before there was a choice.

@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 class UserError(ValueError):
-    """Something the user can put right. Shown as one line, exit status 2;
-    the message says what is wrong and what to do."""
+    """An error that the user can fix. Shown as one line, exit status 2; the message says what
+    is wrong and what to do."""
 
 
 class Stopped(BaseException):
@@ -94,15 +94,15 @@ def run(main):
                   "smaller forward passes a step), --checkpointing, or a smaller --batch-size")
         status = 2
     except KeyboardInterrupt:
-        _complain("interrupted; run the same command again to go on from the last checkpoint")
+        _complain("interrupted; run the same command again to resume from the last checkpoint")
         status = 130
     except Stopped as e:
-        _complain(f"stopped by {signal.Signals(e.number).name}; run the same command again to go on")
+        _complain(f"stopped by {signal.Signals(e.number).name}; run the same command again to resume")
         status = 128 + e.number
     except (MemoryError, RuntimeError) as e:
         if _signals:                        # a loader's worker, say, had the signal too, and is missed
             _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the same "
-                      "command again to go on from the last checkpoint")
+                      "command again to resume from the last checkpoint")
             status = 128 + _signals[-1]
         elif isinstance(e, MemoryError) or re.search("can't allocate memory|Storage size calculation", str(e)):
             first = (str(e).splitlines() or ["MemoryError"])[0]
@@ -197,33 +197,35 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class OneLineHelp(argparse.RawDescriptionHelpFormatter):
+    """Help of one line per option, however narrow argparse takes the terminal to be."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=38, width=160)
+
+
 def _comments(config_class):
     """Read groups and help texts off a config dataclass's own source: {field: (group, help)}.
 
-    A line `# ---- title ----` opens a group; the comment behind a field, and comment lines right under it,
-    are its help. So what a reader sees beside the field and what --help prints cannot drift apart.
+    A line `# ---- title ----` opens a group; the comment beside a field is its help, so that what a reader
+    sees and what --help prints cannot drift apart. Reasons stand above the field and are not printed.
     """
     found = {}
     for cls in reversed(config_class.__mro__[:-1]):
-        group, name = "options", None
+        group = "options"
         for line in inspect.getsource(cls).splitlines():
             if title := re.match(r"    # ---- (.*?) -+$", line):
-                group, name = title[1], None
+                group = title[1]
             elif entry := re.match(r"    (\w+): [^=]+=.*?(?:  # (.*))?$", line):
-                name = entry[1]
-                found[name] = (group, entry[2] or "")
-            elif name and (more := re.match(r"\s{5,}# (.*)", line)):
-                found[name] = (group, f"{found[name][1]} {more[1]}")
-            else:
-                name = None
+                found[entry[1]] = (group, entry[2] or "")
     return found
 
 
 def parse_config(config_class, presets, base, description, argv=None, hidden=(), shown=None):
     """Build a config from the command line. Precedence: the class's defaults < presets < options.
 
-    presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first one named is
-    not in `base` (the presets that fix a scale; the first of them is the default),
+    presets: name -> {field: value}; `--preset a,b` applies them left to right. When the first
+    one named is not in `base` (the presets that fix a scale; the first of them is the default),
     that default comes before it.
     hidden: fields that get no option because the script sets them, as are those that are no Number, str or
     bool. shown: fields that --help lists (None: all); --help-all lists the others too. A field without a comment
@@ -237,7 +239,7 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=(),
     parser = OneLineParser(description=description,
                            usage="%(prog)s [--preset NAME[,NAME...]] [--OPTION VALUE ...]",
                            allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+                           formatter_class=OneLineHelp)
     everything = shown is None or "--help-all" in (sys.argv if argv is None else argv)
     parser.add_argument("--help-all", action="help", help="list every option, those of a preset or a test too")
     groups = {}
@@ -252,10 +254,10 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=(),
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else \
                {"type": field.type, "metavar": (field.type.kind if number else field.type).__name__.upper()}
-        default = f"default {field.default!r}"
+        default = f"default {field.default!r}" if field.default != "" else ""
         if (small := presets[base[0]].get(field.name, field.default)) != field.default:
-            default += f"; {base[0]}: {small!r}"
-        text = f"{text} ({default})".replace("%", "%%")
+            default += f"{'; ' if default else ''}{base[0]}: {small!r}"
+        text = (f"{text} ({default})" if default else text).replace("%", "%%")
         group.add_argument("--" + field.name.replace("_", "-"), **kind,
                            help=text if everything or field.name in shown else argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
@@ -286,8 +288,8 @@ def sample_rng(seed, stream, major, minor):
     """A numpy Generator for one purpose and one sample:
     a function of (seed, stream, major, minor) and nothing else.
 
-    Philox is counter-based: the seed and the stream's name make the key, major and minor (step and position,
-    or epoch and index) the upper words of the counter, so no two streams overlap and
+    Philox is counter-based: the seed and the stream's name make the key, major and minor (step and
+    position, or epoch and index) the upper words of the counter, so no two streams overlap and
     starting one costs microseconds.
     """
     return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(stream.encode())],
@@ -338,8 +340,8 @@ def start_processes(device="auto"):
 
 
 def _follow(launcher):
-    """End this process when torchrun, its parent, is killed: else it would train on, unseen, in a locked
-    folder."""
+    """End this process when torchrun, its parent, is killed: else it would train on,
+    unseen, in a locked folder."""
     while os.getppid() == launcher:
         time.sleep(1)
     _complain("error: torchrun is gone; this process ends too")

@@ -210,8 +210,8 @@ def read_npz(path):
 def read_cifar10(split, root):
     """CIFAR-10 from its binary archive as Arrays, downloaded to `root` if it is not there. Raises UserError.
 
-    A record is 3073 bytes: the label, then 32 x 32 values of red, of green, of blue. Read from the archive or
-    from the unpacked folder cifar-10-batches-bin. (The pickled "python version"
+    A record is 3073 bytes: the label, then 32 x 32 values of red, of green, of blue. Read from
+    the archive or from the unpacked folder cifar-10-batches-bin. (The pickled "python version"
     would run code from the file.)
     """
     root = Path(root)
@@ -384,7 +384,7 @@ def read_captions(path):
                 and isinstance(entry.get("caption"), str)):
             raise UserError(f'{path}, line {number} is not {{"file": "...", "caption": "..."}}')
         if entry["file"] in captions:
-            raise UserError(f"{path}, line {number}: a second caption for {entry['file']}; one an image")
+            raise UserError(f"{path}, line {number}: a second caption for {entry['file']}; one per image")
         captions[entry["file"]] = entry["caption"]
     return captions
 
@@ -463,8 +463,8 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, rng, min_fraction=0.8):
-    """The released code's augmentation: a random square of 80 to 100 % of the short side.
-    RGB PIL image -> uint8 (3, size, size)."""
+    """The released code's augmentation: a random square of 80 to 100 % of the short side. RGB PIL image ->
+    uint8 (3, size, size)."""
     pixels = resize_short_side(image, int(rng.integers(size, math.ceil(size / min_fraction) + 1)))
     _, H, W = pixels.shape
     left, top = rng.integers(0, W - size + 1), rng.integers(0, H - size + 1)
@@ -559,11 +559,11 @@ def build_dataset(data, split, size, data_root="data", flip=False, crop="center"
 
 
 class GlobalBatches:
-    """This process's share of every global batch: yields lists of keys of ImageDataset, one list a
-    forward pass.
+    """This process's share of every global batch: yields lists of keys of
+    ImageDataset, one list a forward pass.
 
     Position p = step * batch_size + i of the run, i in [0, batch_size), shows image p mod n of epoch p // n
-    in an order shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous share of i, so the
+    in an order shuffled by (seed, epoch). Micro-batch a of process r takes a contiguous part of i, so the
     global batch is the same set of images for any number of processes and accumulation steps,
     and a run can start at any step.
     sizes: of images, px, taken in turn step by step.
@@ -598,8 +598,8 @@ class GlobalBatches:
 
 
 def some_images(dataset, count, batch_size=250):
-    """`count` images of a data set (fewer if it is smaller), always the same,
-    in batches of (uint8 (B, 3, H, W), labels).
+    """`count` images of a data set (fewer if it is smaller), always the same, in batches of (uint8
+    (B, 3, H, W), labels).
 
     From a fixed shuffle: the files of a folder are sorted by class, and its first thousand may be one class.
     """

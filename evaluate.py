@@ -123,7 +123,7 @@ def recon(args):
         for statistics in (real, fake):
             statistics.all_reduce(args.world, args.device)
         result[distance_name(args, "r")] = metrics.frechet_between(real, fake)
-        # Soft pictures have features that differ less; distances to *them* (--gap) come out smaller for it.
+        # Blurry pictures have features that differ less; distances to *them* (--gap) come out smaller for it.
         variance = [statistics.mean_and_covariance()[1].trace().item() for statistics in (fake, real)]
         result["share_of_feature_variance_kept"] = variance[0] / variance[1]
     if args.features == "classifier":
@@ -171,9 +171,9 @@ def run_folder(path):
 
 @torch.no_grad()
 def generation(args):
-    """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the Fréchet
-    distance in a small classifier's features (not FID) and the share of samples it assigns to the class asked
-    for."""
+    """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the
+    Fréchet distance in a small classifier's features (not FID) and the fraction of samples it assigns
+    to the class asked for."""
     samples = open_samples(args.samples)
     labels, size = torch.from_numpy(samples.labels), samples.size
     network, name = feature_network(args, args.data, size)
@@ -216,8 +216,8 @@ def how_drawn(samples):
 
 
 def classified(args, network, labels, fake, size):
-    """How far samples are of the class asked for, and what the classifier and the tokenizer can do at
-    best."""
+    """How far samples are of the class asked for, and what the classifier and the
+    tokenizer can do at best."""
     tests = open_data(args, args.data, "test", size, args.test_images)
     truth = torch.from_numpy(tests.labels)
     accuracy = lambda found, wanted: (found.argmax(1) == wanted).float().mean().item()
@@ -232,7 +232,7 @@ def classified(args, network, labels, fake, size):
     found = collect(args, network, batches(tests, args, "test images"), logits=True).logits
     result["classifier_test_accuracy"] = accuracy(found, truth)
     if args.tokenizer:
-        # Samples are drawn by the tokenizer's decoder: this tells its share of the blame.
+        # Samples are drawn by the tokenizer's decoder: this tells what part of the error is its own.
         tokenizer = load_tokenizer(args.tokenizer, args.device)
         redrawn = reconstructions(args, tokenizer, tests)
         found = collect(args, network, redrawn, PRECISION_IMAGES, logits=True)
@@ -372,7 +372,7 @@ def check_packages(args):
 def score_samples(args, model, tokenizer, config, network, real, redrawn, scale, interval, title,
                   guide=None):
     """Draw args.num_images samples and measure them: {the distance, the diffusion gap if `redrawn` is there,
-    IS or share of the class}."""
+    IS or class accuracy}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
     dtype = common.autocast_dtype(args.dtype, args.device)
     mine = share(args.num_images, args.rank, args.world)
@@ -526,7 +526,7 @@ def theory(args):
 
 
 def speed(args):
-    """Images a second, share of this machine's matrix-product peak, peak memory of every part. [Sec. 4.5]"""
+    """Images per second, fraction of this machine's matrix-product peak, peak memory of every part. [Sec. 4.5]"""
     from study.speed import measure_speed      # here, because it imports the trainer, whose step it times
 
     result, table = measure_speed(args)
@@ -598,7 +598,7 @@ def main(argv=None):
     add("--train-images", type=Count, default=10_000, help="for the probe and the mixtures (default 10000)")
     add("--test-images", type=Count, default=2000, help="held out (default 2000)")
     add("--variance", type=Number(float, 0, 1, low_open=True), default=0.9,
-        help="share that PCA keeps [App. B.3] (default 0.9)")
+        help="fraction that PCA keeps [App. B.3] (default 0.9)")
     add("--dims", type=Whole, default=0, help="keep exactly so many instead; NLL compares at equal d only")
     add("--starts", type=Count, default=2, help="EM runs for each mixture, the best counts (default 2)")
     add("--iterations", type=Count, default=100, help="EM steps of a run at most (default 100)")

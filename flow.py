@@ -50,8 +50,8 @@ def interpolate(x, noise, t, path="linear"):
 
 
 def flow_matching_loss(prediction, target):
-    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample,
-    for a trainer to sort by t."""
+    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample, for
+    a trainer to sort by t."""
     return (prediction.float() - target.float()).square().mean((1, 2))
 
 
@@ -72,8 +72,8 @@ def sample_times(rngs, kind="uniform", path="linear"):
 
 
 def drop_labels(rngs, y, null_class, probability=0.1):
-    """Labels (B,) int64 with some replaced by the null class,
-    so that one model learns both halves of guidance.
+    """Labels (B,) int64 with some replaced by the null class, so that one model
+    learns both halves of guidance.
 
     rngs: one numpy Generator a sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
     them all, which is how an unconditional model is trained [Table 5].
@@ -127,8 +127,8 @@ def _state(x):
 
 
 def _times(steps, last=None):
-    """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0
-    and equal spacing up to it."""
+    """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0 and
+    equal spacing up to it."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
     if last is None:
@@ -154,13 +154,13 @@ def euler(velocity, x, steps=250, trajectory=None):
 
 @torch.no_grad()
 def heun(velocity, x, steps=125, trajectory=None, decide="call"):
-    """Heun's method for the ODE dx/dt = v: an Euler step,
-    then again with the mean of the velocities at its two ends.
+    """Heun's method for the ODE dx/dt = v: an Euler step, then again with the mean of the
+    velocities at its two ends.
 
     An error of second order for 2 * steps - 1 calls: the default costs what 250 Euler steps do. The last step
     is an Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state
-    for data and would leave half of the noise that is still there.
-    One step of first order among many leaves the whole at second.
+    for data and would leave half of the noise that is still there. One step of first order among many leaves
+    the whole at second.
     decide: where guidance has an interval, "call" asks at each call's own time whether it holds [ours], "step"
     once at the start of a step for both of its calls [released code]; velocity is then guided_velocity's.
     """
@@ -235,8 +235,8 @@ def guidance_free_mixture(model, prediction, x_t, t, y, beta):
 
 
 def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
-    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale (c - u),
-    for a span of times.
+    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale
+    (c - u), for a span of times.
 
     Two other schemes on the same line, with their own u:
     autoguidance (Karras et al. 2024): u is the velocity of `guide`, a worse model of the same latents, such
@@ -244,13 +244,13 @@ def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
     guidance-free training: a model with config.guidance_free is told 1 / cfg_scale and returns the guided
     velocity from one call.
 
-    c and u are the velocities with the labels y (B,) and with the null class;
-    all channels are guided [released code].
+    c and u are the velocities with the labels y (B,) and with the null class; all channels are guided
+    [released code].
     interval: (low, high), both ends included; outside it c is used as it is [App. C.2, after Kynkäänniemi et
     al. 2024: guiding the noisiest states costs variety]. Where c is used as it is, and at scale 1 everywhere,
-    u is not computed; elsewhere c and u are one batch of 2B.
-    SiT-XL's main results: 250 steps, scale 1.9 in [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2].
-    The model is called in its weights' dtype; the two velocities are combined in the state's.
+    u is not computed; elsewhere c and u are one batch of 2B. SiT-XL's main results: 250 steps, scale 1.9 in
+    [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2]. The model is called in its weights' dtype; the
+    two velocities are combined in the state's.
     Raises ValueError for an unconditional model with a scale other than 1: its c is u.
     """
     (low, high), null_class = interval, model.config.num_classes

@@ -19,11 +19,11 @@ CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time
 
 
 def sobel(images):
-    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy),
-    reflect padding of 1 px.
+    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose
+    (gy), reflect padding of 1 px.
 
-    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus right,
-    gy is above minus below.
+    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus
+    right, gy is above minus below.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, C, H+2, W+2)
     # Summed in the order of a convolution, row by row from the left: where a gradient is exactly zero, another
@@ -59,9 +59,8 @@ def hog_features(images, patch_size, cell_size=8, bins=9):
 
     images: (B, 3, H, W) float in [-1, 1], the model's own input. Each cell is normalised, so contrast and
     range cancel *except* by rounding: a gradient that lies exactly on the border of two bins may change sides
-    when the same image is given as 0..1 or 0..255, which moves a cell by up to 0.28.
-    Compare features only between images of one range.
-    Computed in float32, also under autocast: bfloat16 puts gradients into wrong
+    when the same image is given as 0..1 or 0..255, which moves a cell by up to 0.28. Compare features only
+    between images of one range. Computed in float32, also under autocast: bfloat16 puts gradients into wrong
     bins (rms error 0.019 of 0.333).
     Returns (B, N, D_hog) float32 in [0, 1]; a patch holds (colour, bin, cell row, cell column) in that order,
     and every cell has unit norm (0 where the image is flat). D_hog = hog_dim(...).
@@ -73,15 +72,15 @@ def hog_features(images, patch_size, cell_size=8, bins=9):
     dim, c = hog_dim(patch_size, cell_size, bins), cell_size
     group = max(1, CPU_PIXELS // (H * W))
     if images.device.type == "cpu" and B > group:
-        # Groups of images that stay in the cache: one pass over 64 images of 256 px is
-        # 9 times slower than 16 over 4.
+        # Groups of images that stay in the cache: one pass over 64 images of 256 px is 9
+        # times slower than 16 over 4.
         return torch.cat([hog_features(part, patch_size, cell_size, bins) for part in images.split(group)])
     gx, gy = sobel(images.float())                                            # (B, 3, H, W)
     # In a flat area the six terms leave up to 1e-6 behind, which normalising would blow up to a full cell (and
     # does in the released code); the smallest step between two grey levels makes 0.008. [ours]
     magnitude = F.threshold_(torch.hypot(gx, gy), 1e-5, 0.0)
-    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is
-    # counted from the vertical axis.
+    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is counted
+    # from the vertical axis.
     orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
     # MaskFeat lays one 16-px window after the other over the image, not one around each cell.

@@ -34,8 +34,8 @@ class LPIPS:
     """Learned perceptual image patch similarity (Zhang et al. 2018), VGG-16, version 0.1.
 
     vgg: normalised images -> five feature maps; heads: five (1, c, 1, 1) tensors of non-negative weights
-    (pretrained.load_vgg16, load_lpips_heads). A plain object: its frozen networks belong to no trained
-    module.
+    (pretrained.load_vgg16, load_lpips_heads). A plain object: its frozen networks
+    belong to no trained module.
     """
     # ImageNet's mean and standard deviation, brought to [-1, 1] and rounded.
     SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -240,7 +240,7 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images, crop=None):
         """(B, 3, H, W) -> (B, 5 * 196) logits.
 
-        crop: (top, left) of a 224-px window, each as a share in [0, 1) of the room there is; None brings the
+        crop: (top, left) of a 224-px window, each as a fraction in [0, 1) of the room there is; None brings the
         whole image to 224 px: larger ones by area, smaller ones bicubically. The released code flips a coin
         between them at every call.
         """

@@ -35,12 +35,11 @@ from common import Count, Linear, Positive, UserError, Weight, Whole, check_rang
 class MAETokConfig:
     """Everything that fixes the weights' shapes. The defaults are the paper's tokenizer at 256 px [Table 7].
 
-    Raises ValueError for values that cannot make a model (sides the patch does not divide,
-    odd head sizes, ...).
+    Raises ValueError for values that cannot make a model (sides the patch does not
+    divide, odd head sizes, ...).
     """
     # ---- tokenizer (MAETokConfig in maetok.py) ----
-    image_size: Count = 256          # px; what decode() draws when no size is given,
-                                     # and the grid of a position table
+    image_size: Count = 256          # px; what decode() draws by default, and the grid of a position table
     patch_size: Count = 16           # P, px
     width: Count = 768               # D of encoder and decoder (ViT-B)
     heads: Count = 12                # nh
@@ -49,22 +48,18 @@ class MAETokConfig:
     mlp_ratio: Positive = 4.0        # hidden width of the MLP / D
     num_latents: Count = 128         # L
     latent_dim: Count = 32           # C
-    learnable_latents: bool = True   # False: latents are read from the image tokens, L = N
-                                     # [Table 6, Table 13a]
+    learnable_latents: bool = True   # False: read from the image tokens, L = N [Tables 6, 13a]
     variational: bool = False        # True: KL-VAE, the encoder predicts mean and log-variance [Table 1a]
     rope: str = "axial"              # 2D RoPE on image tokens: axial | mixed (learnable frequencies) | none
-    ape: str = "none"                # learned absolute positions on image tokens: none | encoder | both
-                                     # [Table 13b]
+    ape: str = "none"                # learned positions on image tokens: none, encoder or both [Table 13b]
     aux_targets: dict[str, int] = field(default_factory=dict)   # name -> D_j, e.g. {"hog": 108} [Eq. 7]
     aux_depth: Whole = 3             # blocks of each auxiliary decoder; 0 is the "linear" row [Table 1d]
-    aux_width: Whole = 0             # 0: D, "the same design as the main pixel decoder" [Sec. 3.2];
-                                     # released code: 192
+    aux_width: Whole = 0             # 0: D, as the main decoder [Sec. 3.2]; released code: 192
     aux_heads: Whole = 0             # 0: nh; released code: 3
     class_token: bool = False        # encoder and aux decoders carry a class token [released code]
     layer_scale: Weight = 0.0        # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
-    initialisation: str = "xavier"   # of new weights: xavier [as MAE], or released: normals of 0.02
-                                     # [released code]; see initialise()
+    initialisation: str = "xavier"   # of new weights: xavier [as MAE] or released, see initialise()
 
     def __post_init__(self):
         check_ranges(self)
@@ -89,8 +84,8 @@ class MAETokConfig:
 # -------------------------------------------- patches and masks --------------------------------------------
 
 def patchify(images, patch_size):
-    """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c),
-    values in (row, column, channel) order.
+    """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c), values in
+    (row, column, channel) order.
 
     Raises ValueError when the patch does not divide both sides.
     """
@@ -120,10 +115,10 @@ def mask_out(images, mask, patch_size):
 def random_mask(rngs, num_patches, low=0.4, high=0.6):
     """Choose which patches the encoder does not see: M of [Sec. 3.2].
 
-    rngs: one numpy Generator an image, so that an image's mask does not depend on the batch it sits in.
-    low, high: the share of hidden patches is drawn uniformly from [low, high], image by image [ours: the
-    paper only says "40%-60%"; the released code draws one rate a batch from a normal(0.6, 0.25) cut to that
-    range, which the trainer reproduces by passing low = high = that rate].
+    rngs: one numpy Generator per image, so that an image's mask does not depend on the batch it sits in.
+    low, high: the mask ratio is drawn uniformly from [low, high], per image [ours: the
+    paper only says "40%-60%"; the released code draws one ratio per batch from a normal(0.6, 0.25) cut to that
+    range, which the trainer reproduces by passing low = high = that ratio].
     Returns (B, N) bool on the CPU, True = hidden; each row hides ceil(ratio * N) patches [released code].
     """
     if not 0 <= low <= high < 1:
@@ -142,8 +137,8 @@ class RoPE2D(nn.Module):
     [Sec. 3.1]
 
     A token at column x, row y turns its i-th pair of query and key channels by  x * f[0, i] + y * f[1, i].
-    axial: the first half of the pairs looks at x alone, the second half at y alone;
-    the same in every layer and head.
+    axial: the first half of the pairs looks at x alone, the second half at y alone; the
+    same in every layer and head.
     mixed: f is learnable, one set a layer and head, started in a random direction for every head (RoPE-Mixed,
     Heo et al. 2024); what the released weights use. Angles grow with the patch index and know nothing of the
     image size, which is why the same weights run on any grid [Table 13b].
@@ -321,9 +316,9 @@ class Encoder(nn.Module):
         grid = (H // self.patch_size, W // self.patch_size)
         x = self.patch_embed(patchify(images, self.patch_size))                             # (B, N, D)
         if mask is not None:
-            # Replaced, not dropped as in MAE: the sequence keeps its length and
-            # the encoder knows what it misses.
-            # After patch embedding and before positions, so that a mask token still knows where it is.
+            # Replaced, not dropped as in MAE: the sequence keeps its length and the encoder knows
+            # what it misses. After patch embedding and before positions, so that a mask token
+            # still knows where it is.
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         if self.positions is not None:
             x = x + self.positions(grid)
@@ -431,9 +426,9 @@ class MAETok(nn.Module):
         self.aux_decoders = nn.ModuleDict()
         for name, dim in c.aux_targets.items():
             if c.aux_depth == 0:
-                # The "linear" row of Table 1d. One linear layer cannot take L latents to N patches by itself;
-                # we put it on the pixel decoder's image tokens [ours: the paper does
-                # not say what it is linear in].
+                # The "linear" row of Table 1d. One linear layer cannot take L latents to N patches
+                # by itself; we put it on the pixel decoder's image tokens [ours: the paper does not
+                # say what it is linear in].
                 self.aux_decoders[name] = nn.Linear(c.width, dim)
             else:
                 self.aux_decoders[name] = Decoder(c, c.aux_depth, c.aux_width or c.width,
@@ -462,8 +457,8 @@ class MAETok(nn.Module):
     def encode(self, images, mask=None, normalize=False):
         """Images to latents.                                                                          [Eq. 4]
 
-        images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N) bool, True = hidden,
-        or None.
+        images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N)
+        bool, True = hidden, or None.
         normalize: return (h - latent_mean) / latent_std, what a diffusion model is trained on.
         Returns (B, L, C); of a KL-VAE the mean.
         """
@@ -490,8 +485,8 @@ class MAETok(nn.Module):
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
-        (None: its mean). The module draws no random numbers itself,
-        so a step can be repeated exactly. Returns MAETokOutput.
+        (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
+        Returns MAETokOutput.
         """
         grid = self.grid(images.shape[-2:])
         posterior = None
@@ -555,8 +550,8 @@ def kl_divergence(posterior):
 # -------------------------------------------- a trained tokenizer --------------------------------------------
 
 def load_tokenizer(path, device="cpu"):
-    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py: MAETok with the EMA weights,
-    in eval mode.
+    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py: MAETok with the
+    EMA weights, in eval mode.
 
     Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
     from the middle of a stage has none yet, which a warning says. Raises UserError.

@@ -166,14 +166,14 @@ def precision_recall(real, fake, k=3, block=1000):
     """Precision and recall of Kynkäänniemi et al. (2019), as ADM's suite computes them.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
-    the set (itself not counted). Precision: the share of fakes in the reals' manifold (<=); recall: the other
+    the set (itself not counted). Precision: the fraction of fakes in the reals' manifold (<=); recall: the other
     way. real, fake: (n, d) features. Rows are taken `block` at a time: never an n x n matrix.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
                         f"on both sides, here are {len(real)} and {len(fake)}")
-    # Float64 and centred: far from the origin |a|^2 + |b|^2 - 2 ab would be a small difference of large
-    # numbers.
+    # Float64 and centred: far from the origin |a|^2 + |b|^2 - 2 ab would be a small
+    # difference of large numbers.
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
     # Equal distances (of duplicated images, say) come out of it unequal in their last digits, and `<=` must
@@ -234,10 +234,10 @@ def standardise(train, *others):
     return [((x - mean) / std).to(train.dtype) for x in (train, *others)]
 
 
-def pca(x, share=0.9, dims=0):
-    """Principal axes of x (n, d) that hold `share` of its variance, or exactly `dims` of them.    [App. B.3]
+def pca(x, fraction=0.9, dims=0):
+    """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` of them.    [App. B.3]
 
-    Returns mean (d,), axes (d, m), the share they hold; (x - mean) @ axes projects. The smaller of the d x d
+    Returns mean (d,), axes (d, m), the fraction they hold; (x - mean) @ axes projects. The smaller of the d x d
     and n x n eigenproblems is solved; the latter's vectors are carried over by X^T.
     """
     if dims > min(x.shape[1], len(x) - 1):
@@ -252,7 +252,7 @@ def pca(x, share=0.9, dims=0):
         axes = F.normalize(x.T @ axes, dim=0)
     variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)                          # largest first
     held = variances.cumsum(0) / variances.sum()
-    dims = dims or min(int((held < share).sum()) + 1, len(held))
+    dims = dims or min(int((held < fraction).sum()) + 1, len(held))
     return mean, axes[:, :dims], held[dims - 1].item()
 
 
@@ -335,25 +335,26 @@ def negative_log_likelihood(mixture, x):
     return -torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
 
 
-def weighted_gaussians(shares, x, full):
-    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by shares[k] (n,).
+def weighted_gaussians(responsibilities, x, full):
+    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by responsibilities[k] (n,).
 
-    In more than a few dimensions nearly all shares are next to nothing, so each component works on its own
-    vectors only. It centres them before it squares, so that rounding, in float32 too, makes no covariance
-    indefinite.
+    In more than a few dimensions nearly all responsibilities are next to nothing, so each component works on
+    its own vectors only. It centres them before it squares, so that rounding, in float32 too, makes
+    no covariance indefinite.
     """
-    (K, _), d = shares.shape, x.shape[1]
+    (K, _), d = responsibilities.shape, x.shape[1]
     negligible = 1e-8 if x.dtype == torch.float32 else 1e-12
-    counts = shares.sum(1, dtype=torch.float64) + 10 * torch.finfo(torch.float64).eps   # an empty one divides
+    # eps: an empty component divides by it
+    counts = responsibilities.sum(1, dtype=torch.float64) + 10 * torch.finfo(torch.float64).eps
     means = torch.zeros(K, d, dtype=torch.float64)
     covariances = torch.zeros(*(K, d, d) if full else (K, d), dtype=torch.float64)
     for k in range(K):
-        own = (shares[k] > negligible).nonzero()[:, 0]
-        share, vectors = shares[k, own] / counts[k].to(x.dtype), x[own]                     # (n_k,), (n_k, d)
-        mean = share @ vectors
+        own = (responsibilities[k] > negligible).nonzero()[:, 0]
+        weights, vectors = responsibilities[k, own] / counts[k].to(x.dtype), x[own]  # (n_k,), (n_k, d)
+        mean = weights @ vectors
         vectors -= mean
         means[k] = mean
-        covariances[k] = vectors.T @ (vectors * share[:, None]) if full else share @ vectors.square()
+        covariances[k] = vectors.T @ (vectors * weights[:, None]) if full else weights @ vectors.square()
     (covariances.diagonal(dim1=1, dim2=2) if full else covariances).add_(REGULARISATION)
     return GaussianMixture(counts / counts.sum(), means, covariances)
 
@@ -364,14 +365,14 @@ def em_step(mixture, x):
     The products run in x's dtype, parameters and factorisations are float64. On float32 x a step takes half
     the time and is off by about 1e-6 |x|^2 / (smallest variance) nats; fit_mixture has the remedy.
     """
-    shares, total = [], 0.0
+    responsibilities, total = [], 0.0
     for joint in log_joint(mixture, x):                                                           # (K, b)
         largest = joint.amax(0)
         joint.sub_(largest).exp_()
         sums = joint.sum(0)
         total += (largest + sums.log()).sum(dtype=torch.float64).item()
-        shares.append(joint.div_(sums))                                                  # responsibilities
-    return weighted_gaussians(torch.cat(shares, 1), x, mixture.covariances.ndim == 3), total / len(x)
+        responsibilities.append(joint.div_(sums))
+    return weighted_gaussians(torch.cat(responsibilities, 1), x, mixture.covariances.ndim == 3), total / len(x)
 
 
 def start_mixture(x, K, full, rng):

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz      # for FID
 
 The checkpoint knows its tokenizer; nothing else is needed. Sample i depends on (seed, i) alone, not on the
-batch size or the number of processes (to rounding). Running the same command again goes on where it stopped.
+batch size or the number of processes (to rounding). The same command resumes.
 """
 import argparse
 import contextlib
@@ -97,9 +97,9 @@ def write_outputs(outs, parts, labels, size):
 
 
 def save_report(path, model, tokenizer, config, args, device, columns=10):
-    """A contact sheet of the whole pipeline: test images, what the encoder sees of them,
-    their reconstructions; samples by class at several guidance scales from the same noise;
-    and a strip of one trajectory, decoded at 8 of its times.
+    """A contact sheet of the whole pipeline: test images, what the encoder sees of them, their
+    reconstructions; samples by class at several guidance scales from the same noise; and a strip of one
+    trajectory, decoded at 8 of its times.
 
     At the noisy end the decoder is shown what it never met in training: a strip is a picture,
     not a measurement."""
@@ -186,7 +186,7 @@ def main(argv=None):
         model, tokenizer = load_released_sit(folders[0], device), load_released_tokenizer(folders[1], device)
         config = {"path": args.path}
         if rank == 0:
-            print(f"share of noise in the velocity at t = 1: {noise_share(model):.2f} (about 1 if SiT was "
+            print(f"fraction of noise in the velocity at t = 1: {noise_share(model):.2f} (about 1 if SiT was "
                   "trained on the linear path, 0 if on the cosine path)", flush=True)
     else:
         if args.path:

@@ -10,8 +10,8 @@ Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1.
 
 Shape legend, the same in every file:
     B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
-A label y is an int64 in [0, num_classes]; num_classes itself is the null class,
-which stands for "no class given".
+A label y is an int64 in [0, num_classes]; num_classes itself is the null class, which
+stands for "no class given".
 
 Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
 [released code] what only the authors' code shows · [ours] all are silent.
@@ -44,8 +44,8 @@ class SiTConfig:
     depth: Count = 28            # blocks [Table 8]
     mlp_ratio: Positive = 4.0    # hidden width of the MLP / D
     num_classes: Whole = 1000    # the null class comes on top; 0: unconditional, it is the only one [Table 5]
-    guidance_free: bool = False  # guidance-free training: the model is told 1 / guidance scale and learns the
-                                 # guided velocity itself [rebuttal; Chen et al. 2025]; not with usit
+    # Guidance-free training: the model is told 1 / guidance scale and learns the guided velocity itself.
+    guidance_free: bool = False  # guidance-free training [rebuttal; Chen et al. 2025]; not with usit
 
     def __post_init__(self):
         check_ranges(self)
@@ -69,8 +69,8 @@ SIZES = {
 def position_table(length, width):
     """Fixed 1D positions [Table 8 "1D sinusoidal"]: (1, L, D) float32.
 
-    Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours,
-    not halves [released code].
+    Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours, not halves
+    [released code].
     """
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)                # (D/2,)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency                          # (L, D/2)
@@ -113,12 +113,12 @@ class LabelEmbedder(nn.Module):
 
 
 # ----------------------------------------------- transformer -----------------------------------------------
-# Modules carry the names of the released checkpoints: their weights load as they are,
-# less the stored `pos_embed`.
+# Modules carry the names of the released checkpoints: their weights load as they are, less
+# the stored `pos_embed`.
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D).
-    Unlike MAETok's decoder, 1 + scale."""
+    """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D). Unlike
+    MAETok's decoder, 1 + scale."""
     return x * (1 + scale) + shift
 
 
@@ -152,8 +152,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block, modulated by the condition c: shift and scale after each norm,
-    a gate on each branch (adaLN-zero).
+    """Pre-norm block, modulated by the condition c: shift and scale after each norm, a gate on each branch
+    (adaLN-zero).
 
     The layer that makes them starts at zero, so the gates are 0 and a new block returns its input [SiT].
     """
@@ -189,8 +189,8 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class.
-    See SiTConfig for the sizes."""
+    """Velocity of the latents, given their noisy state, the time and the class. See
+    SiTConfig for the sizes."""
 
     def __init__(self, config):
         super().__init__()
@@ -211,20 +211,20 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(table.weight, std=0.02)
-        # adaLN-zero: blocks start as the identity and the output as 0: the loss
-        # starts at E|v|^2 whatever the depth.
+        # adaLN-zero: blocks start as the identity and the output as 0: the loss starts at
+        # E|v|^2 whatever the depth.
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
                       self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, t, y, beta=None, hidden_after=0):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1],
-        y (B,) int64 class -> velocity (B, L, C).
+        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class -> velocity
+        (B, L, C).
 
         beta: (B,) float in [0, 1], 1 / guidance scale, for a model of guidance-free training; None: 1.
         hidden_after: k > 0 returns (velocity, tokens after k blocks (B, L, D)), which REPA trains on.
-        Raises ValueError when x is not (B, num_latents, latent_dim): one token
-        would silently take every position.
+        Raises ValueError when x is not (B, num_latents, latent_dim): one token would
+        silently take every position.
         """
         if x.shape[1:] != (self.config.num_latents, self.config.latent_dim):
             raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of "
@@ -245,11 +245,11 @@ def sit_macs(config):
     """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
 
     Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not
-    counted: softmax, norms, GELU, biases, modulation, sums, look-ups.
-    One MAC is two FLOPs in the usual terms.
-    SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and 373.3
-    "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5];
-    leaving attention's products out gives 57.3 and 456.9, 8.0 times.
+    counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in
+    the usual terms. SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many.
+    The paper has 48.5 and 373.3
+    "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5]; leaving attention's products out gives
+    57.3 and 456.9, 8.0 times.
     """
     L, C, D, hidden = (config.num_latents, config.latent_dim, config.width,
                        int(config.width * config.mlp_ratio))
@@ -274,7 +274,7 @@ def model_classes(name):
     if name == "usit":
         from variants.usit import USiT, USiTConfig
         return USiT, USiTConfig
-    raise UserError(f"--model {name}: choose sit, lightningdit or usit")
+    raise UserError(f"--model {name}: choose sit, lightningdit, usit")
 
 
 def build_config(values):

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 train_diffusion.py --preset sit-xl --tokenizer RUN --data IMAGENET   # Table 8
 
 The images are encoded once, both flips, into a cache of latents beside the run; the tokenizer is not needed
-in the loop. Running the same command again goes on from the last checkpoint, with any number of processes.
+in the loop. The same command resumes from the last checkpoint, with any number of processes.
 
 Time: data at t = 0, noise at t = 1, here and in flow.py.
 Shapes: B batch · L latent tokens · C latent channels.
@@ -50,24 +50,20 @@ TIME_BINS = 10
 class Config(SiTConfig):
     """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
     # ---- run ----
-    preset: str = "shapes"        # one or more names joined by commas, later ones win;
-                                  # see PRESETS in this file
+    preset: str = "shapes"        # names joined by commas, later ones win; see PRESETS in this file
     tokenizer: str = ""           # run folder or checkpoint of train_tokenizer.py
     out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
     seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False         # torch.compile the model; pays off on GPUs in runs longer than some minutes
-    checkpointing: bool = False   # keep only the inputs of blocks for the backward pass, which computes the
-                                  # rest again: less memory, more time
+    checkpointing: bool = False   # less memory, more time: the backward pass computes blocks again
     ema_device: str = "auto"      # where the averaged weights are kept: auto (beside the model) or cpu
     workers: Workers = -1         # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
-    data: str = ""                # shapes, cifar10, a folder or an .npz file (default: what the tokenizer was
-                                  # trained on)
+    data: str = ""                # shapes, cifar10, a folder or an .npz file (default: the tokenizer's)
     data_root: str = "data"       # where cifar10 is looked for and downloaded to
-    flip: bool = True             # random horizontal flip [Table 8]: both versions of an image are in the
-                                  # cache
+    flip: bool = True             # random horizontal flip [Table 8]; the cache holds both versions
     skip_corrupt: bool = False    # pass over unreadable images and count them, instead of stopping
     cache: bool = True            # encode all images once, before training; off: in every step
     cache_images: Whole = 0       # encode only so many; 0: all. An endless data set needs a number
@@ -78,20 +74,19 @@ class Config(SiTConfig):
     qk_norm: bool = False         # lightningdit: RMSNorm on queries and keys
     sine_table: bool = True       # lightningdit: fixed positions under its RoPE
     path: str = "linear"          # linear or cosine interpolant between data and noise; see flow.py
-    times: str = "uniform"        # uniform ("original setting" [Sec. 4.1]) or logit-normal
-                                  # [released code's README]
-    label_dropout: Share = 0.1    # share of labels replaced by the null class, for guidance [SiT]
+    times: str = "uniform"        # uniform [Sec. 4.1] or logit-normal [released code's README]
+    label_dropout: Share = 0.1    # part of the labels replaced by the null class, for guidance [SiT]
     direction_loss: Weight = 0.0  # weight of 1 - cos(prediction, velocity); LightningDiT: 1 [Table 9]
-    repa: str = ""                # a frozen teacher (dinov2-l, ...) whose patch features are predicted from a
-                                  # middle layer [rebuttal; REPA, Yu et al. 2024]; needs --no-cache
+    # REPA (Yu et al. 2024): a frozen teacher's patch features are predicted from a middle layer.
+    repa: str = ""                # teacher of REPA, dinov2-l for instance [rebuttal]; needs --no-cache
     repa_weight: Weight = 0.5     # of that loss, -cos [REPA]
     repa_block: Count = 8         # after so many blocks [REPA: 8 of 28]
     weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
     random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
     # ---- optimisation ----
     steps: Count = 4_000_000      # [Table 8]; SiT-L in the ablations: 400,000
-    batch_size: Count = 256       # latents a step over all processes [Table 8]
-    accumulate: Count = 1         # forward passes a step, when a share of the batch does not fit a device
+    batch_size: Count = 256       # latents per step over all processes [Table 8]
+    accumulate: Count = 1         # forward passes per step, for batches that do not fit the device
     lr: Positive = 1e-4           # constant [Table 8]
     warmup: Whole = 0             # steps of linear warm-up; none in the paper
     beta1: Decay = 0.9            # AdamW [Table 8]
@@ -99,14 +94,14 @@ class Config(SiTConfig):
     weight_decay: Weight = 0.0    # [Table 8]
     clip: Positive = 1.0          # largest gradient norm [released code]
     ema: Decay = 0.9999           # decay [SiT]
-    ema_warmup: bool = True       # smaller decay in the first steps, or small runs would average over their
-                                  # random start [ours; SiT and the released code: none]
+    # Without it small runs would average over their random start.
+    ema_warmup: bool = True       # smaller decay in the first steps [ours; SiT, released code: none]
     # ---- logs ----
     log_every: Count = 100        # steps between lines of metrics.jsonl
     save_every: Count = 10_000    # steps between checkpoints
     keep: Keep = 3                # numbered checkpoints that stay, at least 2
-    keep_every: Whole = 500_000   # and all whose step is a multiple of this, for Fig. 5b and autoguidance's 1 M
-                                  # [rebuttal]; 0: none
+    # For Fig. 5b, and for autoguidance by the checkpoint of 1 M steps [rebuttal].
+    keep_every: Whole = 500_000   # and all whose step is a multiple of this; 0: none
     grid_every: Whole = 10_000    # steps between pictures of samples; 0 for none
     grid_cfg: Weight = 2.0        # guidance scale of the second row of those pictures
 
@@ -205,8 +200,8 @@ class LatentCache(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def build(self, key, tokenizer, dataset, dtype, batch_size, workers, rank, world, device):
-        """Encode what is not there yet; whole shards appear by renaming,
-        so an interruption costs one shard at most."""
+        """Encode what is not there yet; whole shards appear by renaming, so an interruption
+        costs one shard at most."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             checkpoints.remove_debris(self.folder)

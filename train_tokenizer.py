@@ -45,18 +45,15 @@ class Config(MAETokConfig):
     """Everything a run depends on. The defaults are the paper's 256-px tokenizer [Table 7];
     presets change them."""
     # ---- run ----
-    preset: str = "shapes"       # one or more names joined by commas, later ones win;
-                                 # see PRESETS in this file
+    preset: str = "shapes"       # names joined by commas, later ones win; see PRESETS in this file
     out: str = ""                # folder of the run (default: runs/tokenizer-PRESET)
-    stage: str = "both"          # both, 1 (masked training only) or 2 (decoder only, from --init or a
-                                 # finished stage 1)
+    stage: str = "both"          # both, 1 (masked training) or 2 (decoder only, from --init or a stage 1)
     init: str = ""               # start from the EMA weights of this checkpoint or run folder
     seed: Seed = 0               # of weights, data order, augmentation, masks and noise
     device: str = "auto"         # auto, cpu, cuda or mps
     dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
-    checkpointing: bool = False  # keep only the inputs of blocks and losses for the backward pass, which
-                                 # computes the rest again: less memory, more time
+    checkpointing: bool = False  # less memory, more time: the backward pass computes blocks and losses again
     ema_device: str = "auto"     # where the averaged weights are kept: auto (beside the model) or cpu
     workers: Workers = -1        # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
@@ -67,28 +64,23 @@ class Config(MAETokConfig):
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
     # ---- masked modelling ----
-    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets joined by commas: hog, frozen teachers, text
-                                 # (captions); empty for none [Sec. 3.2, 4.1, Table 1b]
-    aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine
-                                 # [released code]
+    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets [Table 1b]: hog, text, frozen teachers; empty: none
+    aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine [released code]
     aux_weight: Weight = 1.0     # of the auxiliary losses; the paper gives none, 1.0 [released code]
     hog_cell: Count = 8          # px [MaskFeat]; small images want smaller cells
     text_weight: Weight = 1.0    # of the captions' cross-entropy [ours: the paper gives none]
-    text_vocab: str = "clip"     # clip: its 49,408 sub-words [Sec. 4.1], or words: the most frequent words of
-                                 # the training captions, without a file [ours]
+    text_vocab: str = "clip"     # clip, its 49,408 sub-words [Sec. 4.1], or words of the captions [ours]
     text_words: Count = 1000     # how many, for words
-    mask_low: Share = 0.4        # smallest share of hidden patches [Sec. 4.1, Table 1c]
-    mask_high: Share = 0.6       # largest; 0 for a plain AE
-    mask_draw: str = "uniform"   # uniform, image by image [ours], or normal: one rate a step,
-                                 # normal(0.6, 0.25) cut to [low, high] [released code]
-    teachers_as: str = "published"  # how teachers run: published, or released: ImageNet's mean and std and
-                                 # exact GELU for all [released code]
+    mask_low: Share = 0.4        # smallest mask ratio [Sec. 4.1, Table 1c]
+    mask_high: Share = 0.6       # largest mask ratio; 0 for a plain AE
+    # The released code has one ratio per batch, from normal(0.6, 0.25) cut to [low, high].
+    mask_draw: str = "uniform"   # uniform, per image [ours], or normal, per step [released code]
+    teachers_as: str = "published"  # published, or released: ImageNet's mean and std, exact GELU [released code]
     kl_weight: Weight = 1e-6     # of a KL-VAE's divergence [released code]
     # ---- perceptual and adversarial loss ----
     percep_weight: Weight = 1.0  # lambda_1 of LPIPS [Eq. 6, Table 7]; 0 needs no VGG weights
     percep_warmup: Whole = 10_000  # steps in which it grows from 0 [released code]
-    disc: str = "dino"           # discriminator: dino (frozen DINO-S/16 with trained heads), patch (small,
-                                 # needs no weights from elsewhere) or none
+    disc: str = "dino"           # dino (heads on a frozen DINO-S/16), patch (needs no weight files) or none
     disc_weight: Weight = 0.4    # lambda_2, times the adaptive weight [Eq. 6, Table 7]
     disc_start: Whole = 30_000   # step, counted through both stages, at which the GAN begins [Table 7]
     disc_lr: Weight = 1e-4       # peak, on the tokenizer's schedule; the paper is silent
@@ -100,8 +92,8 @@ class Config(MAETokConfig):
     random_frozen: bool = False  # FOR TESTS ONLY: frozen networks with random weights, nothing downloaded
     # ---- optimisation ----
     steps: Count = 500_000       # of stage 1 [Table 7]; the ablations of Tables 1, 6 and 13 use 250,000
-    batch_size: Count = 512      # images a step over all processes [Table 7]
-    accumulate: Count = 1        # forward passes a step, when a share of the batch does not fit a device
+    batch_size: Count = 512      # images per step over all processes [Table 7]
+    accumulate: Count = 1        # forward passes per step, for batches that do not fit the device
     lr: Positive = 1e-4          # peak [Table 7 "base learning rate", taken as it is]; released code: 2e-4
     lr_start: Weight = 0.0       # at the first step of the warm-up; released code: 1e-5
     lr_end: Weight = 0.0         # at the end of the cosine; released code: 2e-5
@@ -109,17 +101,16 @@ class Config(MAETokConfig):
     cosine_from: str = "warmup"  # where the cosine begins: warmup, at its end, or start, step 0 [released code]
     beta1: Decay = 0.9           # AdamW [Table 7]
     beta2: Decay = 0.95          # AdamW [Table 7]
-    weight_decay: Weight = 1e-4  # [Table 7]; none on norms, biases, tokens, positions
-                                 # [ours, the usual choice]
+    weight_decay: Weight = 1e-4  # on the matrices of linear layers only [Table 7]
     clip: Positive = 1.0         # largest gradient norm [released code]
     ema: Decay = 0.9999          # decay [released code]
-    ema_warmup: bool = True      # smaller decay in the first steps, or small runs would average over their
-                                 # random start [ours; released code: none]
+    # Without it small runs would average over their random start.
+    ema_warmup: bool = True      # smaller decay in the first steps [ours; released code: none]
     # ---- stage 2 ----
     stage2_steps: Whole = 50_000  # decoder fine-tuning with the encoder frozen [Sec. 4.1]
-    stage2_mask: Share = 0.6     # share of hidden patches at its start, falling linearly to 0 [Sec. 4.1]
-    stage2_ramp: Share = 1.0     # part of stage 2 in which it falls: all of it [Sec. 4.1]; the rest, if any,
-                                 # trains on clean images, as Sec. 3.3 has it from the start
+    stage2_mask: Share = 0.6     # mask ratio at its start, falling linearly to 0 [Sec. 4.1]
+    # After the ramp, if it ends early, stage 2 trains on clean images, as Sec. 3.3 has it from the start.
+    stage2_ramp: Share = 1.0     # part of stage 2 in which the mask ratio falls to 0 [Sec. 4.1: all of it]
     stage2_lr: Positive = 1e-4   # peak; the paper is silent
     stage2_warmup: Whole = 1000  # steps [ours]
     # ---- logs ----
@@ -234,8 +225,8 @@ def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0, cosine_from="wa
 def mask_range(config, stage, step):
     """(low, high) mask ratio at `step` of `stage`."""
     if stage == 2:
-        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to
-        # 0: the ramp ends at the former.
+        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to 0: the
+        # ramp ends at the former.
         ramp = max(1, config.stage2_ramp * config.stage2_steps - 1)
         ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * max(0.0, 1 - step / ramp)
         return ratio, ratio
@@ -396,8 +387,8 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
     model, ema, adversary = state.model, state.ema, state.adversary
     if config.compile:
         for part in model.modules():
-            # Not the decoder's head: the adaptive weight asks for its gradient,
-            # which would take the whole of a compiled backward pass with it.
+            # Not the decoder's head: the adaptive weight asks for its gradient, which would take the whole of
+            # a compiled backward pass with it.
             if isinstance(part, Transformer):
                 part.compile()
     wrapped, wrapped_adversary = model, adversary
@@ -534,8 +525,8 @@ def evaluate(config, model, dataset, teachers, device):
 
 @torch.inference_mode()
 def measure_latents(config, model, dataset, device):
-    """Set the model's latent_mean and latent_std, one scalar each,
-    over `latent_images` clean training images."""
+    """Set the model's latent_mean and latent_std, one scalar each, over `latent_images`
+    clean training images."""
     n, total, squares = 0, 0.0, 0.0
     for images, *_ in some_images(dataset, config.latent_images, batch_size=eval_batch(config)):
         h = model.encode(to_float(images).to(device)).cpu().double()
@@ -546,8 +537,8 @@ def measure_latents(config, model, dataset, device):
 
 @torch.inference_mode()
 def save_grid(config, stage, model, dataset, path, device, count=8):
-    """A PNG of test images: input, masked input, reconstructions,
-    and HOG target and prediction drawn as strokes."""
+    """A PNG of test images: input, masked input, reconstructions, and HOG target and
+    prediction drawn as strokes."""
     images = to_float(next(some_images(dataset, count))[0]).to(device)
     P = config.patch_size
     grid = model.grid(images.shape[-2:])
@@ -570,8 +561,8 @@ def save_grid(config, stage, model, dataset, path, device, count=8):
 
 
 def start_from(config, model, adversary, path):
-    """Copy the EMA weights of another run's tokenizer into `model`: --init.
-    Auxiliary decoders where the targets agree, the discriminator where both have the same kind.
+    """Copy the EMA weights of another run's tokenizer into `model`: --init. Auxiliary decoders where the
+    targets agree, the discriminator where both have the same kind.
 
     The sizes of image and auxiliary decoders may differ, anything else must not. Raises UserError.
     """
@@ -692,8 +683,8 @@ def main(argv=None):
         if state.stage == 1 and state.step == config.steps and state.measured:
             start_stage_2(config, state, device)
         train_stage(config, stages(config)[state.stage], state, networks, train_set, test_set, processes)
-        # The stage is saved by now: should a test image be unreadable,
-        # only the measurements are to be made again.
+        # The stage is saved by now: should a test image be unreadable, only the
+        # measurements are to be made again.
         if rank == 0:
             averaged = state.ema.on(device)
             record = {"step": state.step, "stage": state.stage, "event": f"end of stage {state.stage}",

@@ -39,8 +39,8 @@ class Images(NamedTuple):
 
 
 def open_samples(path):
-    """Samples or a reference: an .npz in ADM's layout or a folder, in file order, nothing resized or
-    cropped."""
+    """Samples or a reference: an .npz in ADM's layout or a folder, in file order,
+    nothing resized or cropped."""
     folder = Path(path).is_dir()
     source = Folder(path, "train") if folder else read_npz(path)
     labels = np.asarray(source.labels)

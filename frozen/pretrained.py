@@ -1,4 +1,4 @@
-"""Frozen networks by hand, with the public weight files: teachers of Eq. 8, eyes of the losses and of FID.
+"""Frozen networks by hand, with the public weight files: teachers of Eq. 8, networks of the losses and of FID.
 
     load_teacher    DINOv2, SigLIP: targets of the auxiliary decoders            [Eq. 8, Table 1b]
     load_vit        DINO v1 ViT-S/16, which the discriminator looks through      [Table 7]
@@ -344,7 +344,7 @@ def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, d
                  gelu=""):
     """The Teacher of Eq. 8 called `name` in TEACHERS, on the tokenizer's patches.
 
-    patch_size: the tokenizer's; N = H/P * W/P features an image. dtype: of matrix products; None is
+    patch_size: the tokenizer's; N = H/P * W/P features per image. dtype: of matrix products; None is
     bfloat16 on CUDA GPUs that have it, else float32. mean_std: instead of the spec's, e.g. IMAGENET for
     SigLIP, as the released code has it. gelu: see load_vit, which also says what is raised.
     """

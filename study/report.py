@@ -47,7 +47,7 @@ PAPER = [
 
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
-    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, share of the class], "seconds" a dict
+    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "seconds" a dict
     by command. `done`: study.read_done's, of a unit that is complete."""
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
@@ -91,7 +91,7 @@ def read_unit(name, folder, done):
 
 # Columns: title -> (key, digits, factor). What a setting has not measured is left out.
 SUMMARY = {
-    "PSNR": ("psnr stage2", 2, 1), "probe, %": ("probe", 1, 100),
+    "PSNR": ("psnr stage2", 2, 1), "linear-probe accuracy, %": ("probe", 1, 100),
     "gap": ("gap stage2 cfg 1", 2, 1), "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1),
     "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1),
@@ -101,7 +101,7 @@ TOKENIZERS = {
     "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
     "rec. distance, stage 1": ("recon distance stage1", 2, 1), " stage 2": ("recon distance stage2", 2, 1),
     "class of rec., %": ("recon accuracy stage2", 1, 100), "variance of rec., %": ("kept stage2", 0, 100),
-    "probe, %": ("probe", 1, 100),
+    "linear-probe accuracy, %": ("probe", 1, 100),
     # At K = 1 it is the same for any latents, d/2 (1 + ln 2 pi).
     "NLL K=5": ("nll full K 5", 2, 1), "K=20": ("nll full K 20", 2, 1), "K=50": ("nll full K 50", 2, 1)}
 DIFFUSION = {
@@ -118,10 +118,10 @@ IMAGENET = {
     "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1)}
 READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
 
-- rec.: the reconstructions' distance to the real images, the share of them in which the classifier sees their
-  class, the share of its features' variance that they keep (soft pictures differ less).
+- rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
+  class, the fraction of its features' variance that they keep (blurry pictures differ less).
 - gap: the distance between samples and the same tokenizer's reconstructions. cfg 2: guidance 2. class: the
-  share of samples in which the classifier sees the class asked for. uncond.: of the unconditional model.
+  fraction of samples in which the classifier sees the class asked for. uncond.: of the unconditional model.
 - loss: does not compare across latent spaces. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
@@ -130,7 +130,7 @@ ORDER = {
     "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1, True),
     "gap, classifier": ("gap stage2 cfg 1", 2, 1, True),
     "uncond. distance, classifier": ("distance unconditional", 2, 1, True),
-    "probe, %": ("probe", 1, 100, False)}
+    "linear-probe accuracy, %": ("probe", 1, 100, False)}
 
 
 def markdown(rows, columns, sources):
@@ -243,7 +243,7 @@ def line_charts(rows):
     panels = {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
                                  (2, 1, "diffusion gap, not guided"),
-                                 (3, 2, "share of the class asked for, guidance 2")):
+                                 (3, 2, "class accuracy, guidance 2")):
         panels[title] = {
             name: [(points[0][0], *spread([point[column] for point in points]))
                    for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
@@ -261,7 +261,8 @@ def line_charts(rows):
     widths = {name: [n for n in (f"{name}, 8 channels", f"{name}, 16 channels", name) if n in rows]
               for name in rows if "channels" not in name and "no learnable" not in name}
     panels = {}
-    for title in ("distance, ImageNet features", "distance, classifier", "gap, classifier", "probe, %"):
+    for title in ("distance, ImageNet features", "distance, classifier", "gap, classifier",
+                  "linear-probe accuracy, %"):
         key, _, factor, _ = ORDER[title]
         points = {name: [(np.mean([seed["psnr stage2"] for seed in rows[n].values()]),
                           *spread([factor * seed[key] for seed in rows[n].values()]))

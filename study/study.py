@@ -129,7 +129,7 @@ def commands(args, name, seed):
         "samples unconditional": ["evaluate.py", "curve", folder / "unconditional", *samples,
                                   "--out", folder / "samples_unconditional"],
     }
-    if args.imagenet and "EfficientNet" not in name:            # nobody is measured by its own teacher's eyes
+    if args.imagenet and "EfficientNet" not in name:            # not evaluated in its own teacher's features
         efficientnet = ["--features", "efficientnet"]
         result["recon, ImageNet"] = recon("stage2", efficientnet, "recon_imagenet")
         result["samples, ImageNet"] = ["evaluate.py", "cfg", folder / "diffusion", *everywhere, *efficientnet,
@@ -144,8 +144,8 @@ def unit_folder(args, name, seed):
 
 def read_done(args, name, seed):
     """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, "done": bool,
-    "machine": of the last attempt}} for every command, in order. Raises UserError if one was run with other
-    arguments."""
+    "machine": of the last attempt}} for every command, in order. Raises UserError if one was
+    run with other arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
     found, done = checkpoints.read_json(path) if path.exists() else {}, {}
@@ -257,7 +257,7 @@ def main(argv=None):
     add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
     add("--jobs", type=common.Whole, default=0, help="commands at a time (default: as many as cores, 4 at most)")
     add("--minutes", type=common.Weight, default=0,
-        help="stop after so long; the same command goes on from there. "
+        help="stop after so long; the same command resumes. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
@@ -298,7 +298,7 @@ def main(argv=None):
         report(args, units, {name: source for name, (_, _, source) in ROWS.items()})
     if errors:
         raise UserError("; ".join(map(str, errors)))
-    print("done" if finished else "time is up; the same command goes on from here")
+    print("done" if finished else "time is up; the same command resumes")
 
 
 if __name__ == "__main__":

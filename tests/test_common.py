@@ -1,4 +1,4 @@
-"""common.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
+"""common.py and checkpoints.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
 import copy
 import os
 import subprocess
@@ -21,8 +21,8 @@ from common import UserError
 class Base:
     # ---- first group ----
     width: common.Count = 8             # px, 100 % of it
+    # A reason, which --help leaves out.
     rate: common.Positive = 1e-3         # per step
-                               # and more
 
 
 @dataclass
@@ -61,7 +61,7 @@ def test_one_process_of_every_node_goes_first(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import common
+import checkpoints, common
 rank, world, device = common.start_processes("cpu")
 os.environ["LOCAL_RANK"] = str(rank % 2)
 with common.rank_zero_first(rank, world):
@@ -108,7 +108,7 @@ def test_help_shows_groups_and_the_comments_beside_the_fields(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "first group: --width" in text and "px, 100 % of it (default 8; small: 4)" in text
-    assert "per step and more (default 0.001)" in text and "second group: --preset" in text
+    assert "per step (default 0.001)" in text and "A reason" not in text and "second group: --preset" in text
 
 
 def test_random_streams_are_reproducible_and_distinct():

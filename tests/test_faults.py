@@ -179,7 +179,7 @@ def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path):
     errors = process.communicate(timeout=60)[1]
     step = checkpoints.load_checkpoint(tmp_path / "run")["step"]
     assert 10 <= step < 400 and not debris(tmp_path / "run")
-    assert f"stopped by {number.name}; run the same command again to go on\n" in errors
+    assert f"stopped by {number.name}; run the same command again to resume\n" in errors
     if not launcher:
         assert process.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped by")
         assert "Traceback" not in errors

@@ -157,7 +157,12 @@ def test_help_is_short_and_help_all_is_whole(module, most, capsys):
     for flag in ("--help", "--help-all"):
         with pytest.raises(SystemExit):
             module.main([flag])
-        listed[flag] = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.M)) - {"--help-all"}
+        text = capsys.readouterr().out
+        # One line per option: a second one only under switches whose two names fill the first.
+        lines = text.splitlines()
+        assert all(re.fullmatch(r"  --\S+, --no-\S+", before) for before, line in zip(lines, lines[1:])
+                   if line.startswith(" " * 38) and line.strip())
+        listed[flag] = set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) - {"--help-all"}
     assert len(listed["--help"]) == len(module.SHOWN) <= most
     assert listed["--help-all"] == {flag for flag, _ in options(module.__name__)} | {
         f"--{f.name.replace('_', '-')}" for f in module.dataclasses.fields(module.Config) if f.type is bool}

@@ -36,10 +36,10 @@ class LightningDiTConfig(SiTConfig):
     Raises ValueError for values that cannot make a model.
     """
     # ---- LightningDiT (LightningDiTConfig in lightningdit.py) ----
-    qk_norm: bool = False        # RMSNorm on queries and keys, head by head, for runs whose attention logits
-                                 # grow without bound; off in the released configuration [LightningDiT]
-    sine_table: bool = True      # SiT's fixed positions, under RoPE [LightningDiT]; off: RoPE alone, as
-                                 # Table 9 can be read, and tokens are hard to tell apart where all is noise
+    # For runs whose attention logits grow without bound; off in the released configuration.
+    qk_norm: bool = False        # RMSNorm on queries and keys, per head [LightningDiT]
+    # Table 9 can be read as RoPE alone; then tokens are hard to tell apart where all is noise.
+    sine_table: bool = True      # SiT's fixed positions, under RoPE [LightningDiT]
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,8 +71,8 @@ def rotate(x, cos, sin):
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last axis: LayerNorm without mean and bias (Zhang & Sennrich 2019).
 
-    In float32 whatever x's dtype, which it returns.
-    Unlike SiT's norms it has a weight, although adaLN scales right after it [LightningDiT].
+    In float32 whatever x's dtype, which it returns. Unlike SiT's norms it has a weight, although adaLN scales
+    right after it [LightningDiT].
     """
 
     def __init__(self, width):
@@ -122,8 +122,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """SiT's block with the exchanged parts; adaLN-zero stays: shift and scale after each norm, a gate on each
-    branch."""
+    """SiT's block with the exchanged parts; adaLN-zero stays: shift and scale after each norm,
+    a gate on each branch."""
 
     def __init__(self, width, heads, mlp_ratio, qk_norm):
         super().__init__()
@@ -156,8 +156,8 @@ class FinalLayer(nn.Module):
 
 
 class LightningDiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class.
-    See LightningDiTConfig for the sizes."""
+    """Velocity of the latents, given their noisy state, the time and the class. See
+    LightningDiTConfig for the sizes."""
 
     def __init__(self, config):
         super().__init__()
@@ -189,8 +189,8 @@ class LightningDiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, t, y, beta=None, hidden_after=0):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1],
-        y (B,) int64 class, num_classes being the null class -> velocity (B, L, C).
+        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class, num_classes
+        being the null class -> velocity (B, L, C).
 
         beta and hidden_after: as sit.SiT.forward's.
 

@@ -145,7 +145,7 @@ def bag_of_words(tokens, idf):
 
 def text_loss(logits, target):
     """Softmax cross-entropy, mean over images: logits (B, V), target (B, V) -> float32 scalar. One prediction
-    an image: unlike Eq. 8 there are no patches to mask."""
+    per image: unlike Eq. 8 there are no patches to mask."""
     return F.cross_entropy(logits.float(), target)
 
 

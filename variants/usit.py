@@ -3,7 +3,7 @@
 DC-AE's name (Chen et al. 2024, arXiv:2410.10733) for a U-ViT (Bao et al. 2023, arXiv:2209.12152) trained with
 SiT's objective. A U-ViT is a plain ViT with two ideas:
 
-    everything is a token    the sequence is [class ; time ; latents]; no adaLN, attention does the steering
+    everything is a token    the sequence is [class ; time ; latents]; no adaLN, attention alone conditions
     long skips               the output of block i also goes straight to its mirror image, across the middle:
 
         in_blocks   1 -> 2 -> ... -> n ---> mid_block
@@ -14,8 +14,8 @@ SiT's objective. A U-ViT is a plain ViT with two ideas:
 Paths, loss, samplers and guidance are flow.py's; `forward` takes and returns what SiT's does.
 DATA AT t = 0, NOISE AT t = 1.
 
-Shape legend: B batch · L latent tokens · C latent channels · T all tokens, 2 + L · D width · nh heads ·
-hs head size
+Shape legend: B batch · L latent tokens · C latent channels · T all tokens, 2 + L · D width
+· nh heads · hs head size
 Provenance tags: [Table 3] the paper (arXiv:2502.03444v2) · [DC-AE] its code · [U-ViT] · [ours]
 """
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class USiTConfig(SiTConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.guidance_free:
-            raise ValueError("guidance-free training steers through adaLN, which usit has not: "
+            raise ValueError("guidance-free training conditions through adaLN, which usit has not: "
                              "choose sit or lightningdit")
         if self.depth % 2:
             raise ValueError(f"depth is {self.depth}: USiT's blocks come in mirrored pairs, give an even "
@@ -97,8 +97,8 @@ class Block(nn.Module):
 
 
 class USiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class.
-    See USiTConfig for the sizes."""
+    """Velocity of the latents, given their noisy state, the time and the class. See
+    USiTConfig for the sizes."""
 
     def __init__(self, config):
         super().__init__()
@@ -124,8 +124,8 @@ class USiT(nn.Module):
         # The table of classes keeps PyTorch's normal(0, 1), which is also the scale of the time's features.
 
     def forward(self, x, t, y):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1],
-        y (B,) int64 class, num_classes being the null class -> velocity (B, L, C).
+        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class, num_classes
+        being the null class -> velocity (B, L, C).
 
         Raises ValueError when x is not (B, num_latents, latent_dim).
         """
