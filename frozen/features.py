@@ -25,7 +25,8 @@ import common
 from common import UserError, sample_rng
 from data import Folder, GlobalBatches, build_dataset, collate, read_npz, to_float
 from metrics import FeatureStatistics
-from frozen.pretrained import load_inception, load_teacher
+from frozen.inception import load_inception
+from frozen.pretrained import load_teacher
 
 
 # ------------------------------------------- images and processes -------------------------------------------

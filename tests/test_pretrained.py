@@ -10,9 +10,9 @@ from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, 
                           SiglipVisionConfig, SiglipVisionModel)
 
 from common import UserError
-from frozen.pretrained import (TEACHERS, VGG16, Inception, TeacherSpec, ViTConfig, VisionTransformer,
-                        average_pool, load_inception, load_lpips_heads, load_teacher, load_vgg16, load_vit,
-                        resample_kernel, resize_tf1, vit_state)
+from frozen.inception import Inception, average_pool, load_inception, resize_tf1
+from frozen.pretrained import (TEACHERS, VGG16, TeacherSpec, ViTConfig, VisionTransformer, load_lpips_heads,
+                               load_teacher, load_vgg16, load_vit, resample_kernel, vit_state)
 from frozen.weight_files import WeightFile, check_state
 
 
