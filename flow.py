@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import common
 from common import UserError, sample_rng
@@ -29,7 +30,7 @@ from common import UserError, sample_rng
 # Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
 # [SiT, Sec. 2]
 
-def path_coefficients(t, path="linear"):
+def path_coefficients(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """alpha, sigma, alpha', sigma' at times t, a float tensor of any shape: four tensors like t.
 
     path: "linear", the usual one, or "cosine", which SiT calls GVP [SiT]. Raises ValueError for others.
@@ -42,20 +43,20 @@ def path_coefficients(t, path="linear"):
     raise ValueError(f"path is {path!r}: choose linear or cosine")
 
 
-def interpolate(x, noise, t, path="linear"):
+def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
     """Training's input and target: x, noise (B, L, C) and t (B,) -> state x_t and velocity v, (B, L, C) each.
     """
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t[:, None, None], path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
-def flow_matching_loss(prediction, target):
+def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample, for
     a trainer to sort by t."""
     return (prediction.float() - target.float()).square().mean((1, 2))
 
 
-def sample_times(rngs, kind="uniform", path="linear"):
+def sample_times(rngs: list, kind: str = "uniform", path: str = "linear") -> Tensor:
     """Training times, (B,) float32 on the CPU, from one numpy Generator a sample:
     independent of batch and process.
 
@@ -71,7 +72,7 @@ def sample_times(rngs, kind="uniform", path="linear"):
     raise ValueError(f"times are {kind!r}: choose uniform or logit-normal")
 
 
-def drop_labels(rngs, y, null_class, probability=0.1):
+def drop_labels(rngs: list, y: Tensor, null_class: int, probability: float = 0.1) -> Tensor:
     """Labels (B,) int64 with some replaced by the null class, so that one model
     learns both halves of guidance.
 
@@ -82,7 +83,7 @@ def drop_labels(rngs, y, null_class, probability=0.1):
     return torch.where(dropped, null_class, y)
 
 
-def expected_noise(v, x, t, path="linear"):
+def expected_noise(v: Tensor, x: Tensor, t: Tensor | float, path: str = "linear") -> Tensor:
     """E[eps | x_t], (B, L, C), from the velocity.
 
     x_t = alpha x + sigma eps and v = alpha' x + sigma' eps are two equations in x and eps, and expectations
@@ -96,7 +97,7 @@ def expected_noise(v, x, t, path="linear"):
     return (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
 
 
-def score_from_velocity(v, x, t, path="linear"):
+def score_from_velocity(v: Tensor, x: Tensor, t: Tensor | float, path: str = "linear") -> Tensor:
     """The score of x_t, the gradient of the logarithm of its density:  s = -E[eps | x_t] / sigma.
     [SiT, Sec. 2]
 
@@ -142,7 +143,7 @@ def _keep(trajectory, t, x, dtype):
 
 
 @torch.no_grad()
-def euler(velocity, x, steps=250, trajectory=None):
+def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None) -> Tensor:
     """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length."""
     dtype, x, times = x.dtype, _state(x), _times(steps)
     _keep(trajectory, 1.0, x, dtype)
@@ -153,7 +154,7 @@ def euler(velocity, x, steps=250, trajectory=None):
 
 
 @torch.no_grad()
-def heun(velocity, x, steps=125, trajectory=None, decide="call"):
+def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, decide: str = "call") -> Tensor:
     """Heun's method for the ODE dx/dt = v: an Euler step, then again with the mean of the
     velocities at its two ends.
 
@@ -177,8 +178,8 @@ def heun(velocity, x, steps=125, trajectory=None, decide="call"):
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear", generator=None,
-                   trajectory=None, diffusion="sigma"):
+def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = 0.04, path: str = "linear",
+                   generator=None, trajectory: list | None = None, diffusion: str = "sigma") -> Tensor:
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
         dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
@@ -217,7 +218,7 @@ def euler_maruyama(velocity, x, steps=250, noise=None, last=0.04, path="linear",
 
 # ------------------------------------------------ guidance ------------------------------------------------
 
-def guidance_free_mixture(model, prediction, x_t, t, y, beta):
+def guidance_free_mixture(model, prediction: Tensor, x_t: Tensor, t: Tensor, y: Tensor, beta: Tensor) -> Tensor:
     """Guidance-free training: beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)], (B, L, C), which takes
     the prediction's place in every loss.
 
@@ -234,7 +235,7 @@ def guidance_free_mixture(model, prediction, x_t, t, y, beta):
     return b * prediction.float() + (1 - b) * u.float()
 
 
-def guided_velocity(model, y, cfg_scale=1.0, interval=(0.0, 1.0), guide=None):
+def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = (0.0, 1.0), guide=None):
     """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale
     (c - u), for a span of times.
 

@@ -12,13 +12,14 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from PIL import Image, ImageDraw
 
 
 CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time on a CPU
 
 
-def sobel(images):
+def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose
     (gy), reflect padding of 1 px.
 
@@ -36,7 +37,7 @@ def sobel(images):
     return gx, gy
 
 
-def gaussian_window(cell_size, device=None):
+def gaussian_window(cell_size: int, device=None) -> Tensor:
     """(2*cell, 2*cell) float32 window of sigma = cell_size, sum 1: 16 x 16 with sigma 8 for the usual cell.
     [MaskFeat]"""
     size = 2 * cell_size
@@ -45,7 +46,7 @@ def gaussian_window(cell_size, device=None):
     return torch.outer(w, w) / w.sum() ** 2
 
 
-def hog_dim(patch_size, cell_size=8, bins=9):
+def hog_dim(patch_size: int, cell_size: int = 8, bins: int = 9) -> int:
     """Values a patch: 3 colours x bins x cells. 108 for a 16-px patch.
     Raises ValueError if cells do not fill the patch."""
     if cell_size < 1 or patch_size % cell_size:
@@ -54,7 +55,7 @@ def hog_dim(patch_size, cell_size=8, bins=9):
 
 
 @torch.no_grad()
-def hog_features(images, patch_size, cell_size=8, bins=9):
+def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int = 9) -> Tensor:
     """HOG of every patch, MaskFeat's recipe.
 
     images: (B, 3, H, W) float in [-1, 1], the model's own input. Each cell is normalised, so contrast and

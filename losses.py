@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_grad
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.parametrizations import spectral_norm
 
 import common
@@ -50,7 +51,7 @@ class LPIPS:
         return [f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt().add(1e-10)
                 for f in self.vgg((images - shift) / scale)]
 
-    def __call__(self, a, b):
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair: two (B, 3, H, W) in [-1, 1] -> (B,) float32. Gradients go to both images."""
         with torch.autocast(a.device.type, enabled=False):
             return self.distance(a.float(), *self.features(b.float()))
@@ -62,17 +63,17 @@ class LPIPS:
 
 # ------------------------------------------- adversarial losses -------------------------------------------
 
-def hinge_loss(real, fake):
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's loss from its logits, any shapes: it wants real > 1 and fake < -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def generator_loss(fake):
+def generator_loss(fake: Tensor) -> Tensor:
     """L_adv of Eq. 6: the decoder wants its reconstructions' logits high."""
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """|grad L_rec| / (|grad L_adv| + 1e-4) at the decoder's last weight, in [0, 1e4]: a detached scalar.
     (Esser et al. 2021)
 
@@ -118,7 +119,7 @@ class View(NamedTuple):
     amounts: torch.Tensor | None = None       # (B, 7) float uniform in [0, 1): how much, for each image
 
 
-def diff_augment(images, view, cutout=0.2):
+def diff_augment(images: Tensor, view: View, cutout: float = 0.2) -> Tensor:
     """DiffAug (Zhao et al. 2020): colour, translation and cutout of `cutout` times the sides.
 
     Both sides of the discriminator see augmented images, and gradients pass, so that a discriminator that
@@ -147,7 +148,7 @@ def diff_augment(images, view, cutout=0.2):
     return cut_out(x, view.amounts[:, 5:], cutout) if cut else x
 
 
-def cut_out(images, draws, size):
+def cut_out(images: Tensor, draws: Tensor, size: float) -> Tensor:
     """A grey square of `size` times the sides, its centre anywhere. draws: (B, 2) uniform in [0, 1)."""
     H, W = images.shape[-2:]
     y, x = ((torch.arange(n, device=images.device) + 0.5) / n for n in (H, W))
@@ -302,7 +303,7 @@ class Objective(NamedTuple):
     adversary: Adversary | None                # trained beside the tokenizer, with its own optimizer
 
 
-def build_objective(config, device):
+def build_objective(config, device: torch.device) -> Objective:
     """Load the frozen networks that the config asks for, and make the adversary. Raises UserError."""
     where = dict(weights_dir=config.weights_dir, device=device, random=config.random_frozen)
     style = dict(mean_std=IMAGENET, gelu="exact") if config.teachers_as == "released" else {}
@@ -325,20 +326,20 @@ def build_objective(config, device):
     return Objective(teachers, lpips, Adversary(discriminator, 0.999 ** (1 / config.accumulate)).to(device))
 
 
-def compute_targets(config, images, teachers, captions=None):
+def compute_targets(config, images: Tensor, teachers: dict, captions=None) -> dict[str, Tensor]:
     """Target features y^j of every patch, (B, N, D_j) float32 each, keyed as config.aux_targets [Eq. 8];
     "text" is (B, D_j), one for each of the B captions."""
     return {name: hog_features(images, config.patch_size, config.hog_cell) if name == "hog"
             else teachers[name](captions if name == "text" else images) for name in config.aux_targets}
 
 
-def auxiliary_loss(config, name, prediction, target, mask):
+def auxiliary_loss(config, name: str, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The loss of one target: Eq. 8 on the hidden patches, or text's cross-entropy. Float32 scalar."""
     if name == "text":
         return text_loss(prediction, target)
     return masked_feature_loss(prediction, target, mask, distance(config, name))
 
 
-def distance(config, name):
+def distance(config, name: str) -> str:
     """"mse" or "cosine" for one target, by --aux-loss."""
     return config.aux_loss if config.aux_loss != "mixed" else "mse" if name == "hog" else "cosine"

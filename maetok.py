@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from checkpoints import load_checkpoint, load_weights
 from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
@@ -83,7 +84,7 @@ class MAETokConfig:
 
 # -------------------------------------------- patches and masks --------------------------------------------
 
-def patchify(images, patch_size):
+def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into flat patches, row by row: (B, c, H, W) -> (B, N, P*P*c), values in
     (row, column, channel) order.
 
@@ -98,7 +99,7 @@ def patchify(images, patch_size):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * c)
 
 
-def unpatchify(patches, patch_size, grid):
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of patchify: (B, N, P*P*c) and grid = (H/P, W/P) -> (B, c, H, W)."""
     B, _, length = patches.shape
     P, (h, w) = patch_size, grid
@@ -106,13 +107,13 @@ def unpatchify(patches, patch_size, grid):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
 
 
-def mask_out(images, mask, patch_size):
+def mask_out(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     """Images (B, c, H, W) as the encoder sees them: the patches of mask (B, N) bool are 0, grey."""
     P, (H, W) = patch_size, images.shape[-2:]
     return unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, (H // P, W // P))
 
 
-def random_mask(rngs, num_patches, low=0.4, high=0.6):
+def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.6) -> Tensor:
     """Choose which patches the encoder does not see: M of [Sec. 3.2].
 
     rngs: one numpy Generator per image, so that an image's mask does not depend on the batch it sits in.
@@ -176,7 +177,7 @@ class RoPE2D(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + hs/2) of x (B, nh, T, hs) by the angles; in float32, returned in x's dtype.
 
     The released code pairs neighbouring channels (2i, 2i+1); the two differ by a fixed shuffle of q's and k's
@@ -247,7 +248,7 @@ class Block(nn.Module):
         return x + self.mlp(modulate_latent_tokens(self.norm2(x), shift2, scale2))
 
 
-def modulate_latent_tokens(x, shift, scale):
+def modulate_latent_tokens(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, T, D) with its last L tokens replaced by  token * scale + shift; shift, scale: (B, L, D)."""
     L = shift.shape[1]
     return torch.cat((x[:, :-L], x[:, -L:] * scale + shift), dim=1)
@@ -310,7 +311,7 @@ class Encoder(nn.Module):
         self.transformer = Transformer(c.encoder_depth, D, c.heads, c.mlp_ratio, c.rope, c.layer_scale)
         self.to_latent = nn.Linear(D, c.latent_dim * (2 if c.variational else 1))
 
-    def forward(self, images, mask):
+    def forward(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """images (B, 3, H, W), mask (B, N) bool or None -> (B, L, C), or (B, L, 2C) mean and log-variance."""
         B, _, H, W = images.shape
         grid = (H // self.patch_size, W // self.patch_size)
@@ -356,7 +357,7 @@ class Decoder(nn.Module):
                                        modulation_dim=c.latent_dim if c.latent_modulation else 0)
         self.head = Linear(width, out_dim)
 
-    def image_tokens(self, latents, grid):
+    def image_tokens(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """latents (B, L, C) -> the image tokens after the last norm, (B, N, D): x-hat of [Eq. 5]."""
         B, N = len(latents), grid[0] * grid[1]
         h = self.from_latent(latents)                                                       # (B, L, D)
@@ -374,7 +375,7 @@ class Decoder(nn.Module):
         x = self.transformer(x, grid, before, latents)
         return x[:, before:before + N]
 
-    def forward(self, latents, grid):
+    def forward(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """latents (B, L, C), grid (rows, columns) -> (B, N, out_dim), or with `pool` (B, out_dim): of the
         mean image token, as SuperClass pools [the paper is silent]."""
         x = self.image_tokens(latents, grid)
@@ -382,7 +383,7 @@ class Decoder(nn.Module):
         return self.head(x.mean(1) if self.pool else x)
 
 
-def initialise(model, kind="xavier"):
+def initialise(model: nn.Module, kind: str = "xavier") -> None:
     """New weights, in place. kind "xavier": Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1) for
     tokens and positions [ours]. "released": truncated normal 0.02 for linear layers, normal 0.02 for tokens and
     positions, 1e-6 for class tokens; the decoder's modulation starts at 0 [released code].
@@ -449,12 +450,12 @@ class MAETok(nn.Module):
                              "both must be multiples")
         return size[0] // P, size[1] // P
 
-    def posterior(self, images, mask=None):
+    def posterior(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """A KL-VAE's (B, L, 2C): mean and log-variance, the latter kept in [-30, 20] against overflow."""
         mean, logvar = self.encoder(images, mask).chunk(2, dim=-1)
         return torch.cat((mean, logvar.clamp(-30, 20)), dim=-1)
 
-    def encode(self, images, mask=None, normalize=False):
+    def encode(self, images: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
         """Images to latents.                                                                          [Eq. 4]
 
         images: (B, 3, H, W) float in [-1, 1], sides multiples of P. mask: (B, N)
@@ -466,7 +467,7 @@ class MAETok(nn.Module):
              else self.encoder(images, mask))
         return (h - self.latent_mean) / self.latent_std if normalize else h
 
-    def decode(self, latents, size=None, normalized=False):
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None, normalized: bool = False) -> Tensor:
         """Latents (B, L, C) to images (B, 3, H, W).                                                   [Eq. 5]
 
         size: (H, W) in px, default the square config.image_size.
@@ -477,11 +478,11 @@ class MAETok(nn.Module):
         grid = self.grid(size or (self.config.image_size, self.config.image_size))
         return unpatchify(self.decoder(latents, grid), self.config.patch_size, grid)
 
-    def reconstruct(self, images):
+    def reconstruct(self, images: Tensor) -> Tensor:
         """decode(encode(images)): (B, 3, H, W) -> (B, 3, H, W)."""
         return self.decode(self.encode(images), images.shape[-2:])
 
-    def forward(self, images, mask=None, noise=None):
+    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> MAETokOutput:
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
@@ -506,7 +507,7 @@ class MAETok(nn.Module):
                 aux[name] = decoder(h, grid)
         return MAETokOutput(reconstruction, h, aux, posterior)
 
-    def freeze_encoder(self):
+    def freeze_encoder(self) -> "MAETok":
         """Prepare the second stage [Sec. 3.3]: the encoder stops learning, the auxiliary decoders go."""
         self.encoder.requires_grad_(False)
         self.aux_decoders = nn.ModuleDict()
@@ -515,7 +516,7 @@ class MAETok(nn.Module):
 
 # ------------------------------------ losses that are part of the method ------------------------------------
 
-def masked_feature_loss(prediction, target, mask, kind="mse"):
+def masked_feature_loss(prediction: Tensor, target: Tensor, mask: Tensor, kind: str = "mse") -> Tensor:
     """The loss of one auxiliary target, on hidden patches only.                                       [Eq. 8]
 
     prediction, target: (B, N, D_j); mask: (B, N) bool. kind: "mse", the paper's, or "cosine", the negative
@@ -535,7 +536,7 @@ def masked_feature_loss(prediction, target, mask, kind="mse"):
     return ((per_patch * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def kl_divergence(posterior):
+def kl_divergence(posterior: Tensor) -> Tensor:
     """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C): summed over L and C, mean over B.
     Float32 scalar.
 
@@ -549,7 +550,7 @@ def kl_divergence(posterior):
 
 # -------------------------------------------- a trained tokenizer --------------------------------------------
 
-def load_tokenizer(path, device="cpu"):
+def load_tokenizer(path, device="cpu") -> MAETok:
     """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py: MAETok with the
     EMA weights, in eval mode.
 
@@ -559,7 +560,7 @@ def load_tokenizer(path, device="cpu"):
     return tokenizer_of(load_checkpoint(path), path).to(device)
 
 
-def tokenizer_of(state, path):
+def tokenizer_of(state: dict, path) -> MAETok:
     """The same from a checkpoint already read; `path` is for messages."""
     if state.get("kind") != "tokenizer":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")

@@ -19,6 +19,7 @@ import scipy.optimize
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from common import UserError
 
@@ -97,7 +98,7 @@ class FeatureStatistics:
         return self.mean, self.scatter / (self.folded - 1)
 
 
-def frechet_distance(mean1, covariance1, mean2, covariance2):
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; with Inception features, FID.
 
     C1 C2 has the eigenvalues of the symmetric A^T C2 A for any A with A A^T = C1, and the trace of its root
@@ -117,7 +118,7 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     return max(float(distance), 0.0)                 # a squared distance; rounding may leave it at -1e-9
 
 
-def frechet_distance_few(x1, x2):
+def frechet_distance_few(x1: Tensor, x2: Tensor) -> float:
     """The same distance straight from features (n1, d) and (n2, d), exact and cheap when both n < d.
 
     With centred X, C = X^T X / (n - 1), and Tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T
@@ -131,7 +132,7 @@ def frechet_distance_few(x1, x2):
     return max(distance.item(), 0.0)
 
 
-def frechet_between(a, b):
+def frechet_between(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """The Fréchet distance of two FeatureStatistics, by whichever of the two forms fits."""
     rows = a.rows(), b.rows()
     if rows[0] is not None and rows[1] is not None:
@@ -141,7 +142,7 @@ def frechet_between(a, b):
 
 # ------------------------------------ Inception Score, precision, recall ------------------------------------
 
-def inception_score(logits, chunk=5000):
+def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)), averaged over chunks in file order, as ADM's suite does.
 
     logits: (n, classes) *without* the last layer's bias, as the field computes it.
@@ -157,12 +158,12 @@ def inception_score(logits, chunk=5000):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def squared_distances(a, b):
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) -> (n, m), by one matrix product; rounding may leave a zero at +-1e-13 of the norms."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def precision_recall(real, fake, k=3, block=1000):
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
     """Precision and recall of Kynkäänniemi et al. (2019), as ADM's suite computes them.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
@@ -198,14 +199,14 @@ def precision_recall(real, fake, k=3, block=1000):
 
 # ---------------------------------------------- PSNR and SSIM -----------------------------------------------
 
-def psnr(a, b):
+def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, data range 1: uint8 (B, 3, H, W) twice -> (B,) float64.
     Equal images get 100 dB, not infinity, so that means stay finite."""
     error = (a.double() - b.double()).div(255).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
 
-def ssim(a, b, data_range=1.0):
+def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
     """Structural similarity of each image: uint8 (B, 3, H, W) twice, read as [0, 1] -> (B,) float64.
 
     7 x 7 uniform window, sample covariance, channel by channel, no border (scikit-image's defaults).
@@ -226,7 +227,7 @@ def ssim(a, b, data_range=1.0):
 
 # --------------------------------------------- the latent space ---------------------------------------------
 
-def standardise(train, *others):
+def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     """Shift and scale each column to mean 0 and variance 1 *of train*; constant columns are only shifted.
     Tensors (n, d) in, as many out, same dtype."""
     mean, std = train.double().mean(0), train.double().std(0, correction=0)
@@ -234,7 +235,7 @@ def standardise(train, *others):
     return [((x - mean) / std).to(train.dtype) for x in (train, *others)]
 
 
-def pca(x, fraction=0.9, dims=0):
+def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor, float]:
     """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` of them.    [App. B.3]
 
     Returns mean (d,), axes (d, m), the fraction they hold; (x - mean) @ axes projects. The smaller of the d x d
@@ -256,7 +257,8 @@ def pca(x, fraction=0.9, dims=0):
     return mean, axes[:, :dims], held[dims - 1].item()
 
 
-def linear_probe(x, labels, num_classes, strength=1.0, iterations=300):
+def linear_probe(x: Tensor, labels: Tensor, num_classes: int, strength: float = 1.0,
+                 iterations: int = 300) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS: weight (d, classes) and bias (classes,).         [Sec. 4.3]
 
     Minimises mean cross-entropy + |weight|^2 / (2 n strength): scikit-learn's C = strength.
@@ -292,7 +294,7 @@ REGULARISATION = 1e-6                 # added to variances, as in scikit-learn: 
 BLOCK = 2 ** 21                       # numbers of T at a time, so that they stay in the processor's cache
 
 
-def sufficient_statistics(x, full):
+def sufficient_statistics(x: Tensor, full: bool) -> Tensor:
     """T(x) of the Gaussian family, a column a vector: (b, d) -> (m, b).
 
     The d values, then the products x_i x_j with j >= i (full; m = d + d(d+1)/2), or the squares (m = 2d). The
@@ -303,7 +305,7 @@ def sufficient_statistics(x, full):
     return torch.cat((T, *(T[i:] * T[i] for i in range(len(T)))) if full else (T, T * T))
 
 
-def natural_parameters(mixture):
+def natural_parameters(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
     """(K, m) and (K, 1) such that  parameters @ T + constants  is log(weight_k N(x; mean_k, cov_k))."""
     weights, means, covariances = mixture
     d = means.shape[1]
@@ -330,12 +332,12 @@ def log_joint(mixture, x):
         yield torch.addmm(constants, parameters, sufficient_statistics(part, mixture.covariances.ndim == 3))
 
 
-def negative_log_likelihood(mixture, x):
+def negative_log_likelihood(mixture: GaussianMixture, x: Tensor) -> Tensor:
     """-log p(x) of each vector, in nats: (n, d) float64 -> (n,).                          [App. B.3, Fig. 2a]"""
     return -torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
 
 
-def weighted_gaussians(responsibilities, x, full):
+def weighted_gaussians(responsibilities: Tensor, x: Tensor, full: bool) -> GaussianMixture:
     """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by responsibilities[k] (n,).
 
     In more than a few dimensions nearly all responsibilities are next to nothing, so each component works on
@@ -359,7 +361,7 @@ def weighted_gaussians(responsibilities, x, full):
     return GaussianMixture(counts / counts.sum(), means, covariances)
 
 
-def em_step(mixture, x):
+def em_step(mixture: GaussianMixture, x: Tensor) -> tuple[GaussianMixture, float]:
     """One EM step on x (n, d): the new mixture, and the mean log-likelihood of x under the *old* one.
 
     The products run in x's dtype, parameters and factorisations are float64. On float32 x a step takes half
@@ -375,7 +377,7 @@ def em_step(mixture, x):
     return weighted_gaussians(torch.cat(responsibilities, 1), x, mixture.covariances.ndim == 3), total / len(x)
 
 
-def start_mixture(x, K, full, rng):
+def start_mixture(x: Tensor, K: int, full: bool, rng: np.random.Generator) -> GaussianMixture:
     """K means drawn as k-means++ does, each with probability proportional to the squared distance to those
     already there; all components with the pooled covariance around the nearest mean. rng: numpy Generator.
 
@@ -424,7 +426,7 @@ def fit_mixture(x, K, full=True, starts=2, iterations=100, tolerance=1e-3, seed=
 
 # ----------------------------------- Theorem 2.1: the score of a mixture ------------------------------------
 
-def mixture_score(x, means, t):
+def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
     """Score of sum_i N(mean_i, I) / K after time t of dx = -x dt + sqrt(2) dW.                    [Eq. 11-14]
 
     x (n, d), means (K, d): true ones give the oracle, parameters the network of Eq. 13. The process leaves

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import common
 from checkpoints import load_checkpoint, load_weights
@@ -66,7 +67,7 @@ SIZES = {
 
 # ----------------------------------------------- conditioning -----------------------------------------------
 
-def position_table(length, width):
+def position_table(length: int, width: int) -> Tensor:
     """Fixed 1D positions [Table 8 "1D sinusoidal"]: (1, L, D) float32.
 
     Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours, not halves
@@ -77,7 +78,7 @@ def position_table(length, width):
     return torch.stack((angle.sin(), angle.cos()), -1).reshape(1, length, width).float()
 
 
-def time_features(t, size=256):
+def time_features(t: Tensor, size: int = 256) -> Tensor:
     """t (B,) -> (B, size) float32: the cosines of t * 10000^(-i/(size/2)), then the sines.
 
     t goes in as it is, in [0, 1]. The frequencies were made for step numbers up to 1000, so only the first
@@ -116,7 +117,7 @@ class LabelEmbedder(nn.Module):
 # Modules carry the names of the released checkpoints: their weights load as they are, less
 # the stored `pos_embed`.
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D). Unlike
     MAETok's decoder, 1 + scale."""
     return x * (1 + scale) + shift
@@ -241,7 +242,7 @@ class SiT(nn.Module):
         return (v, hidden) if hidden_after else v
 
 
-def sit_macs(config):
+def sit_macs(config: SiTConfig) -> int:
     """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
 
     Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not
@@ -263,7 +264,7 @@ def sit_macs(config):
 
 # -------------------------------------------- trained models --------------------------------------------
 
-def model_classes(name):
+def model_classes(name: str) -> tuple[type, type]:
     """(model, its config) of --model. Raises UserError for a name that none has."""
     if name == "sit":
         return SiT, SiTConfig
@@ -277,7 +278,7 @@ def model_classes(name):
     raise UserError(f"--model {name}: choose sit, lightningdit, usit")
 
 
-def build_config(values):
+def build_config(values: dict) -> SiTConfig:
     """The model's own config out of a run's, a dict. Raises UserError for sizes that cannot make a model."""
     config = model_classes(values["model"])[1]
     names = {field.name for field in dataclasses.fields(config)}
@@ -287,7 +288,7 @@ def build_config(values):
         raise UserError(str(e)) from e
 
 
-def build_model(values):
+def build_model(values: dict) -> nn.Module:
     """The model that a run's config, a dict, describes."""
     return model_classes(values["model"])[0](build_config(values))
 

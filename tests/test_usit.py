@@ -1,10 +1,8 @@
 """usit.py: DC-AE's published counts, the long skips, and the block against PyTorch's own."""
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
-from flow import euler, flow_matching_loss, guided_velocity, interpolate
 from variants.usit import SIZES, Block, USiT, USiTConfig
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=4, num_classes=10)
@@ -89,15 +87,6 @@ def test_a_gradient_reaches_the_early_blocks_through_the_skips_alone():
     assert second == 0 and model.mid_block.mlp[2].weight.grad.abs().max() == 0
 
 
-def test_time_class_and_the_null_class_reach_the_output_and_rows_do_not_mix():
-    model = tiny()
-    out = model(X, T, Y)
-    assert out.shape == (3, 5, 6)
-    assert (model(X, T.flip(0), Y) - out)[0].abs().max() > 1e-3
-    assert (model(X, T, torch.tensor([10, 3, 10])) - out)[0].abs().max() > 1e-3
-    torch.testing.assert_close(model(X[1:2], T[1:2], Y[1:2]), out[1:2], rtol=1e-4, atol=1e-4)
-
-
 def test_class_and_time_stand_before_the_latents_and_every_token_has_its_position():
     model, seen = tiny(), []
     model.in_blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -108,36 +97,3 @@ def test_class_and_time_stand_before_the_latents_and_every_token_has_its_positio
                         torch.cat((angle.cos(), angle.sin()), 1)[:, None],
                         X @ model.x_embedder.weight.T + model.x_embedder.bias), 1)
     torch.testing.assert_close(seen[0], tokens + model.pos_embed)
-
-
-def test_a_state_of_another_length_or_width_is_refused():
-    for shape in ((3, 4, 6), (3, 5, 7)):
-        with pytest.raises(ValueError, match="latents of shape"):
-            tiny()(torch.randn(shape), T, Y)
-
-
-def test_it_runs_in_bfloat16_and_under_autocast():
-    model = tiny()
-    expected = model(X, T, Y)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (model(X, T, Y) - expected).norm() < 0.05 * expected.norm()
-    assert model.bfloat16()(X.bfloat16(), T, Y).dtype == torch.bfloat16
-
-
-def test_a_tiny_model_learns_two_classes_and_samples_them():
-    # Class 0 is the token pair (2, -2), class 1 is (-2, 2), both with deviation 0.1, as in test_sit.py.
-    model = USiT(USiTConfig(num_latents=2, latent_dim=2, width=32, heads=2, depth=2, num_classes=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses, centre = [], torch.tensor([[2.0, -2.0], [-2.0, 2.0]])[..., None].expand(2, 2, 2)
-    for _ in range(400):
-        y, t = torch.randint(2, (64,)), torch.rand(64)
-        state, v = interpolate(centre[y] + 0.1 * torch.randn(64, 2, 2), torch.randn(64, 2, 2), t)
-        loss = flow_matching_loss(model(state, t, y), v).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    y = torch.arange(60) % 2
-    sample = euler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), 50)
-    assert losses[0] > 4 and np.mean(losses[-50:]) < 0.6                 # measured: 5.6 and 0.35
-    assert (sample - centre[y]).abs().mean() < 0.4                       # measured: 0.24; perfect: 0.08
