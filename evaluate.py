@@ -71,7 +71,12 @@ def save_picture(args, picture, path):
 
 @torch.no_grad()
 def recon(args):
-    """rFID, PSNR, SSIM and LPIPS of a tokenizer on test images.                                 [Sec. 4.1]"""
+    """rFID, PSNR, SSIM and LPIPS of a tokenizer on test images.                                 [Sec. 4.1]
+
+    Two kinds of number. PSNR, SSIM and LPIPS compare each reconstruction with its own original, and are means
+    over images. rFID compares the *set* of reconstructions with the set of originals, whichever belongs to
+    which: it is small when the two have the same statistics, and grows when all are a little blurry.
+    """
     if bool(args.run) == bool(args.released):
         raise UserError("which tokenizer? Give a run or --released 256 (or 512), one of the two")
     if args.released:
@@ -98,9 +103,11 @@ def recon(args):
                           load_lpips_heads(args.weights_dir, args.device))
     images = open_data(args, data, "test", size, args.num_images)
     real, fake, rows, shown, found = None, None, [], [], []
+    # One pass over the images: measures per image are kept, features only as a running mean and covariance.
     for _, originals in batches(images, args, "reconstructing"):
         x = to_float(originals.to(args.device))                                             # (B, 3, H, W)
         redrawn = to_uint8(tokenizer.reconstruct(x))
+        # Rounded to 256 levels first, as a picture on disk would be: the paper's figures are of uint8 images.
         a, b = originals.to(args.device), redrawn
         values = [metrics.psnr(a, b), metrics.ssim(a, b), metrics.ssim(a, b, data_range=2.0)]
         if lpips is not None:
@@ -176,6 +183,8 @@ def generation(args):
     to the class asked for."""
     samples = open_samples(args.samples)
     labels, size = torch.from_numpy(samples.labels), samples.size
+    # Samples and reference go through the same network on the same input path; each set becomes a Gaussian, and
+    # FID is the Fréchet distance between the two. sFID is the same of features that still know where they are.
     network, name = feature_network(args, args.data, size)
     fake = collect(args, network, batches(samples, args, "samples"), len(labels), logits=True)
     real, against = reference(args, network, name, args.data, size)
@@ -184,6 +193,7 @@ def generation(args):
         result["sfid"] = metrics.frechet_between(fake.spatial, real.spatial)
     if args.features == "inception":
         result["inception_score"], result["inception_score_std"] = metrics.inception_score(fake.logits)
+    # FID mixes two faults. Precision: how many samples look real; recall: how much of the real variety they have.
     if real.vectors is not None and args.rank == 0:
         result |= zip(("precision", "recall"),
                       metrics.precision_recall(real.vectors, fake.vectors))
@@ -255,8 +265,13 @@ def probe_accuracy(x, y, test_x, test_y):
 
 @torch.no_grad()
 def latents(args):
-    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.    [Sec. 2, 4.3, App. B.3, Fig.
-    2a, 4, 8]"""
+    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.
+    [Sec. 2, 4.3, App. B.3, Fig. 2a, 4, 8]
+
+    Three views of one question: how structured is the latent space? A linear probe says how much of the class
+    can be read off by a hyperplane. The likelihood of held-out latents under mixtures of K Gaussians says how
+    many modes they need (Theorem 2.1: fewer modes are learned from fewer samples). The picture shows both.
+    """
     curves = {"NLL, full covariance": {}, "NLL, diagonal covariance": {}, "largest mean norm (full)": {}}
     if not args.full:
         curves = {"NLL, diagonal covariance": {}, "largest mean norm (diagonal)": {}}
@@ -268,6 +283,7 @@ def latents(args):
         for split, count in (("train", args.train_images), ("test", args.test_images), ("picture", 0)):
             images = (first_classes(open_data(args, data, "test", size, 0)) if split == "picture" else
                       open_data(args, data, split, size, count))
+            # An image is one vector here: its L tokens of C channels, laid end to end.
             encoded, raw = [], []
             for _, x in batches(images, args, f"{split} latents"):
                 encoded.append(tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu())      # (B, L*C)
@@ -285,6 +301,7 @@ def latents(args):
         entry = {"tokenizer": run, "latent_values": x.shape[1]}
 
         # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
+        # Scaled by the training latents: the penalty on the probe's weights must not depend on a channel's unit.
         probe_x, probe_test, probe_drawn = metrics.standardise(x, held_out, drawn)
         if y.min() >= 0 and y.max() > 0:
             entry["linear_probe_accuracy"] = probe_accuracy(probe_x, y, probe_test, truth)
@@ -294,6 +311,7 @@ def latents(args):
                 print(f"{name}: a linear probe on the pixels themselves: {entry['pixel_probe_accuracy']:.4f}")
 
         # ---- mixtures: flatten, PCA, standardise, fit; likelihood of latents not fitted to [App. B.3] ----
+        # In all L * C dimensions a full covariance has more entries than there are images: hence the PCA.
         mean, axes, held = metrics.pca(x, args.variance, args.dims)
         z, z_test, z_drawn = metrics.standardise(*((v.double() - mean) @ axes for v in (x, held_out, drawn)))
         entry |= {"dims": z.shape[1], "variance_held": held, "mixtures": []}
@@ -371,12 +389,13 @@ def check_packages(args):
 @torch.no_grad()
 def score_samples(args, model, tokenizer, config, network, real, redrawn, scale, interval, title,
                   guide=None):
-    """Draw args.num_images samples and measure them: {the distance, the diffusion gap if `redrawn` is there,
-    IS or class accuracy}."""
+    """Draw args.num_images samples and measure them, without a file in between: {the distance, the diffusion gap
+    if `redrawn` is there, IS or class accuracy}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
     dtype = common.autocast_dtype(args.dtype, args.device)
     mine = share(args.num_images, args.rank, args.world)
 
+    # A generator: the feature network takes each batch as it is drawn, and only its statistics stay.
     def stream():
         with tqdm(total=len(mine), desc=title, unit="img", disable=args.rank > 0) as bar:
             for start in range(0, len(mine), args.batch_size):
@@ -391,6 +410,8 @@ def score_samples(args, model, tokenizer, config, network, real, redrawn, scale,
 
     fake = collect(args, network, stream(), logits=True)
     result = {distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
+    # A sample passes through diffusion and decoder; a reconstruction through the decoder alone. Their distance is
+    # what diffusion has not learned, whatever the decoder cannot draw.
     if redrawn is not None:
         result["diffusion_gap"] = metrics.frechet_between(fake.pool, redrawn.pool)
     if args.features == "inception":
@@ -431,7 +452,10 @@ def prepare(args, path):
 
 
 def curve(args):
-    """Fréchet distance of samples over a run's numbered checkpoints.                        [Fig. 5b]"""
+    """Fréchet distance of samples over a run's numbered checkpoints.                        [Fig. 5b]
+
+    All checkpoints start from the same noise, so that two neighbours differ by what was learned between them.
+    """
     paths = checkpoints.numbered_checkpoints(args.run)[::-1]
     if not paths:
         raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
@@ -477,8 +501,12 @@ def cfg(args):
 # -------------------------------------------------- theory --------------------------------------------------
 
 def theory(args):
-    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.           [Theorem 2.1,
-    App. A]"""
+    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.   [Theorem 2.1, App. A]
+
+    For each K: draw n samples of a mixture, fit the network of Eq. 13 to them, measure how far its score is from
+    the true one; repeat for growing n, and read off the n at which the error falls below --error. The slope of
+    log n over log K is the exponent that the theorem bounds from above by 4.
+    """
     d, t, rows, curves = args.dims, args.time, [], {}
     with tqdm(total=len(args.components) * len(args.samples) * args.repeats, desc="theory") as bar:
         for K in args.components:
@@ -550,7 +578,9 @@ def main(argv=None):
 
     def command(function, features=("inception", "classifier", "efficientnet"), data="the real images"):
         """A subcommand with the options that all share, and those of feature networks where it uses one."""
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub = commands.add_parser(function.__name__, help=function.__doc__.split("\n\n")[0],
+                                  description=function.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(function=function)
         add = sub.add_argument
         add("--device", default="auto", help="auto, cpu or cuda")

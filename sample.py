@@ -114,8 +114,10 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     draw = lambda labels, scale, **kw: sample_latents(model, range(len(labels)), labels, args.seed, scale,
                                                       args.cfg_interval, args.sampler, args.steps,
                                                       config["path"], **kw)
+    # The same noise in every row: what changes from row to row is guidance alone.
     for scale in (1.0, 2.0, 4.0) if model.config.num_classes else (1.0,):
         rows[f"samples by class\nguidance {scale:g}"] = tokenizer.decode(draw(y, scale), normalized=True)
+    # Every state of one trajectory, of which the eight nearest to evenly spaced times are decoded.
     states = []
     draw(y[-1:], args.cfg, trajectory=states)
     chosen = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(1, 0, 8)]
@@ -173,6 +175,7 @@ def main(argv=None):
     dtype = common.autocast_dtype(args.dtype, device)
     if bool(args.ckpt) == bool(args.released):
         raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), one of the two")
+    # An option that was not given is the paper's for the released weights, and unguided for a run of one's own.
     protocol = RELEASED.get(args.released, dict(cfg=1.0, cfg_interval=(0.0, 1.0), sampler=SAMPLERS[0],
                                                 steps=250, path=None))
     for name in ("cfg", "cfg_interval", "sampler", "steps", "path"):
@@ -211,6 +214,8 @@ def main(argv=None):
     labels = choose_labels(num, args.classes, num_classes, args.labels, args.seed)
 
     # ---- batches go to part files, which is what makes an interrupted run resumable ----
+    # Sample i has its own noise, so it does not matter which process draws it, or when: a part that is there
+    # stays, and settings.json, with a hash of the weights, says whose parts these are.
     outs = [Path(out) for out in args.out]
     if nameless := [out for out in args.out if not Path(out).name]:
         raise UserError(f"--out {nameless[0]!r} has no name: give FILE.png, FILE.npz or a folder")
@@ -240,6 +245,8 @@ def main(argv=None):
             autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
                         else contextlib.nullcontext())
             with torch.no_grad(), autocast:
+                # Noise to latents of unit variance; the decoder undoes the normalisation with the tokenizer's
+                # own mean and deviation, and its output is rounded to 256 levels.
                 z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval,
                                    args.sampler, args.steps, config["path"], guide=guide,
                                    as_released=bool(args.released))
@@ -251,6 +258,7 @@ def main(argv=None):
     if rank == 0:
         write_outputs(outs, parts, labels if num_classes else np.full_like(labels, -1),
                       whole_part(parts[0]).shape[1])
+        # Only now, when every output is on disk, the parts may go.
         for part in parts:
             part.unlink()
         # How they were drawn stays beside the samples: evaluate.py prints it with what it measures.
