@@ -15,21 +15,9 @@ from flow import (drop_labels, euler, euler_maruyama, flow_matching_loss, guidan
                   guided_velocity, heun, interpolate, path_coefficients, sample_times, score_from_velocity,
                   expected_noise)
 from sit import SiT, SiTConfig
+from test_sit import TINY, randomised, tiny
 
-TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 PATHS = ("linear", "cosine")
-
-
-def tiny(random=True, **changes):
-    """A small model; random: with every weight drawn at random, since a new one answers 0 to everything."""
-    model = SiT(SiTConfig(**(TINY | changes))).eval()
-    return randomised(model) if random else model
-
-
-def randomised(model):
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
 
 
 def rngs(count, seed=0):

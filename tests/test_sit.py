@@ -2,7 +2,6 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -12,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit import SIZES, Block, SiT, SiTConfig, position_table, sit_macs, time_features
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
-PATHS = ("linear", "cosine")
 
 
 def tiny(random=True, **changes):
@@ -30,10 +28,6 @@ def randomised(model):
 def on_meta(**config):
     with torch.device("meta"):
         return SiT(SiTConfig(**config))
-
-
-def rngs(count, seed=0):
-    return [np.random.default_rng([seed, i]) for i in range(count)]
 
 
 # --------------------------------------------- counts and names ---------------------------------------------
