@@ -296,6 +296,11 @@ def sample_rng(seed, stream, major, minor):
                                                 counter=[0, 0, minor, major]))
 
 
+def step_rngs(config, name, step, positions):
+    """One generator for each sample of a micro-batch, from (seed, step, global sample index)."""
+    return [sample_rng(config.seed, name, step, int(i)) for i in positions]
+
+
 # ------------------------------------------------ processes ------------------------------------------------
 
 class Processes(NamedTuple):

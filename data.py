@@ -1,7 +1,7 @@
 """Images for all four scripts: one function, build_dataset, and five kinds of source.
 
     --data shapes       ten classes drawn on the fly, no files; endless train set, disjoint test set
-                        (the default)
+                        (the default; shapes.py)
     --data captioned-shapes  the same pictures with captions, "a red star on green"
     --data cifar10      the binary archive, found under --data-root or downloaded once
     --data DIR          ImageFolder layout (train/ and val/ or test/ inside, or not), nested,
@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, sample_rng
+from shapes import CaptionedShapes, Shapes
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # What may be in such a file, whatever its name says: not EPS, say, for which Pillow would start Ghostscript.
@@ -39,105 +40,6 @@ TORCH_RESIZES_FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
-# ------------------------------------------------ shapes ------------------------------------------------
-
-def _circle(radius=1.0, centre=(0.0, 0.0), points=48):
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    return np.stack((centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)), -1)
-
-
-def _regular(points, radii=(1.0,)):
-    angle = np.arange(points) * 2 * np.pi / points - np.pi / 2                    # the first corner points up
-    radius = np.resize(radii, points)
-    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1)
-
-
-def _heart():
-    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack((16 * np.sin(t) ** 3, -y - 2.5), -1) / 18.2          # within the unit circle
-
-
-# Class name -> outline, and hole (drawn in the background colour). In units of the shape's radius, y
-# downwards; every outline lies within the unit circle, so no rotation pushes a shape out of the picture.
-SHAPES = {
-    "circle": (_circle(0.9), None),
-    "square": (0.7 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
-    "triangle": (_regular(3), None),
-    "star": (_regular(10, (1.0, 0.42)), None),
-    "plus": (0.95 * np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
-                              (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]), None),
-    "ring": (_circle(0.95), _circle(0.55)),
-    "heart": (_heart(), None),
-    "moon": (_circle(0.95), _circle(0.8, (0.5, -0.15))),
-    "arrow": (np.array([(0, -1), (.8, -.05), (.3, -.05), (.3, .95), (-.3, .95), (-.3, -.05), (-.8, -.05)]),
-              None),
-    "hourglass": (0.76 * np.array([(-.85, -1), (.85, -1), (.12, 0), (.85, 1), (-.85, 1), (-.12, 0)]), None),
-}
-
-
-class Shapes:
-    """The embedded data set: one flat-coloured shape on a flat background, antialiased, any size.
-
-    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours are drawn
-    without regard to the class and either may be the brighter, so that no fixed set of pixel weights can tell
-    the classes apart. Sample i has class i mod 10. Train and test images come from different random streams.
-    """
-    classes = list(SHAPES)
-
-    def __init__(self, split, size, seed, test_images=10_000):
-        self.size, self.seed, self.stream = size, seed, f"shapes-{split}"
-        self.length = None if split == "train" else test_images                    # None: endless
-
-    def fingerprint(self):
-        """What tells this source from any other, for the key of a latent cache. Every source has one."""
-        return f"{self.stream} seed {self.seed} size {self.size}"
-
-    def colours(self, index):
-        """Background and colour of a sample, two RGB arrays, and before them the generator they came from."""
-        rng = sample_rng(self.seed, self.stream, 0, index)
-        while True:
-            background, colour = rng.integers(32, 224, (2, 3))
-            # Visible in luminance too (weights of ITU-R 601), or the edges would exist in one channel only.
-            if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
-                return rng, background, colour
-
-    def __getitem__(self, index):
-        label = index % len(SHAPES)
-        rng, background, colour = self.colours(index)
-        radius = rng.uniform(0.34, 0.44)
-        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.47 - radius)         # all of the shape stays inside
-        angle = np.deg2rad(rng.uniform(-20, 20))
-        rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
-        oversampling = 4 if self.size <= 128 else 2
-        scale = self.size * oversampling
-        coverage = Image.new("L", (scale, scale), 0)
-        draw = ImageDraw.Draw(coverage)
-        for outline, value in zip(SHAPES[self.classes[label]], (255, 0)):
-            if outline is not None:
-                points = (outline @ rotation * radius + centre) * scale - 0.5
-                draw.polygon([tuple(p) for p in points.tolist()], fill=value)
-        coverage = coverage.reduce(oversampling)                               # box filter
-        image = Image.new("RGB", coverage.size, tuple(background.tolist()))
-        image.paste(tuple(colour.tolist()), mask=coverage)
-        return image, label
-
-
-COLOURS = {"black": (50, 50, 50), "white": (205, 205, 205), "grey": (128, 128, 128), "red": (190, 55, 55),
-           "yellow": (200, 195, 60), "green": (65, 170, 65), "cyan": (60, 185, 185), "blue": (60, 75, 190),
-           "purple": (130, 60, 165), "pink": (205, 105, 165), "brown": (115, 75, 45)}
-
-
-class CaptionedShapes(Shapes):
-    """Shapes with a caption for each picture: "a red star on green", by the nearest of eleven colours."""
-
-    def caption(self, index):
-        names, values = list(COLOURS), np.array(list(COLOURS.values()))
-        background, colour = (names[np.square(values - rgb).sum(1).argmin()]
-                              for rgb in self.colours(index)[1:])
-        return f"a {colour} {self.classes[index % len(SHAPES)]} on {background}"
 
 
 # ------------------------------------------------ files ------------------------------------------------

@@ -16,19 +16,17 @@ uint8 wherever they are measured; networks run in float32. Under torchrun the pr
 import argparse
 import contextlib
 import importlib.util
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import checkpoints
 import common
 import metrics
-from pictures import image_grid, line_chart, scatter_chart
+from pictures import line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
 from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
@@ -41,6 +39,7 @@ from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
 from sit import load_diffusion, load_guide
+from study.theory import samples_needed
 
 
 def finish(args, result, path, table=()):
@@ -145,22 +144,6 @@ def recon(args):
     out = args.out or str(run_folder(args.run) / f"recon_{size}")
     finish(args, result, f"{out}.json")
     save_picture(args, recon_picture(shown[:8]), f"{out}.png")
-
-
-def recon_picture(shown, cell=128):
-    """Originals over reconstructions, each with its PSNR. shown: [(uint8 (3, H, W), uint8 (3, H, W), dB)]."""
-    tiles, font = ([], []), ImageFont.load_default(13)
-    for original, redrawn, value in shown:
-        for row, image in zip(tiles, (original, redrawn)):
-            image = Image.fromarray(image.permute(1, 2, 0).numpy())
-            side = max(cell, image.width)
-            row.append(image.resize((side, side), Image.NEAREST))
-        captioned = Image.new("RGB", (side, side + 20), "white")
-        captioned.paste(tiles[1][-1])
-        ImageDraw.Draw(captioned).text((side / 2, side + 9), f"{value:.2f} dB", fill="black", font=font,
-                                       anchor="mm")
-        tiles[1][-1] = captioned
-    return image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
 
 
 def reconstructions(args, tokenizer, images):
@@ -498,59 +481,13 @@ def cfg(args):
     save_picture(args, line_chart(charts, "guidance scale"), f"{out}.png")
 
 
-# -------------------------------------------------- theory --------------------------------------------------
+# ------------------------------------------- the study's measurements -------------------------------------------
 
 def theory(args):
-    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.   [Theorem 2.1, App. A]
-
-    For each K: draw n samples of a mixture, fit the network of Eq. 13 to them, measure how far its score is from
-    the true one; repeat for growing n, and read off the n at which the error falls below --error. The slope of
-    log n over log K is the exponent that the theorem bounds from above by 4.
-    """
-    d, t, rows, curves = args.dims, args.time, [], {}
-    with tqdm(total=len(args.components) * len(args.samples) * args.repeats, desc="theory") as bar:
-        for K in args.components:
-            points = []
-            for n in args.samples:
-                errors = []
-                for repeat in range(args.repeats):
-                    generator = torch.Generator().manual_seed(1_000_000 * args.seed + 1000 * repeat + K)
-                    truth = F.normalize(torch.randn(K, d, generator=generator), dim=1) * args.norm         # B
-                    x = truth[torch.randint(K, (n,), generator=generator)]
-                    x = x + torch.randn(n, d, generator=generator)
-                    start = truth + 0.5 * torch.randn(K, d, generator=generator)    # warm [Assumption A.2]
-                    found = metrics.fit_score(x, start, t, args.steps, seed=repeat)
-                    errors.append(metrics.score_error(found, truth, t))
-                    bar.update()
-                points.append((n, math.exp(np.mean(np.log(errors)))))
-            curves[f"K = {K}"] = points
-            log_n, log_e = np.log(points).T
-            # The error falls with n; where it crosses the target is read off between neighbours.
-            needed = (math.exp(np.interp(-math.log(args.error), -log_e, log_n))
-                      if log_e[-1] <= math.log(args.error) <= log_e[0] else None)
-            rows.append({"K": K, "samples_needed": needed, "errors": points})
-    found = [(row["K"], row["samples_needed"]) for row in rows if row["samples_needed"]]
-    if len(found) < 2:
-        raise UserError(f"--error {args.error} is crossed within --samples for fewer than two K; "
-                        "choose another")
-    exponent, offset = np.polyfit(*np.log(found).T, 1)
-    sentence = (f"In this toy world the samples needed grow as K^{exponent:.2f}: more modes need more "
-                "samples at equal d and B. It does not show the theorem's K^4, a number of samples that is "
-                "enough at worst, nor anything about a real network, which is not handed the form of the "
-                "solution and a start near it.")
-    protocol = (f"d = {d}, means of norm {args.norm:g} in random directions, noise time {t:g}, error "
-                f"{args.error:g} = E|s - score|^2 summed over d, {args.repeats} repeats, "
-                f"{args.steps} Adam steps, seed {args.seed}")
-    result = {"exponent": float(exponent), "rows": rows, "what_it_shows": sentence, "protocol": protocol}
-    finish(args, result, f"{args.out}.json", [("K", "samples needed"), *found])
-    fit = [(K, math.exp(offset) * K ** exponent) for K, _ in found]
-    errors = line_chart({"error against samples n": curves}, "n", log_x=True, log_y=True)
-    needed = line_chart({f"n for error {args.error:g} against K": {
-        f"fit: K^{exponent:.2f}": fit, "measured": found}}, "K", log_x=True, log_y=True)
-    side_by_side = Image.new("RGB", (errors.width + needed.width, max(errors.height, needed.height)), "white")
-    side_by_side.paste(errors)
-    side_by_side.paste(needed, (errors.width, 0))
-    save_picture(args, side_by_side, f"{args.out}.png")
+    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.   [Theorem 2.1, App. A]"""
+    result, table, picture = samples_needed(args)
+    finish(args, result, f"{args.out}.json", table)
+    save_picture(args, picture, f"{args.out}.png")
 
 
 def speed(args):

@@ -13,6 +13,7 @@ Images are (B, 3, H, W) float in [-1, 1] throughout.
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_grad
@@ -117,6 +118,25 @@ class View(NamedTuple):
     crop: tuple | None = None                 # (top, left) of DinoDiscriminator's window; None: the whole image
     augment: tuple = (False, False, False)    # colour, translation, cutout: on or off for the whole batch
     amounts: torch.Tensor | None = None       # (B, 7) float uniform in [0, 1): how much, for each image
+
+
+def draw_views(config, step: int, micro: int, positions, device) -> list[View]:
+    """How the discriminator looks at each of its five calls in a step, a list of View: at images, at
+    reconstructions, at both for the consistency term, and at reconstructions for the decoder's own loss.
+
+    Window or whole image, and with DiffAug each of its three parts on or off, are coins thrown anew for every
+    call and shared by its batch [released code]; window and amounts follow from (seed, step, sample), so that
+    processes agree.
+    """
+    coins = common.sample_rng(config.seed, "disc-view", step, micro).random((5, 6)).tolist()
+    amounts = [rng.random((5, 7), np.float32) for rng in common.step_rngs(config, "augment", step, positions)]
+    amounts = common.to_device(torch.from_numpy(np.stack(amounts, 1)), device)                  # (5, B, 7)
+    views = []
+    for call, (crop, top, left, *on) in enumerate(coins):
+        harsh = call in (2, 3)                                       # consistency: all three, certainly
+        augment = tuple(harsh or config.diffaug and coin < 0.5 for coin in on)
+        views.append(View((top, left) if crop < 0.5 else None, augment, amounts[call]))
+    return views
 
 
 def diff_augment(images: Tensor, view: View, cutout: float = 0.2) -> Tensor:

@@ -5,7 +5,6 @@
     psnr, ssim                              reconstructions, image by image
     pca, standardise, linear_probe          the latent space  [Sec. 4.3, App. B.3]
     GaussianMixture, fit_mixture            EM for Fig. 2a and Fig. 8
-    mixture_score, fit_score, score_error   Theorem 2.1 in a toy world  [App. A]
 
 Nothing here knows of networks, files or command lines. Sums and factorisations are in float64.
 Letters: n vectors · d dimensions · K mixture components.
@@ -422,48 +421,3 @@ def fit_mixture(x, K, full=True, starts=2, iterations=100, tolerance=1e-3, seed=
         found = mixture, -negative_log_likelihood(mixture, x).mean().item()
         best = max(best, found, key=lambda pair: pair[1])
     return best
-
-
-# ----------------------------------- Theorem 2.1: the score of a mixture ------------------------------------
-
-def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
-    """Score of sum_i N(mean_i, I) / K after time t of dx = -x dt + sqrt(2) dW.                    [Eq. 11-14]
-
-    x (n, d), means (K, d): true ones give the oracle, parameters the network of Eq. 13. The process leaves
-    the covariance at I and shrinks means by exp(-t).
-    """
-    means = means * math.exp(-t)
-    weights = (x @ means.T - 0.5 * means.square().sum(1)).softmax(1)          # w_i(x): |x|^2 cancels [Eq. 14]
-    return weights @ means - x
-
-
-def fit_score(samples, start, t, steps=300, batch=2048, lr=0.05, seed=0):
-    """Train Eq. 13's network at noise scale t on the given samples (n, d), from means `start` (K, d).  [Eq.
-    10]
-
-    The oracle in Eq. 10 is not known to who has samples; as in DDPM it is replaced by the score of x_t given
-    x_0, -noise / sigma, whose mean given x_t it is: the same minimiser (Vincent 2011). Fresh noise every
-    step, so that n counts samples of the data alone. Adam, lr falling linearly to 0. Returns means (K, d).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    means = start.clone().requires_grad_()
-    optimizer, sigma = torch.optim.Adam([means], lr), math.sqrt(1 - math.exp(-2 * t))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        x = samples if len(samples) <= batch else samples[
-            torch.randint(len(samples), (batch,), generator=generator)]
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        x_t = math.exp(-t) * x + sigma * noise
-        loss = (mixture_score(x_t, means, t) + noise / sigma).square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return means.detach()
-
-
-def score_error(means, truth, t, count=20_000, seed=0):
-    """E |s(x; means) - score of p_t|^2 over fresh x from p_t, by Monte Carlo.                     [Eq. 10]"""
-    generator = torch.Generator().manual_seed(seed)
-    centres = truth[torch.randint(len(truth), (count,), generator=generator)] * math.exp(-t)
-    x = centres + torch.randn(centres.shape, generator=generator, dtype=truth.dtype)
-    return (mixture_score(x, means, t) - mixture_score(x, truth, t)).square().sum(1).mean().item()

@@ -142,3 +142,19 @@ def plot_curves(curves, width=900, height=220):
                   for x, v in zip(xs, values)]
         draw.line(points if len(points) > 1 else points * 2, fill="steelblue", width=2)
     return sheet
+
+
+def recon_picture(shown, cell=128):
+    """Originals over reconstructions, each with its PSNR. shown: [(uint8 (3, H, W), uint8 (3, H, W), dB)]."""
+    tiles, font = ([], []), ImageFont.load_default(13)
+    for original, redrawn, value in shown:
+        for row, image in zip(tiles, (original, redrawn)):
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            side = max(cell, image.width)
+            row.append(image.resize((side, side), Image.NEAREST))
+        captioned = Image.new("RGB", (side, side + 20), "white")
+        captioned.paste(tiles[1][-1])
+        ImageDraw.Draw(captioned).text((side / 2, side + 9), f"{value:.2f} dB", fill="black", font=font,
+                                       anchor="mm")
+        tiles[1][-1] = captioned
+    return image_grid(list(tiles), ["original", "reconstruction"], cell=cell)

@@ -26,10 +26,10 @@ from tqdm import tqdm
 import checkpoints
 import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
-                    sample_rng)
+                    sample_rng, step_rngs)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
 from hog import hog_dim, hog_features, hog_picture
-from losses import (View, adaptive_weight, auxiliary_loss, build_objective, compute_targets, distance,
+from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_targets, distance, draw_views,
                     generator_loss)
 from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, mask_out, masked_feature_loss,
                     random_mask, tokenizer_of)
@@ -236,30 +236,6 @@ def mask_range(config, stage, step):
             pass
         return rate, rate
     return config.mask_low, config.mask_high
-
-
-def step_rngs(config, name, step, positions):
-    """One generator for each sample of a micro-batch, from (seed, step, global sample index)."""
-    return [sample_rng(config.seed, name, step, int(i)) for i in positions]
-
-
-def draw_views(config, step, micro, positions, device):
-    """How the discriminator looks at each of its five calls in a step, a list of losses.View: at images, at
-    reconstructions, at both for the consistency term, and at reconstructions for the decoder's own loss.
-
-    Window or whole image, and with DiffAug each of its three parts on or off, are coins thrown anew for every
-    call and shared by its batch [released code]; window and amounts follow from (seed, step, sample), so that
-    processes agree.
-    """
-    coins = sample_rng(config.seed, "disc-view", step, micro).random((5, 6)).tolist()
-    amounts = [rng.random((5, 7), np.float32) for rng in step_rngs(config, "augment", step, positions)]
-    amounts = common.to_device(torch.from_numpy(np.stack(amounts, 1)), device)                  # (5, B, 7)
-    views = []
-    for call, (crop, top, left, *on) in enumerate(coins):
-        harsh = call in (2, 3)                                       # consistency: all three, certainly
-        augment = tuple(harsh or config.diffaug and coin < 0.5 for coin in on)
-        views.append(View((top, left) if crop < 0.5 else None, augment, amounts[call]))
-    return views
 
 
 def build_optimizer(config, model, device):

@@ -11,8 +11,9 @@ from PIL import Image
 
 import data
 from common import UserError
-from data import (CIFAR10_CLASSES, GlobalBatches, SHAPES, Shapes, build_dataset, center_crop, collate,
+from data import (CIFAR10_CLASSES, GlobalBatches, build_dataset, center_crop, collate,
                   some_images, random_crop, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
+from shapes import SHAPES, Shapes
 
 
 def photo(width, height, seed=0):

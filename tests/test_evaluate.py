@@ -28,7 +28,8 @@ import sample
 import train_diffusion
 import train_tokenizer
 from common import UserError
-from data import Shapes, build_dataset, some_images, to_float, to_uint8
+from data import build_dataset, some_images, to_float, to_uint8
+from shapes import Shapes
 from test_train_tokenizer import TINY
 
 

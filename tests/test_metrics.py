@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 import metrics
 from common import UserError
 from metrics import FeatureStatistics
+from study import theory
 
 
 def statistics(x):
@@ -292,14 +293,14 @@ def test_score_is_the_gradient_of_the_log_density():
         torch.distributions.Categorical(torch.ones(3).double()),
         torch.distributions.Independent(torch.distributions.Normal(means * math.exp(-t), 1.0), 1))
     gradient, = torch.autograd.grad(density.log_prob(x).sum(), x)
-    np.testing.assert_allclose(metrics.mixture_score(x.detach(), means, t), gradient, atol=1e-12)
+    np.testing.assert_allclose(theory.mixture_score(x.detach(), means, t), gradient, atol=1e-12)
 
 
 def test_the_learnt_score_of_one_mode_is_as_good_as_the_sample_mean():
     """K = 1: s = e^-t mean - x, the minimiser is the sample mean, its error e^-2t |sample mean - mean|^2."""
     truth = torch.ones(1, 8)
     x = truth + torch.randn(400, 8)
-    found = metrics.fit_score(x, torch.zeros(1, 8), t=0.5, steps=400)
+    found = theory.fit_score(x, torch.zeros(1, 8), t=0.5, steps=400)
     assert (found - x.mean(0)).abs().max() < 0.03
     expected = math.exp(-1) * (found - truth).square().sum().item()
-    assert metrics.score_error(found, truth, 0.5) == pytest.approx(expected, rel=1e-4)
+    assert theory.score_error(found, truth, 0.5) == pytest.approx(expected, rel=1e-4)

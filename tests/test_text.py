@@ -18,7 +18,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import checkpoints
 from variants import text
 from common import UserError
-from data import COLOURS, Shapes, build_dataset, collate
+from data import build_dataset, collate
+from shapes import COLOURS, Shapes
 from maetok import MAETok
 from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
 from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words,

@@ -21,7 +21,8 @@ import sit
 import train_diffusion as trainer
 import train_tokenizer
 from common import UserError
-from data import Shapes, build_dataset, to_float
+from data import build_dataset, to_float
+from shapes import Shapes
 from sit import SiTConfig
 from train_diffusion import PRESETS, Config, LatentCache
 

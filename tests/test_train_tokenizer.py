@@ -21,7 +21,7 @@ import losses
 import maetok
 import train_tokenizer as trainer
 from common import UserError
-from data import Shapes
+from shapes import Shapes
 from maetok import MAETok
 from frozen.pretrained import ViTConfig, VisionTransformer
 from train_tokenizer import ABLATIONS, PRESETS, SCALES, Config
@@ -108,12 +108,12 @@ def test_released_learning_rate_counts_the_cosine_from_step_zero():
 
 def test_views_are_the_same_for_any_number_of_processes_and_new_at_every_call_and_step():
     config = trainer.Config(diffaug=True, image_size=32, targets="")
-    whole = trainer.draw_views(config, 7, 0, range(8), torch.device("cpu"))
-    half = trainer.draw_views(config, 7, 0, range(4, 8), torch.device("cpu"))
+    whole = losses.draw_views(config, 7, 0, range(8), torch.device("cpu"))
+    half = losses.draw_views(config, 7, 0, range(4, 8), torch.device("cpu"))
     for a, b in zip(whole, half, strict=True):
         assert (a.crop, a.augment) == (b.crop, b.augment) and torch.equal(a.amounts[4:], b.amounts)
     assert all(view.augment == (True, True, True) for view in whole[2:4])
-    views = [v for step in range(200) for v in trainer.draw_views(config, step, 0, range(1), torch.device("cpu"))]
+    views = [v for step in range(200) for v in losses.draw_views(config, step, 0, range(1), torch.device("cpu"))]
     free = [view.augment for i, view in enumerate(views) if i % 5 not in (2, 3)]
     assert len(set(free)) == 8 and abs(np.mean(free) - 0.5) < 0.05          # each of the three by its own coin
     assert abs(np.mean([view.crop is None for view in views]) - 0.5) < 0.07
