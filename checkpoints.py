@@ -166,6 +166,10 @@ def remove_debris(folder):
 
 # ----------------------------------------------- checkpoints -----------------------------------------------
 
+# A small tokenizer and its SiT, trained on the shapes (`make box`): what sample.py draws from by default.
+BOX = Path(__file__).parent / "assets" / "shapes.pt"
+
+
 def numbered_checkpoints(out):
     """The step_*.pt files of a run, newest step first (by number: the largest file may be a broken one)."""
     files = [path for path in Path(out).glob("step_*.pt") if path.stem[5:].isdigit()]

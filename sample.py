@@ -17,6 +17,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import common    # before torch, see there
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,12 +26,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
-import common
 from common import Count, Seed, Share, UserError, Weight, Whole, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
-from flow import SAMPLERS, check_guidance, choose_labels, sample_latents
+from flow import SAMPLERS, check_guidance, choose_labels, sample_latents, sampling_times
 from maetok import mask_out, random_mask
-from pictures import image_grid
+from pictures.draw import image_grid
+from pictures.page import write_report
 from variants.released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
 from sit import load_diffusion, load_guide
 
@@ -69,9 +71,9 @@ def check_outputs(outs, parts, settings):
                             "choose another --out")
 
 
-def write_outputs(outs, parts, labels, size):
+def write_outputs(outs, parts, labels, size, names):
     """Turn the finished part files into what --out asks for, by its ending: .png a grid, .npz ADM's file,
-    else a folder."""
+    else a folder. names: of the classes, where they are known."""
     for out in outs:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npz":
@@ -83,8 +85,8 @@ def write_outputs(outs, parts, labels, size):
             images = np.concatenate([whole_part(part) for part in parts])
             tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns]
                      for label in np.unique(labels)]
-            sheet = image_grid(tiles, [str(label) for label in np.unique(labels)],
-                                      cell=min(96, 3 * size), title_width=40)
+            titles = [names[label] if 0 <= label < len(names) else str(label) for label in np.unique(labels)]
+            sheet = image_grid(tiles, titles, cell=min(96, 3 * size), title_width=16 + 8 * max(map(len, titles)))
             checkpoints.write_png(out, sheet)
         else:
             out.mkdir(exist_ok=True)
@@ -124,13 +126,16 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True)
                                                        for _, x in chosen])
     sheet = image_grid([to_uint8(row) for row in rows.values()], list(rows))
-    if args.report_picture:
-        below = Image.open(args.report_picture).convert("RGB")
-        above, size = sheet, (max(sheet.width, below.width), sheet.height + below.height + 8)
-        sheet = Image.new("RGB", size, "white")
-        sheet.paste(above)
-        sheet.paste(below, (0, above.height + 8))
     checkpoints.write_png(path, sheet)
+
+
+def guidance_cost(args, guide):
+    """A line that says how many of the steps need a second velocity: those whose time is in the interval."""
+    times = sampling_times(args.sampler, args.steps)
+    inside = sum(args.cfg_interval[0] - 1e-6 <= t <= args.cfg_interval[1] + 1e-6 for t in times)
+    return (f"guidance {args.cfg:g} in [{args.cfg_interval[0]:g}, {args.cfg_interval[1]:g}]: "
+            f"{'the guide' if guide else 'the null class'} is computed in {inside} of {len(times)} calls, which "
+            f"saves {(len(times) - inside) / (2 * len(times)):.0%} of the work of guiding them all")
 
 
 def main(argv=None):
@@ -138,7 +143,7 @@ def main(argv=None):
     parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", help="run folder or checkpoint of train_diffusion.py")
+    add("--ckpt", help="run folder or checkpoint of train_diffusion.py (default: the small model in assets/)")
     add("--released", type=int, choices=tuple(RELEASED),
         help="instead of --ckpt: the authors' tokenizer and SiT-XL for this image size, with the paper's "
         "protocol where no option says otherwise")
@@ -151,8 +156,8 @@ def main(argv=None):
     add("--out", nargs="+", default=["samples.png"],
         help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
         "layout, FOLDER of PNG files (default samples.png)")
-    add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file")
-    add("--report-picture", help="a PNG to set below the contact sheet: evaluate.py latents' classes")
+    add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file, and "
+        "report.html beside it")
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
     add("--num", "--num-images", type=Whole, default=0,
         help="images in all (default: 8 of each class, 64 without classes)")
@@ -160,24 +165,30 @@ def main(argv=None):
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
     add("--cfg", type=Weight,
-        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off)")
+        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off; without --ckpt 2)")
     add("--cfg-interval", type=Share, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
     add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
-    add("--steps", type=Count, help="[Table 8] (default 250; heun calls the model twice a step)")
+    add("--steps", type=Count, help="[Table 8] (default 250, without --ckpt 50; heun calls the model "
+        "twice a step)")
     add("--seed", type=Seed, default=0, help="of all noise and of random labels")
     add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
+    add("--compile", action="store_true",
+        help="torch.compile the diffusion model: it pays from some thousand images on, on GPUs")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     args = parser.parse_args(argv)
     rank, world, device = common.start_processes(args.device)
     dtype = common.autocast_dtype(args.dtype, device)
-    if bool(args.ckpt) == bool(args.released):
-        raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), one of the two")
-    # An option that was not given is the paper's for the released weights, and unguided for a run of one's own.
-    protocol = RELEASED.get(args.released, dict(cfg=1.0, cfg_interval=(0.0, 1.0), sampler=SAMPLERS[0],
-                                                steps=250, path=None))
+    if args.ckpt and args.released:
+        raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), not both")
+    # An option that was not given is the paper's for the released weights, unguided for a run of one's own, and
+    # what gives a good picture in a few seconds for the small model that comes with the code.
+    protocol = RELEASED.get(args.released, dict(cfg=1.0 if args.ckpt else 2.0, cfg_interval=(0.0, 1.0),
+                                                sampler=SAMPLERS[0], steps=250 if args.ckpt else 50, path=None))
+    if not args.released:
+        args.ckpt = args.ckpt or str(checkpoints.BOX)
     for name in ("cfg", "cfg_interval", "sampler", "steps", "path"):
         if getattr(args, name) is None:
             setattr(args, name, protocol[name])
@@ -201,15 +212,12 @@ def main(argv=None):
     num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes else 64)
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
         raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
-    if args.report_picture and not Path(args.report_picture).exists():
-        raise UserError(f"--report-picture {args.report_picture}: no such file; "
-                        "evaluate.py latents writes one")
     if args.report:
         if rank == 0:
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 save_report(Path(args.report), model, tokenizer, config, args, device)
-            print(f"wrote {args.report}")
+            print(f"wrote {args.report} and {write_report(Path(args.report).parent, args.report)}")
         return
     labels = choose_labels(num, args.classes, num_classes, args.labels, args.seed)
 
@@ -234,12 +242,18 @@ def main(argv=None):
     if checkpoints.read_json(folder / "settings.json") != settings:
         raise UserError(f"{folder} holds unfinished samples made with other settings; "
                         "delete it or choose another --out")
+    for part in filter(None, (model, tokenizer, guide)):
+        common.cast_matrices(part, dtype)
+    if args.compile:
+        model.compile()
+    if rank == 0 and args.cfg != 1 and not model.config.guidance_free:
+        print(guidance_cost(args, guide), flush=True)
     starts = range(0, num, args.batch_size)
     parts = [folder / f"{start:07d}.npy" for start in starts]
     mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world]
             if checkpoints.load_npy(part) is None]                                  # a damaged one is drawn again
-    with tqdm(total=len(mine) * args.batch_size * world, desc="sampling", unit="img",
-              disable=rank > 0) as bar:
+    with tqdm(total=sum(min(args.batch_size, num - start) for start, _ in mine), unit="img",
+              desc="sampling" if world == 1 else "sampling, rank 0", disable=rank > 0) as bar:
         for start, part in mine:
             indices = np.arange(start, min(start + args.batch_size, num))
             autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
@@ -252,12 +266,12 @@ def main(argv=None):
                                    as_released=bool(args.released))
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             checkpoints.atomic_write(part, lambda p: checkpoints.save_npy(p, images))
-            bar.update(args.batch_size * world)
+            bar.update(len(indices))
     if world > 1:
         dist.barrier()
     if rank == 0:
         write_outputs(outs, parts, labels if num_classes else np.full_like(labels, -1),
-                      whole_part(parts[0]).shape[1])
+                      whole_part(parts[0]).shape[1], config.get("classes", []))
         # Only now, when every output is on disk, the parts may go.
         for part in parts:
             part.unlink()

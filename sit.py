@@ -294,8 +294,8 @@ def build_model(values: dict) -> nn.Module:
 
 
 def load_diffusion(path, device="cpu"):
-    """(the model with the EMA weights, its tokenizer, config dict) from a checkpoint or run folder of
-    train_diffusion.py, both in eval mode. Raises UserError."""
+    """(the model with the EMA weights, its tokenizer, config dict with the names of the classes as "classes") from
+    a checkpoint or run folder of train_diffusion.py, both in eval mode. Raises UserError."""
     state = load_checkpoint(path)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
@@ -305,7 +305,8 @@ def load_diffusion(path, device="cpu"):
         raise UserError(f"{path} has a config this version cannot build: {e}") from e
     load_weights(model, state["ema"], path)
     tokenizer = tokenizer_of(state["tokenizer"], path)
-    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"]
+    names = {"classes": state.get("classes", [])}                      # checkpoints had none before
+    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"] | names
 
 
 def load_guide(path, model, tokenizer, config, device):

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import common    # before torch, see there
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
@@ -35,7 +36,7 @@ from flow import (drop_labels, euler, flow_matching_loss, guidance_free_mixture,
                   path_coefficients, sample_times)
 from frozen.pretrained import TEACHERS, load_teacher
 from maetok import Decoder, initialise, masked_feature_loss, tokenizer_of
-from pictures import image_grid, plot_curves
+from pictures.draw import image_grid, plot_curves
 from sit import SIZES, SiTConfig, build_config, build_model
 from sit import Block as SiTBlock
 from variants.lightningdit import Block as LightningDiTBlock
@@ -298,6 +299,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     tokenizer: dict                    # its checkpoint, so that sampling needs no other file
     repa: Repa | None                  # around the model
+    classes: list                      # their names, for pictures; empty: the model knows none
     step: int = 0
 
 
@@ -411,12 +413,13 @@ def train(config, state, train_set, tokenizer, teacher, processes):
 
 
 def save(config, state, processes):
-    """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file."""
+    """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file, and the
+    names of the classes."""
     if processes.rank == 0:
         content = {"kind": "diffusion", "step": state.step, "config": dataclasses.asdict(config),
                    "model": state.model.state_dict(), "ema": state.ema.model.state_dict(),
                    "ema_updates": state.ema.updates, "optimizer": state.optimizer.state_dict(),
-                   "tokenizer": state.tokenizer}
+                   "tokenizer": state.tokenizer, "classes": state.classes}
         if state.repa:
             content["repa_head"] = state.repa.head.state_dict()
         checkpoints.save_checkpoint(config.out, content, config.keep, config.keep_every)
@@ -484,7 +487,8 @@ def main(argv=None):
 
     # ---- what the tokenizer and the data fix ----
     config.num_latents, config.latent_dim = LatentCache.latent_shape(tokenizer)
-    config.num_classes = 0 if config.unconditional or not train_set.classes else len(train_set.classes)
+    classes = [] if config.unconditional else list(train_set.classes or ())
+    config.num_classes = len(classes)
 
     out = Path(config.out)
     torch.manual_seed(config.seed)
@@ -502,7 +506,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
                                   betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=device.type != "mps")
-    state = TrainState(model, ema, optimizer, tokenizer_state, repa)
+    state = TrainState(model, ema, optimizer, tokenizer_state, repa, classes)
     if rank == 0:
         checkpoints.lock(out)
     checkpoint = checkpoints.find_checkpoint(out, rank)

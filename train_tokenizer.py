@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import common    # before torch, see there
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-import common
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng, step_rngs)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
@@ -34,7 +35,7 @@ from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_ta
 from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, mask_out, masked_feature_loss,
                     random_mask, tokenizer_of)
 from maetok import load_tokenizer  # noqa: F401   (where it was before)
-from pictures import image_grid, plot_curves
+from pictures.draw import image_grid, plot_curves
 from metrics import psnr
 from frozen.pretrained import TEACHERS
 from variants.text import CLIP_TOKENS, TextTarget, text_loss

@@ -349,9 +349,9 @@ def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, d
     device = torch.device(device)
     if name == "efficientnet-lite0":
         return EfficientNetTeacher(patch_size, device, random)
-    network = load_vit(name, patch_size, weights_dir, device, random, gelu)
-    return Teacher(network, mean_std or TEACHERS[name].mean_std,
-                   dtype or common.autocast_dtype("auto", device))
+    dtype = dtype or common.autocast_dtype("auto", device)
+    network = common.cast_matrices(load_vit(name, patch_size, weights_dir, device, random, gelu), dtype)
+    return Teacher(network, mean_std or TEACHERS[name].mean_std, dtype)
 
 
 class EfficientNetTeacher:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import checkpoints
-from pictures import line_chart, plot_curves
+from pictures.draw import line_chart, plot_curves
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 

@@ -13,10 +13,13 @@ A file of its own because it imports every other one.
 """
 import ctypes
 import gc
+import importlib.util
 import itertools
+import platform
 import re
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,9 @@ import common
 import metrics
 from common import UserError
 from data import build_dataset
-from flow import flow_matching_loss
+from flow import drop_labels, flow_matching_loss, sample_times
 from hog import hog_features
-from losses import adaptive_weight, build_objective, compute_targets, distance, generator_loss
+from losses import adaptive_weight, build_objective, compute_targets, distance, draw_views, generator_loss
 from maetok import Block, MAETok, masked_feature_loss, random_mask
 from sit import Block as SiTBlock
 from sit import SIZES, SiT, SiTConfig
@@ -46,6 +49,15 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
+def once(function, device):
+    """Wall time of one call, s."""
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
 def seconds(function, device, repeats, budget=20.0):
     """Median wall time of a call after warm-up; 3 repeats at least, more while they take under `budget` s."""
     for _ in range(3 if device.type == "cuda" else 1):
@@ -53,10 +65,7 @@ def seconds(function, device, repeats, budget=20.0):
     synchronise(device)
     times = []
     while len(times) < 3 or len(times) < repeats and sum(times) < budget:
-        start = time.perf_counter()
-        function()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
+        times.append(once(function, device))
     return statistics.median(times)
 
 
@@ -88,6 +97,13 @@ def matmul_peak(dtype, device, repeats):
     picture = a.view(16, 1, n // 16, n).permute(0, 3, 1, 2)              # (16, n, 1, n / 16), channels last
     return [2 * n ** 3 / seconds(call, device, repeats)
             for call in (lambda: a @ b, lambda: F.conv2d(picture, b[:, :, None, None]))]
+
+
+def cpu_name():
+    """The processor's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def count_flops(function):
@@ -280,6 +296,137 @@ def all_rows(args):
                    "EM step, 20000 x 64, K = 50": lambda: em(args)}
 
 
+# ------------------------------------------------- host work -------------------------------------------------
+
+def host_work(args):
+    """What the host draws for one step of full size, in microseconds: name -> seconds."""
+    config = Config(**PRESETS["maetok-b-256"])
+    rngs = lambda name, count: [common.sample_rng(0, name, 7, i) for i in range(count)]
+
+    def latents():
+        streams = rngs("diffusion", 32)
+        sample_times(streams)
+        np.stack([rng.standard_normal((128, 32), np.float32) for rng in streams])
+        drop_labels(streams, torch.zeros(32, dtype=torch.int64), 1000, 0.1)
+
+    calls = {"masks, 64 images of 256 patches": lambda: random_mask(rngs("mask", 64), 256),
+             "discriminator's views, 64 images": lambda: draw_views(config, 7, 0, range(64), torch.device("cpu")),
+             "times, noise and labels, 32 latents of 128 x 32": latents}
+    return {name: seconds(call, torch.device("cpu"), 101) for name, call in calls.items()}
+
+
+# --------------------------------------- beside what one would use instead ---------------------------------------
+# Each function returns (ours, theirs): two calls that do the same work.
+
+def hog_beside_scikit_image(args):
+    """Nine unsigned orientations in 8-px cells of sixteen photos' size."""
+    from skimage.feature import hog
+    images = torch.rand(16, 3, 256, 256)
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    return (lambda: hog_features(images, 16),
+            lambda: [hog(a, 9, (8, 8), (1, 1), channel_axis=-1, feature_vector=False) for a in arrays])
+
+
+def frechet_beside_sqrtm(args):
+    """The distance at 2048 dimensions, and the formula of pytorch-fid: scipy's root of a product."""
+    from scipy.linalg import sqrtm
+    ours = frechet(args)[0]
+    c1, c2 = (torch.cov(torch.randn(2048, 4096, dtype=torch.float64)).numpy() for _ in range(2))
+    return ours, lambda: np.trace(sqrtm(c1 @ c2)).real
+
+
+def mixture_beside_scikit_learn(args):
+    """Five EM steps of 20 Gaussians with full covariances on 10,000 points in 32 dimensions, from one start."""
+    from sklearn.mixture import GaussianMixture
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.7 * torch.randn(20, 32, generator=generator).double()
+    x = centres.repeat(500, 1) + torch.randn(10_000, 32, generator=generator)
+    start = metrics.start_mixture(x, 20, True, np.random.default_rng(0))
+    array, precisions = x.numpy(), torch.linalg.inv(start.covariances).numpy()
+
+    def ours():
+        mixture = start
+        for _ in range(5):
+            mixture, _ = metrics.em_step(mixture, x)
+
+    def theirs():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                     # five steps do not converge
+            GaussianMixture(20, max_iter=5, tol=0, means_init=start.means.numpy(), precisions_init=precisions,
+                            weights_init=start.weights.numpy()).fit(array)
+    return ours, theirs
+
+
+def probe_beside_scikit_learn(args):
+    """A linear probe on 3,000 vectors of 256 values in ten classes."""
+    from sklearn.linear_model import LogisticRegression
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(3000) % 10
+    x = torch.randn(10, 256, generator=generator)[y] * 0.3 + torch.randn(3000, 256, generator=generator)
+    x = x.double()
+    return (lambda: metrics.linear_probe(x, y, 10),
+            lambda: LogisticRegression(max_iter=1000).fit(x.numpy(), y.numpy()))
+
+
+def jpeg_beside_pillow(args):
+    """Sixteen photos to 256-px tensors, on one core."""
+    return jpeg_loading(args, plain=False)[0], jpeg_loading(args, plain=True)[0]
+
+
+def linear_beside_nn_linear(args):
+    """SiT-B's velocity with common.Linear, and with nn.Linear."""
+    def call(plain):
+        common.AMD_PROCESSOR = not plain and amd
+        model()
+        common.AMD_PROCESSOR = amd
+    amd, model = common.AMD_PROCESSOR, sit(args, "B", 128, False)[0]
+    return lambda: call(False), lambda: call(True)
+
+
+def weights_cast_once(args):
+    """SiT-B's velocity under bfloat16 autocast: matrices cast once, and cast anew in every call."""
+    from copy import deepcopy
+    model = SiT(SiTConfig(**SIZES["B"], num_latents=128)).to(args.device).eval().requires_grad_(False)
+    once = common.cast_matrices(deepcopy(model), torch.bfloat16)
+    x, t = torch.randn(4, 128, 32, device=args.device), torch.rand(4, device=args.device)
+    y = torch.zeros(4, dtype=torch.int64, device=args.device)
+
+    def call(network):
+        with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16):
+            network(x, t, y)
+    return lambda: call(once), lambda: call(model)
+
+
+COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
+               "Fréchet distance / sqrtm, as pytorch-fid": (frechet_beside_sqrtm, "scipy"),
+               "EM, 5 steps / scikit-learn": (mixture_beside_scikit_learn, "sklearn"),
+               "linear probe / scikit-learn": (probe_beside_scikit_learn, "sklearn"),
+               "JPEG to tensor / plain Pillow": (jpeg_beside_pillow, "PIL"),
+               "SiT-B call, common.Linear / nn.Linear": (linear_beside_nn_linear, "torch"),
+               "SiT-B call in bfloat16, cast once / autocast": (weights_cast_once, "torch")}
+
+
+def compare(args):
+    """{name: {ours, theirs: seconds, times: theirs / ours, median of the repeats, lowest, highest}}. The two take
+    turns, so that what else the machine does hits both. What is not installed is left out."""
+    result = {}
+    for name, (build, package) in COMPARISONS.items():
+        if importlib.util.find_spec(package) is None or package == "PIL" and not args.images:
+            print(f"{name}: left out ({'--images FOLDER' if package == 'PIL' else package} is needed)")
+            continue
+        torch.manual_seed(args.seed)
+        ours, theirs = build(args)
+        # The first turn warms up.
+        pairs = [(once(ours, args.device), once(theirs, args.device)) for _ in range(args.repeats + 1)][1:]
+        ratios = sorted(b / a for a, b in pairs)
+        mine, other = (statistics.median(column) for column in zip(*pairs))
+        result[name] = {"ours": mine, "theirs": other, "times": statistics.median(ratios), "lowest": ratios[0],
+                        "highest": ratios[-1]}
+        print(f"{name}: {mine:.4g} s against {other:.4g} s, {statistics.median(ratios):.2f} times as fast "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+    return result
+
+
 # -------------------------------------------------- table --------------------------------------------------
 
 def measure_speed(args):
@@ -291,6 +438,14 @@ def measure_speed(args):
     args.encode_batch = args.encode_batch or (64 if cuda else 4)
     args.sit_batch = args.sit_batch or (256 if cuda else 2)
     args.sample_batch = args.sample_batch or (64 if cuda else 4)
+    if args.compare:
+        found = compare(args)
+        table = [("ours / instead of", "ours, s", "theirs, s", "times as fast", "lowest", "highest")]
+        table += [(name, *(f"{value:.4g}" for value in row.values())) for name, row in found.items()]
+        name = torch.cuda.get_device_name() if cuda else cpu_name()
+        return {"ratios": found, "host_work_seconds": host_work(args),
+                "protocol": f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; the two take "
+                            f"turns, {args.repeats} times; ratio of the times, median, lowest, highest"}, table
     rows = {name: build for name, build in all_rows(args).items()
             if (not args.only or any(part in name for part in args.only))}
     if not rows:

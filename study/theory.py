@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError
-from pictures import line_chart
+from pictures.draw import line_chart
 
 
 def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:

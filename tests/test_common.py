@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import checkpoints
 import common
-import pictures
+from pictures import draw
 from common import UserError
 
 
@@ -292,10 +292,10 @@ def test_metrics_are_cut_back_on_resume(tmp_path):
 
 
 def test_pictures_hold_what_they_are_given():
-    sheet = pictures.image_grid([torch.zeros(3, 3, 8, 8, dtype=torch.uint8)] * 2, ["one", "two"], cell=20)
+    sheet = draw.image_grid([torch.zeros(3, 3, 8, 8, dtype=torch.uint8)] * 2, ["one", "two"], cell=20)
     pixels = np.asarray(sheet)
     assert pixels.shape[0] == 48 and (pixels[:20, 150:170] == 0).all()
-    plot = np.asarray(pictures.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": []}))
+    plot = np.asarray(draw.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": []}))
     assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn
 
 

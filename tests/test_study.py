@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-import pictures
+from pictures import draw
 from study import study
 from study import report as study_report
-from pictures import line_chart
+from pictures.draw import line_chart
 from common import UserError
 
 
@@ -198,7 +198,7 @@ def test_charts_show_how_far_seeds_lie():
     chart, plain = (np.array(line_chart({"": {"a": points}}, "x")) for points in
                     (series["a"], [point[:2] for point in series["a"]]))
     rows, columns = np.nonzero((chart != plain).any(-1))
-    top, bottom = pictures.TOP, pictures.PANEL[1] - pictures.BOTTOM
+    top, bottom = draw.TOP, draw.PANEL[1] - draw.BOTTOM
     assert (np.abs(columns - columns.mean()) < 3).all()                             # one vertical whisker
     assert rows.min() == pytest.approx(bottom - 0.8 * (bottom - top), abs=2)
     assert rows.max() == pytest.approx(bottom - 0.2 * (bottom - top), abs=2)
