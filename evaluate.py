@@ -1,6 +1,8 @@
-"""Measure what was trained, by the paper's measures. Each command prints a table with its protocol and writes
-JSON. (Not here: the human evaluation, and the published baselines, whose weights this project does not have.)
+"""Measure what was trained, by the paper's measures. Each command prints a table with its protocol, writes JSON
+and renews report.html beside it. (Not here: the human evaluation, and the published baselines, whose weights
+this project does not have.)
 
+    python evaluate.py recon                                              # the small model in assets/
     python evaluate.py recon RUN --data IMAGENET                          # rFID, PSNR, SSIM, LPIPS, a picture
     torchrun --nproc-per-node=8 evaluate.py generation fid.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py generation samples.npz --data shapes --features classifier   # where FID has no meaning
@@ -9,6 +11,7 @@ JSON. (Not here: the human evaluation, and the published baselines, whose weight
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
+    python evaluate.py speed --compare                                        # beside other libraries
 
 The mathematics is in metrics.py, networks and references in frozen/features.py, the drawing in
 pictures/draw.py. Images are uint8 wherever they are measured; networks run in float32. Under torchrun the
@@ -110,12 +113,12 @@ def recon(args):
     # One pass over the images: measures per image are kept, features only as a running mean and covariance.
     for _, originals in batches(images, args, "reconstructing"):
         x = to_float(originals.to(args.device))                                             # (B, 3, H, W)
-        redrawn = to_uint8(tokenizer.reconstruct(x))
+        reconstructed = to_uint8(tokenizer.reconstruct(x))
         # Rounded to 256 levels first, as a picture on disk would be: the paper's figures are of uint8 images.
-        a, b = originals.to(args.device), redrawn
+        a, b = originals.to(args.device), reconstructed
         values = [metrics.psnr(a, b), metrics.ssim(a, b), metrics.ssim(a, b, data_range=2.0)]
         if lpips is not None:
-            values.append(lpips(x, to_float(redrawn)).double())
+            values.append(lpips(x, to_float(reconstructed)).double())
         rows.append(torch.stack(values, 1).cpu())
         shown += list(zip(a.cpu(), b.cpu(), values[0])) if len(shown) < 8 else []
         if network is not None:
@@ -134,7 +137,7 @@ def recon(args):
         for statistics in (real, fake):
             statistics.all_reduce(args.world, args.device)
         result[distance_name(args, "r")] = metrics.frechet_between(real, fake)
-        # Blurry pictures have features that differ less; distances to *them* (--gap) come out smaller for it.
+        # Blurry images have less feature variance, which makes distances to them (--gap) smaller.
         variance = [statistics.mean_and_covariance()[1].trace().item() for statistics in (fake, real)]
         result["share_of_feature_variance_kept"] = variance[0] / variance[1]
     if args.features == "classifier":
@@ -166,9 +169,9 @@ def run_folder(path):
 
 @torch.no_grad()
 def generation(args):
-    """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the
-    Fréchet distance in a small classifier's features (not FID) and the fraction of samples it assigns
-    to the class asked for."""
+    """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the Fréchet
+    distance in a small classifier's features (not FID) and the fraction of samples it assigns to the class
+    asked for."""
     samples = open_samples(args.samples)
     labels, size = torch.from_numpy(samples.labels), samples.size
     # Samples and reference go through the same network on the same input path; each set becomes a Gaussian, and
@@ -214,8 +217,7 @@ def how_drawn(samples):
 
 
 def classified(args, network, labels, fake, size):
-    """How far samples are of the class asked for, and what the classifier and the
-    tokenizer can do at best."""
+    """Class accuracy of samples, and of test images and reconstructions, which bound it."""
     tests = open_data(args, args.data, "test", size, args.test_images)
     truth = torch.from_numpy(tests.labels)
     accuracy = lambda found, wanted: (found.argmax(1) == wanted).float().mean().item()
@@ -232,8 +234,8 @@ def classified(args, network, labels, fake, size):
     if args.tokenizer:
         # Samples are drawn by the tokenizer's decoder: this tells what part of the error is its own.
         tokenizer = load_tokenizer(args.tokenizer, args.device)
-        redrawn = reconstructions(args, tokenizer, tests)
-        found = collect(args, network, redrawn, PRECISION_IMAGES, logits=True)
+        reconstructed = reconstructions(args, tokenizer, tests)
+        found = collect(args, network, reconstructed, PRECISION_IMAGES, logits=True)
         result["reconstructions_assigned_to_their_class"] = accuracy(found.logits, truth)
         # A blurry sample lies outside the manifold of sharp images, whatever it shows: against them precision
         # and recall are next to 0 for every tokenizer of this size. Against reconstructions, which are as
@@ -246,15 +248,14 @@ def classified(args, network, labels, fake, size):
 # ------------------------------------------------- latents -------------------------------------------------
 
 def probe_accuracy(x, y, test_x, test_y):
-    """Share of test vectors whose class a linear probe on the training vectors finds. [Sec. 4.3]"""
+    """Accuracy on test vectors of a linear probe fitted to training vectors. [Sec. 4.3]"""
     weight, bias = metrics.linear_probe(x, y, int(y.max()) + 1)
     return ((test_x @ weight + bias).argmax(1) == test_y).double().mean().item()
 
 
 @torch.no_grad()
 def latents(args):
-    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.
-    [Sec. 2, 4.3, App. B.3, Fig. 2a, 4, 8]
+    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents. [Sec. 2, 4.3, App. B.3, Fig. 2a, 4, 8]
 
     Three views of one question: how structured is the latent space? A linear probe says how much of the class
     can be read off by a hyperplane. The likelihood of held-out latents under mixtures of K Gaussians says how
@@ -381,10 +382,10 @@ def check_packages(args):
 # ---------------------------------------------- curve and cfg -----------------------------------------------
 
 @torch.no_grad()
-def score_samples(args, model, tokenizer, config, network, real, redrawn, scale, interval, title,
+def score_samples(args, model, tokenizer, config, network, real, reconstructed, scale, interval, title,
                   guide=None):
     """Draw args.num_images samples and measure them, without a file in between: {the distance, the diffusion gap
-    if `redrawn` is there, IS or class accuracy}."""
+    if `reconstructed` is there, IS or class accuracy}."""
     labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
     dtype = common.autocast_dtype(args.dtype, args.device)
     mine = share(args.num_images, args.rank, args.world)
@@ -406,8 +407,8 @@ def score_samples(args, model, tokenizer, config, network, real, redrawn, scale,
     result = {distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
     # A sample passes through diffusion and decoder; a reconstruction through the decoder alone. Their distance is
     # what diffusion has not learned, whatever the decoder cannot draw.
-    if redrawn is not None:
-        result["diffusion_gap"] = metrics.frechet_between(fake.pool, redrawn.pool)
+    if reconstructed is not None:
+        result["diffusion_gap"] = metrics.frechet_between(fake.pool, reconstructed.pool)
     if args.features == "inception":
         result["inception_score"] = metrics.inception_score(fake.logits)[0]
     elif args.features == "classifier" and model.config.num_classes:
@@ -431,10 +432,10 @@ def prepare(args, path):
         tokenizer = other
     network, name = feature_network(args, data, size)
     real, against = reference(args, network, name, data, size)
-    redrawn = None
+    reconstructed = None
     if args.gap:
         images = open_data(args, data, "train", size, args.reference_images)
-        redrawn = collect(args, network, reconstructions(args, tokenizer, images))
+        reconstructed = collect(args, network, reconstructions(args, tokenizer, images))
     dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
     protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features {name} "
                 f"in float32; EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
@@ -442,7 +443,7 @@ def prepare(args, path):
                 + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
                    f"{images.name}" if args.gap else "")
                 + few_images(args.num_images, len(real.pool.mean)))
-    return (model, tokenizer, config), network, (real, redrawn), protocol
+    return (model, tokenizer, config), network, (real, reconstructed), protocol
 
 
 def curve(args):
@@ -504,7 +505,8 @@ def theory(args):
 
 
 def speed(args):
-    """Images per second, fraction of this machine's matrix-product peak, peak memory of every part. [Sec. 4.5]"""
+    """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios to
+    other libraries. [Sec. 4.5]"""
     from study.speed import measure_speed      # here, because it imports the trainer, whose step it times
 
     result, table = measure_speed(args)
@@ -559,7 +561,8 @@ def main(argv=None):
     add("--size", type=Whole, default=0, help="px (default: the tokenizer's)")
     add("--num-images", type=Count, default=50_000, help="test images at most (default 50000)")
     add("--lpips", action=argparse.BooleanOptionalAction, help="default: with --features inception")
-    add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE)")
+    add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE; without a run "
+        "runs/box/recon)")
 
     add = command(generation)
     add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")

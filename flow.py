@@ -26,9 +26,8 @@ import common
 from common import UserError, sample_rng
 
 # ------------------------------------------- paths and objective -------------------------------------------
-# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with
-# alpha, sigma = 1, 0 at t = 0 and 0, 1 at t = 1.
-# Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
+# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with alpha, sigma = 1, 0 at t = 0 and 0, 1 at
+# t = 1. Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
 # [SiT, Sec. 2]
 
 def path_coefficients(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,21 +44,21 @@ def path_coefficients(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, 
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
-    """Training's input and target: x, noise (B, L, C) and t (B,) -> state x_t and velocity v, (B, L, C) each.
-    """
+    """x, noise eps (B, L, C) and times t (B,) -> state x_t and its velocity v, (B, L, C) each: training's input
+    and target. [SiT's, whose training the paper follows, Sec. 4.1]"""
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t[:, None, None], path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
 def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean a sample, for
-    a trainer to sort by t."""
+    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean per sample, for a trainer to sort by t.
+    """
     return (prediction.float() - target.float()).square().mean((1, 2))
 
 
 def sample_times(rngs: list, kind: str = "uniform", path: str = "linear") -> Tensor:
-    """Training times, (B,) float32 on the CPU, from one numpy Generator a sample:
-    independent of batch and process.
+    """Training times, (B,) float32 on the CPU, from one numpy Generator per sample: independent of batch and
+    process.
 
     kind: "uniform" on [0, 1], SiT's "original training setting" [Sec. 4.1], or "logit-normal": fewer times
     near either end [the released code's README]. With n standard normal, sigma / alpha = e^n on either path:
@@ -74,10 +73,9 @@ def sample_times(rngs: list, kind: str = "uniform", path: str = "linear") -> Ten
 
 
 def drop_labels(rngs: list, y: Tensor, null_class: int, probability: float = 0.1) -> Tensor:
-    """Labels (B,) int64 with some replaced by the null class, so that one model
-    learns both halves of guidance.
+    """Labels (B,) int64 with some replaced by the null class, so that one model learns both halves of guidance.
 
-    rngs: one numpy Generator a sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
+    rngs: one numpy Generator per sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
     them all, which is how an unconditional model is trained [Table 5].
     """
     dropped = torch.tensor([rng.random() < probability for rng in rngs], dtype=torch.bool, device=y.device)
@@ -123,6 +121,9 @@ def score_from_velocity(v: Tensor, x: Tensor, t: Tensor | float, path: str = "li
 #   trajectory   a list, to which (t, state) is appended at the start and after every step; None: not kept
 # and return the state at t = 0 in x's dtype. On the way it is float64 [released code]: hundreds of small
 # additions to a 16-bit state would round off most of each.
+
+LAST = 0.04              # where Euler-Maruyama's last step starts [released code]
+
 
 def _state(x):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)     # Apple GPUs have no float64
@@ -179,7 +180,7 @@ def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, 
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = 0.04, path: str = "linear",
+def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = LAST, path: str = "linear",
                    generator=None, trajectory: list | None = None, diffusion: str = "sigma") -> Tensor:
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
@@ -208,7 +209,7 @@ def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: floa
     _keep(trajectory, 1.0, x, dtype)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, t).to(x)
-        half_w = sigmas[step] if diffusion == "sigma" else t
+        half_w = sigmas[step] if diffusion == "sigma" else t                         # w / 2
         drift = v + half_w / sigmas[step] * expected_noise(v, x, t, path)           # v - w/2 * score
         x = x + (t_next - t) * drift
         if t_next > 0:
@@ -237,22 +238,21 @@ def guidance_free_mixture(model, prediction: Tensor, x_t: Tensor, t: Tensor, y: 
 
 
 def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = (0.0, 1.0), guide=None):
-    """A sampler's velocity from the model: classifier-free guidance, u + cfg_scale
-    (c - u), for a span of times.
+    """A sampler's velocity: classifier-free guidance in an interval of times, u + cfg_scale (c - u). [App. C.2]
+
+    c and u are the velocities with the labels y (B,) and with the null class; all channels are guided
+    [released code].
+    interval: (low, high), noise at 1, both ends included; outside it c is used as it is [App. C.2, after
+    Kynkäänniemi et al. 2024: guiding the noisiest states costs variety]. Where c is used as it is, and at
+    scale 1 everywhere, u is not computed; elsewhere c and u are one batch of 2B. SiT-XL's main results: 250
+    steps, scale 1.9 in [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2]. The model is called in its
+    weights' dtype; the two velocities are combined in the state's.
 
     Two other schemes on the same line, with their own u:
     autoguidance (Karras et al. 2024): u is the velocity of `guide`, a worse model of the same latents, such
     as an earlier checkpoint, with the same labels [rebuttal: 1 M of 4 M steps].
     guidance-free training: a model with config.guidance_free is told 1 / cfg_scale and returns the guided
     velocity from one call.
-
-    c and u are the velocities with the labels y (B,) and with the null class; all channels are guided
-    [released code].
-    interval: (low, high), both ends included; outside it c is used as it is [App. C.2, after Kynkäänniemi et
-    al. 2024: guiding the noisiest states costs variety]. Where c is used as it is, and at scale 1 everywhere,
-    u is not computed; elsewhere c and u are one batch of 2B. SiT-XL's main results: 250 steps, scale 1.9 in
-    [0, 0.75] at 256 px, 1.5 in [0, 0.7] at 512 px [App. C.2]. The model is called in its weights' dtype; the
-    two velocities are combined in the state's.
     Raises ValueError for an unconditional model with a scale other than 1: its c is u.
     """
     (low, high), null_class = interval, model.config.num_classes
@@ -310,7 +310,7 @@ def choose_labels(num, classes, num_classes, kind, seed):
 def sampling_times(sampler: str, steps: int) -> list[float]:
     """The times at which a sampler calls the velocity, in order."""
     if sampler == "euler-maruyama":
-        return _times(steps, 0.04)[:-1]
+        return _times(steps, LAST)[:-1]
     times = _times(steps)
     return times[:-1] if sampler == "euler" else [t for pair in zip(times, times[1:]) for t in pair][:-1]
 

@@ -20,18 +20,16 @@ CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time
 
 
 def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose
-    (gy), reflect padding of 1 px.
+    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy), reflect padding of 1 px.
 
-    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus
-    right, gy is above minus below.
+    images: (B, 3, H, W) float. Returns gx, gy, the same shape: gx is left minus right, gy is above minus below.
     """
-    x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, C, H+2, W+2)
+    x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, 3, H+2, W+2)
     # Summed in the order of a convolution, row by row from the left: where a gradient is exactly zero, another
     # order leaves +-1e-8 of it, whose sign decides the bin (0.3-0.6 % of cells). Slices stream through the
     # cache; a 3-channel convolution is several times slower here.
     H, W = images.shape[-2:]
-    s = lambda row, column: x[..., row:row + H, column:column + W]            # (B, C, H, W), kernel's place
+    s = lambda row, column: x[..., row:row + H, column:column + W]            # (B, 3, H, W), kernel's place
     gx = (s(0, 0) - s(0, 2)).add_(s(1, 0), alpha=2).sub_(s(1, 2), alpha=2).add_(s(2, 0)).sub_(s(2, 2))
     gy = (s(0, 0) + 2 * s(0, 1)).add_(s(0, 2)).sub_(s(2, 0)).sub_(s(2, 1), alpha=2).sub_(s(2, 2))
     return gx, gy
@@ -47,8 +45,8 @@ def gaussian_window(cell_size: int, device=None) -> Tensor:
 
 
 def hog_dim(patch_size: int, cell_size: int = 8, bins: int = 9) -> int:
-    """Values a patch: 3 colours x bins x cells. 108 for a 16-px patch.
-    Raises ValueError if cells do not fill the patch."""
+    """Values per patch: 3 colours x bins x cells, 108 for a 16-px patch. Raises ValueError if cells do not fill
+    the patch."""
     if cell_size < 1 or patch_size % cell_size:
         raise ValueError(f"HOG cells of {cell_size} px do not fill a patch of {patch_size} px")
     return 3 * bins * (patch_size // cell_size) ** 2
@@ -67,7 +65,7 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     and every cell has unit norm (0 where the image is flat). D_hog = hog_dim(...).
     Raises ValueError when patches do not tile the image or cells do not tile the patch.
     """
-    B, C, H, W = images.shape
+    B, colours, H, W = images.shape
     if H % patch_size or W % patch_size:
         raise ValueError(f"an image of {H} x {W} px cannot be cut into {patch_size}-px patches")
     dim, c = hog_dim(patch_size, cell_size, bins), cell_size
@@ -80,8 +78,7 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     # In a flat area the six terms leave up to 1e-6 behind, which normalising would blow up to a full cell (and
     # does in the released code); the smallest step between two grey levels makes 0.008. [ours]
     magnitude = F.threshold_(torch.hypot(gx, gy), 1e-5, 0.0)
-    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is counted
-    # from the vertical axis.
+    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is counted from the vertical axis.
     orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
     # MaskFeat lays one 16-px window after the other over the image, not one around each cell.
@@ -89,13 +86,13 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     magnitude *= window[:H, :W]
 
     def cells(x):                                                                   # -> (B, 3, H/c, W/c, c*c)
-        return x.reshape(B, C, H // c, c, W // c, c).transpose(3, 4).reshape(B, C, H // c, W // c, c * c)
+        return x.reshape(B, 3, H // c, c, W // c, c).transpose(3, 4).reshape(B, 3, H // c, W // c, c * c)
 
-    histogram = magnitude.new_zeros(B, C, H // c, W // c, bins)
+    histogram = magnitude.new_zeros(B, 3, H // c, W // c, bins)
     histogram.scatter_add_(-1, cells(orientation_bin).long(), cells(magnitude))
     histogram = F.normalize(histogram, dim=-1)
     g, n = patch_size // c, (H // patch_size, W // patch_size)                # cells a patch side; patch grid
-    histogram = histogram.reshape(B, C, n[0], g, n[1], g, bins)
+    histogram = histogram.reshape(B, 3, n[0], g, n[1], g, bins)
     return histogram.permute(0, 2, 4, 1, 6, 3, 5).reshape(B, n[0] * n[1], dim)
 
 

@@ -78,6 +78,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """|grad L_rec| / (|grad L_adv| + 1e-4) at the decoder's last weight, in [0, 1e4]: a detached scalar.
     (Esser et al. 2021)
 
+    reconstruction_loss: pixels and LPIPS, all of Eq. 6 but the adversarial term; adversarial_loss: that one.
     Over several processes the gradients are averaged first, so that all agree on one weight, the one of
     the whole batch [ours; the released code has one for each process].
     """

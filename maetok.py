@@ -138,9 +138,10 @@ class RoPE2D(nn.Module):
     """Rotation angles of the image tokens; latent and class tokens get angle 0, that is, no rotation.
     [Sec. 3.1]
 
-    A token at column x, row y turns its i-th pair of query and key channels by  x * f[0, i] + y * f[1, i].
-    axial: the first half of the pairs looks at x alone, the second half at y alone; the
-    same in every layer and head.
+    A token at column x, row y (here x is no image) turns its i-th pair of query and key channels by
+    x * f[0, i] + y * f[1, i].
+    axial: the first half of the pairs looks at x alone, the second half at y alone; the same in every layer
+    and head.
     mixed: f is learnable, one set a layer and head, started in a random direction for every head (RoPE-Mixed,
     Heo et al. 2024); what the released weights use. Angles grow with the patch index and know nothing of the
     image size, which is why the same weights run on any grid [Table 13b].
@@ -331,13 +332,15 @@ class Encoder(nn.Module):
             x = torch.cat((x, z), dim=1)                                                    # (B, (1+)N+L, D)
         before = 0 if self.class_token is None else 1
         x = self.transformer(x, grid, before)
-        return self.to_latent(x[:, -self.num_latents:] if self.num_latents else x[:, before:])
+        h = x[:, -self.num_latents:] if self.num_latents else x[:, before:]                 # (B, L, D)
+        return self.to_latent(h)                     # h of [Eq. 4], (B, L, C): a linear layer takes D to C
 
 
 class Decoder(nn.Module):
-    """y = D([e ; h]) read from the image tokens' places, then a linear layer to `out_dim` values a patch.
-    [Eq. 5, 7]
+    """x_hat = D([e ; h]) [Eq. 5], y_hat^j for an auxiliary target j [Eq. 7]: read from the image tokens' places,
+    then a linear layer to `out_dim` values per patch.
 
+    e has the decoder's width D; h is projected from C to D first.
     The pixel decoder and every auxiliary decoder are this class; they differ in depth and out_dim.
     e is one learned token repeated N times, distinguished by RoPE alone [released code]. N learned tokens, as
     Eq. 5 could be read, would tie the weights to one image size.
@@ -359,17 +362,17 @@ class Decoder(nn.Module):
         self.head = Linear(width, out_dim)
 
     def image_tokens(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """latents (B, L, C) -> the image tokens after the last norm, (B, N, D): x-hat of [Eq. 5]."""
+        """latents h (B, L, C) -> the image tokens after the last norm, (B, N, D): x_hat of [Eq. 5]."""
         B, N = len(latents), grid[0] * grid[1]
-        h = self.from_latent(latents)                                                       # (B, L, D)
+        tokens = self.from_latent(latents)                                                  # (B, L, D)
         e = self.image_token.expand(B, N, -1)
         if self.positions is not None:
             e = e + self.positions(grid)
         if self.learnable_latents:
-            x = torch.cat((e, h + self.latent_positions), dim=1)                            # (B, N+L, D)
+            x = torch.cat((e, tokens + self.latent_positions), dim=1)                       # (B, N+L, D)
         else:
             # latent n belongs to patch n: it sits on the image token itself [ours; Table 13a is silent]
-            x = e + h
+            x = e + tokens
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(B, -1, -1), x), dim=1)
         before = 0 if self.class_token is None else 1
@@ -389,9 +392,9 @@ def initialise(model: nn.Module, kind: str = "xavier") -> None:
     tokens and positions [ours]. "released": truncated normal 0.02 for linear layers, normal 0.02 for tokens and
     positions, 1e-6 for class tokens; the decoder's modulation starts at 0 [released code].
 
-    The latter is as large as a projected latent. At the usual 0.02 the decoder gets L latents that it cannot
-    tell apart until the positions have grown, and small runs lose much of their time to that.
-    The paper is silent on both.
+    normal(0, 1) makes tokens and positions as large as a projected latent. At the usual 0.02 the decoder gets L
+    latents that it cannot distinguish until the positions have grown, and small runs lose much of their time
+    to that. The paper is silent on both.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -520,10 +523,11 @@ class MAETok(nn.Module):
 def masked_feature_loss(prediction: Tensor, target: Tensor, mask: Tensor, kind: str = "mse") -> Tensor:
     """The loss of one auxiliary target, on hidden patches only.                                       [Eq. 8]
 
-    prediction, target: (B, N, D_j); mask: (B, N) bool. kind: "mse", the paper's, or "cosine", the negative
-    cosine that the released code uses for DINOv2 and CLIP. Means over hidden patches of each image, then over
-    images, so that the value does not depend on how a batch is split over processes [Eq. 8 writes a plain
-    sum; a mean keeps the scale independent of size]. An image with nothing hidden contributes 0.
+    prediction: y_hat^j, target: y^j, (B, N, D_j); mask: M, (B, N) bool, True = hidden. kind: "mse", the paper's,
+    or "cosine", the negative cosine that the released code uses for DINOv2 and CLIP. Means over D_j, over the
+    hidden patches of each image, then over images, so that the value does not depend on how a batch is split
+    over processes [Eq. 8 writes a plain sum; its sum over j is in tokenizer_objective]. An image with nothing
+    hidden contributes 0.
     Returns a float32 scalar.
     """
     prediction, target = prediction.float(), target.float()

@@ -99,12 +99,13 @@ class FeatureStatistics:
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; with Inception features, FID.
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; with Inception features, FID. m: (d,), C:
+    (d, d) float64 tensors. Returns a float.
 
     C1 C2 has the eigenvalues of the symmetric A^T C2 A for any A with A A^T = C1, and the trace of its root
     is the sum of theirs. A comes from Cholesky with pivoting, which stops at the rank of C1 and so takes
     singular matrices; no complex numbers, no epsilon on the diagonal, and 4 to 8 times faster at d = 2048
-    than sqrtm. Arguments: (d,), (d, d) float64 tensors. Returns a float.
+    than sqrtm.
     """
     mean1, covariance1, mean2, covariance2 = (x.double().numpy() for x in
                                               (mean1, covariance1, mean2, covariance2))
@@ -350,7 +351,8 @@ def log_joint(mixture, x):
 
 
 def negative_log_likelihood(mixture: GaussianMixture, x: Tensor) -> Tensor:
-    """-log p(x) of each vector, in nats: (n, d) float64 -> (n,).                          [App. B.3, Fig. 2a]"""
+    """-log sum_k weight_k N(x; mean_k, covariance_k) of each vector, in nats: (n, d) float64 -> (n,).
+    [App. B.3, Fig. 2a]"""
     return -torch.cat([joint.logsumexp(0) for joint in log_joint(mixture, x)])
 
 

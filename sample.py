@@ -1,8 +1,9 @@
 """Draw images from a trained diffusion model.                                   [Sec. 4.1, Table 8, App. C.2]
 
+    python sample.py                                    # the small model in assets/: a grid, 8 of each class
     python sample.py --ckpt runs/diffusion-shapes --out samples.png                  # a grid, 8 of each class
     python sample.py --ckpt RUN --cfg 1.9 --cfg-interval 0 0.75 --out samples.npz    # the paper's, 256 px
-    python sample.py --ckpt RUN --guide-ckpt RUN/step_0002000.pt --cfg 1.5           # autoguidance
+    python sample.py --ckpt RUN --guide-ckpt RUN/step_0000750.pt --cfg 1.5           # autoguidance
     python sample.py --released 256 --classes 207 360 --num 8                        # the authors' weights
     torchrun --nproc-per-node=8 sample.py --ckpt RUN --num-images 50000 --out fid.npz      # for FID
 
@@ -34,6 +35,7 @@ from pictures.draw import image_grid
 from pictures.page import write_report
 from variants.released import RELEASED, find_released, load_released_sit, load_released_tokenizer, noise_share
 from sit import load_diffusion, load_guide
+
 
 def whole_part(path):
     """The images of a finished part, uint8 (n, H, W, 3). Raises UserError."""
@@ -150,7 +152,7 @@ def main(argv=None):
     add("--weights-dir", default="",
         help="folder of the released files; else torch hub's cache, else download")
     add("--path", choices=("linear", "cosine"),
-        help="with --released: the path that SiT was trained on, which nobody has said (default linear)")
+        help="with --released: the path that SiT was trained on, which is not published (default linear)")
     add("--guide-ckpt", help="autoguidance: guide away from this worse model of the same latents, an earlier "
         "checkpoint for instance, instead of from the null class")
     add("--out", nargs="+", default=["samples.png"],
@@ -165,13 +167,14 @@ def main(argv=None):
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
     add("--cfg", type=Weight,
-        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off; without --ckpt 2)")
+        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off; for the model in "
+        "assets/ 2; with --released the paper's)")
     add("--cfg-interval", type=Share, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
-        "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
+        "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1; with --released the paper's)")
     add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
-    add("--steps", type=Count, help="[Table 8] (default 250, without --ckpt 50; heun calls the model "
-        "twice a step)")
+    add("--steps", type=Count, help="[Table 8] (default 250; for the model in assets/ 50; heun calls the "
+        "model twice a step)")
     add("--seed", type=Seed, default=0, help="of all noise and of random labels")
     add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
     add("--compile", action="store_true",

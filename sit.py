@@ -246,9 +246,8 @@ def sit_macs(config: SiTConfig) -> int:
     """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
 
     Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not
-    counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in
-    the usual terms. SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many.
-    The paper has 48.5 and 373.3
+    counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in the usual terms.
+    SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and 373.3
     "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5]; leaving attention's products out gives
     57.3 and 456.9, 8.0 times.
     """

@@ -1,6 +1,6 @@
 """Train the tokenizer: masked modelling, then the pixel decoder alone.   [Sec. 3.2, 3.3, 4.1, Table 7]
 
-    python train_tokenizer.py                           # laptop: embedded shapes, a few minutes on two cores
+    python train_tokenizer.py                           # laptop: drawn shapes, a few minutes on two cores
     python train_tokenizer.py --preset cifar10          # CIFAR-10 at 32 px
     python train_tokenizer.py --preset cifar10,vae      # an ablation row at that scale
     # the paper, on one node; with --nnodes and a rendezvous (README) on several:
@@ -34,7 +34,7 @@ from losses import (adaptive_weight, auxiliary_loss, build_objective, compute_ta
                     generator_loss)
 from maetok import (Block, MAETok, MAETokConfig, Transformer, kl_divergence, mask_out, masked_feature_loss,
                     random_mask, tokenizer_of)
-from maetok import load_tokenizer  # noqa: F401   (where it was before)
+from maetok import load_tokenizer  # noqa: F401   (for old imports)
 from pictures.draw import image_grid, plot_curves
 from metrics import psnr
 from frozen.pretrained import TEACHERS
@@ -224,10 +224,10 @@ def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0, cosine_from="wa
 
 
 def mask_range(config, stage, step):
-    """(low, high) mask ratio at `step` of `stage`."""
+    """(low, high) mask ratio; `step` counts from the start of the stage."""
     if stage == 2:
-        # Sec. 3.3 fine-tunes on clean images, Sec. 4.1 lowers the ratio from 60 % to 0: the
-        # ramp ends at the former.
+        # Sec. 4.1 lowers the ratio from 60 % to 0; with stage2_ramp < 1 it reaches 0 early and the stage ends on
+        # the clean images of Sec. 3.3. - 1: the ramp's last step has ratio 0.
         ramp = max(1, config.stage2_ramp * config.stage2_steps - 1)
         ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * max(0.0, 1 - step / ramp)
         return ratio, ratio
@@ -340,6 +340,7 @@ def tokenizer_objective(config, step, batch, output, networks, last_layer, autoc
         networks.adversary.requires_grad_(False)                            # its own step comes after this one
         with autocast:
             terms["adv"] = generator_loss(networks.adversary.look(x_hat, batch.views[4]))
+        # loss so far: L_recon + lambda_1 L_percep
         terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], last_layer)
         loss = loss + config.disc_weight * terms["adaptive_weight"] * terms["adv"]
     for name, target in batch.targets.items():
@@ -399,11 +400,11 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
                 if batch.views:
                     adversary.requires_grad_(True)
                     with autocast:
-                        its_loss, its_terms = wrapped_adversary(
+                        disc_loss, disc_terms = wrapped_adversary(
                             batch.images, output.reconstruction.float().detach(), batch.views[:4],
                             config.disc_loss_weight, config.lecam, config.consistency)
-                    (its_loss / config.accumulate).backward()
-                    terms |= its_terms
+                    (disc_loss / config.accumulate).backward()
+                    terms |= disc_terms
             log.add(terms | {"loss": loss})
         grad_norm = common.optimizer_step(state.optimizer, config.clip)
         log.check_finite(loss, grad_norm)
@@ -472,17 +473,17 @@ def evaluate(config, model, dataset, teachers, device):
     ratio = 0.5 if config.mask_high > 0 else 0.0
     for images, _, *captions in some_images(dataset, config.eval_images, batch_size=eval_batch(config)):
         images = to_float(images).to(device)
-        redrawn = model.reconstruct(images)
-        psnrs.append(psnr(to_uint8(images).cpu(), to_uint8(redrawn).cpu()))
+        reconstructed = model.reconstruct(images)
+        psnrs.append(psnr(to_uint8(images).cpu(), to_uint8(reconstructed).cpu()))
         if model.aux_decoders:
             N = math.prod(model.grid(images.shape[-2:]))
             rngs = step_rngs(config, "eval-mask", 0, range(seen, seen + len(images)))
             mask, seen = random_mask(rngs, N, ratio, ratio).to(device), seen + len(images)
-            output, where = model(images, mask), mask if ratio else torch.ones_like(mask)
+            output, loss_mask = model(images, mask), mask if ratio else torch.ones_like(mask)
             for name, target in compute_targets(config, images, teachers, *captions).items():
                 losses.setdefault(name, []).append(
-                    auxiliary_loss(config, name, output.aux[name], target, where) * len(images))
-                hidden.setdefault(name, []).append(target if name == "text" else target[where])
+                    auxiliary_loss(config, name, output.aux[name], target, loss_mask) * len(images))
+                hidden.setdefault(name, []).append(target if name == "text" else target[loss_mask])
     psnrs = torch.cat(psnrs)
     result = {"psnr": psnrs.mean().item(), "images": len(psnrs)}
     for name in losses:
@@ -585,7 +586,9 @@ def load_state(state, checkpoint, path):
 
 def start_stage_2(config, state, device):
     """The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded;
-    auxiliary decoders go, EMA and optimizer start anew. [Sec. 3.3]"""
+    auxiliary decoders go, EMA and optimizer start anew. [Sec. 3.3]
+
+    The loss is Eq. 6 alone, in the same loop; a discriminator and its optimizer carry on."""
     state.model.load_state_dict(state.ema.model.state_dict())
     state.model.freeze_encoder()
     state.ema = common.EMA(state.model, config.ema, config.ema_device, config.ema_warmup)

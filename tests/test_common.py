@@ -15,6 +15,7 @@ import checkpoints
 import common
 from pictures import draw
 from common import UserError
+from maetok import MAETok, MAETokConfig
 
 
 @dataclass
@@ -301,10 +302,10 @@ def test_pictures_hold_what_they_are_given():
 
 @pytest.mark.parametrize("batch", [2, 32])                 # PyTorch's choice of library depends on it
 def test_linear_by_convolution_is_linear(batch, monkeypatch):
-    plain, ours = torch.nn.Linear(48, 96), common.Linear(48, 96)
+    plain, ours = torch.nn.Linear(256, 1024), common.Linear(256, 1024)
     ours.load_state_dict(plain.state_dict())
-    x = torch.randn(batch, 80, 48, requires_grad=True)
-    g = torch.randn(batch, 80, 96)
+    x = torch.randn(batch, 20, 256, requires_grad=True)
+    g = torch.randn(batch, 20, 1024) / 16
     expected = torch.autograd.grad(plain(x), (x, *plain.parameters()), g)
     called = []
     convolve = torch.nn.functional.conv2d
@@ -316,6 +317,9 @@ def test_linear_by_convolution_is_linear(batch, monkeypatch):
         torch.testing.assert_close(y, plain(x), atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(y, (x, *ours.parameters()), g), expected):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+        small = common.Linear(8, 16)
+        small(x[..., :8])
+        assert len(called) == 1                                                   # small ones never
 
 
 def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -331,3 +335,21 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="part.npy.*disk full"):
         checkpoints.atomic_write(path, lambda p: checkpoints.save_npy(p, images))
     assert not list(tmp_path.iterdir())
+
+
+def test_matrices_cast_once_compute_what_autocast_computes():
+    """The same products of the same rounded numbers, while norms and tables keep theirs."""
+    model = MAETok(MAETokConfig(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=1,
+                                num_latents=4, latent_dim=8)).eval().requires_grad_(False)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    exact = model.reconstruct(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.reconstruct(images)
+        common.cast_matrices(model, torch.bfloat16)
+        found = model.reconstruct(images)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    assert all(m.weight.dtype == torch.float32 for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
+    error = lambda a, b: ((a - b).square().mean() / b.square().mean()).sqrt()
+    assert error(found.float(), expected.float()) < 1e-4 < error(expected.float(), exact)
+    whole = common.cast_matrices(torch.nn.Linear(2, 2), torch.float32)
+    assert whole.weight.dtype == torch.float32

@@ -30,6 +30,7 @@ import train_tokenizer
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
 from shapes import Shapes
+from study import speed
 from test_train_tokenizer import TINY
 
 
@@ -350,6 +351,39 @@ def test_speed_counts_every_product_of_a_row(tmp_path):
     assert 0.1 < row["peak_memory_gib"] < 20                    # its 130 M weights alone are 0.5
     with pytest.raises(UserError, match="no row"):
         measure("speed", "--only", "SiT-Z")
+
+
+def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, capsys):
+    calls, clock = [], [0.0]
+
+    def work(name, cost):
+        def call():
+            calls.append(name)
+            clock[0] += cost
+        return call
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed, "COMPARISONS", {
+        "ours / theirs": (lambda args: (work("ours", 2.0), work("theirs", 6.0)), "torch"),
+        "absent": (lambda args: 1 / 0, "no_such_package"), "JPEG": (lambda args: 1 / 0, "PIL")})
+    monkeypatch.setattr(speed, "host_work", lambda args: {"masks": 1e-4})
+    measure("speed", "--compare", "--repeats", 3, "--out", tmp_path / "c")
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["ratios"] == {"ours / theirs": {"ours": 2, "theirs": 6, "times": 3, "lowest": 3, "highest": 3}}
+    assert calls == ["ours", "theirs"] * 4 and found["host_work_seconds"] == {"masks": 1e-4}
+    assert "absent: left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HOG / scikit-image", "EM, 5 steps / scikit-learn",
+                                  "linear probe / scikit-learn", "SiT-B call, common.Linear / nn.Linear"])
+def test_both_sides_of_a_comparison_run(name):
+    build, package = speed.COMPARISONS[name]
+    pytest.importorskip(package)
+    args = Namespace(device=torch.device("cpu"), dtype="float32", sit_batch=1, sample_batch=1,
+                     seed=0, checkpointing=False)
+    for call in build(args):
+        call()
 
 
 def test_bad_input_is_named(tmp_path, cache):

@@ -12,8 +12,8 @@ import torch.nn as nn
 
 from variants.lightningdit import LightningDiT, LightningDiTConfig
 from flow import (drop_labels, euler, euler_maruyama, flow_matching_loss, guidance_free_mixture,
-                  guided_velocity, heun, interpolate, path_coefficients, sample_times, score_from_velocity,
-                  expected_noise)
+                  guided_velocity, heun, interpolate, path_coefficients, sample_times, sampling_times,
+                  score_from_velocity, expected_noise)
 from sit import SiT, SiTConfig
 from test_sit import TINY, randomised, tiny
 
@@ -487,3 +487,11 @@ def test_guidance_of_a_real_model_agrees_with_two_separate_passes():
         assert (c - u).abs().max() > 0.01
         v = guided_velocity(model, Y, 1.9)(X, 0.4).float()
     torch.testing.assert_close(v, u + 1.9 * (c - u), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, euler_maruyama])
+def test_sampling_times_are_those_at_which_the_model_is_called(sampler):
+    called = []
+    velocity = lambda x, t: called.append(t) or -x
+    sampler(velocity, torch.randn(2, 3, 4), steps=7)
+    assert sampling_times(sampler.__name__.replace("_", "-"), 7) == pytest.approx(called)

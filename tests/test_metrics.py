@@ -7,6 +7,7 @@ import scipy.linalg
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture as Oracle
 from sklearn.preprocessing import StandardScaler
@@ -282,6 +283,20 @@ def test_components_that_shrink_to_a_point_stay_valid():
     assert math.isfinite(value) and torch.linalg.eigvalsh(mixture.covariances).min() >= 0.9e-6
     with pytest.raises(UserError, match="too few"):
         metrics.fit_mixture(x[:5], 3)
+
+
+def test_discriminant_axes_are_scikit_learns():
+    """Of five classes in eight dimensions with unequal spreads: the same plane, and test vectors as far apart."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 4000)
+    mix = rng.standard_normal((8, 8)) * np.geomspace(3, 0.3, 8)
+    x = (2 * rng.standard_normal((5, 8))[y] + rng.standard_normal((4000, 8))) @ mix
+    axes = metrics.discriminant_axes(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+    oracle = LinearDiscriminantAnalysis(solver="eigen", n_components=2).fit(x, y)
+    for ours, theirs in zip((x @ axes).T, oracle.transform(x).T):
+        assert abs(np.corrcoef(ours, theirs)[0, 1]) > 0.999
+        within = np.mean([ours[y == c].var() for c in range(5)])
+        assert within == pytest.approx(1, rel=0.05)
 
 
 # ----------------------------------------------- Theorem 2.1 -----------------------------------------------

@@ -1,0 +1,111 @@
+"""pictures/page.py: one page without a server or a network, from what a folder holds."""
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import evaluate
+import sample
+import train_diffusion
+import train_tokenizer
+from pictures.page import MEANINGS, SECTIONS, write_report
+from test_train_tokenizer import TINY
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text of a page. AssertionError for tags that do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.open = [], [], []
+        self.feed(text)
+        assert self.open in ([], ["html"]), self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder as `make demo` leaves it, after ten steps of training."""
+    folder = tmp_path_factory.mktemp("demo")
+    train_tokenizer.main([*TINY, "--out", str(folder / "tokenizer")])
+    train_diffusion.main(["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "diffusion"), *(
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 --log-every 2 "
+        "--grid-every 0 --device cpu").split()])
+    evaluate.main(["latents", str(folder / "tokenizer"), "--names", "A <b> & c", "--train-images", "60",
+                   "--test-images", "30", "--components", "1", "2", "--dims", "3", "--starts", "1", "--no-full",
+                   "--pixels", "--out", str(folder / "latents"), "--device", "cpu"])
+    evaluate.main(["recon", str(folder / "tokenizer"), "--num-images", "10", "--features", "none", "--out",
+                   str(folder / "recon"), "--device", "cpu"])
+    (folder / "other.json").write_text('{"psnr": 77.77}')                                     # of no command
+    (folder / "list.json").write_text("[1, 2")
+    sample.main(["--ckpt", str(folder / "diffusion"), "--steps", "3", "--cfg", "2", "--device", "cpu", "--report",
+                 str(folder / "report.png")])
+    return folder
+
+
+@pytest.mark.slow
+def test_the_page_holds_all_it_shows_and_asks_for_nothing(demo):
+    text = (demo / "report.html").read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    # The sheet, two training runs, the reconstructions, classes and mixtures.
+    assert len(page.addresses) == page.tags.count("img") == 6
+    for address in page.addresses:
+        kind, content = address.split(",", 1)
+        assert kind == "data:image/png;base64" and base64.b64decode(content)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert text.count("What should I see?") == 5 and "http" not in text
+
+
+@pytest.mark.slow
+def test_each_number_of_a_result_stands_beside_its_meaning(demo):
+    text = (demo / "report.html").read_text()
+    rows = dict(re.findall(r"<td class=n>([^<]+)</td><td class=n>([^<]+)</td>", text))
+    recon = json.loads((demo / "recon.json").read_text())
+    latents = json.loads((demo / "latents.json").read_text())["A <b> & c"]
+    for result in (recon, latents):
+        for key in result.keys() & MEANINGS.keys():
+            assert rows[key.replace("_", " ")] == f"{result[key]:.4g}", key
+    assert {"psnr", "ssim", "linear probe accuracy", "pixel probe accuracy", "dims"} <= set(rows)
+    assert recon["protocol"] in text and "A &lt;b&gt; &amp; c" in text and "77.77" not in text
+    assert recon["command"] == "recon" and all(len(entry) == 3 for entry in SECTIONS.values())
+
+
+@pytest.mark.slow
+def test_the_page_is_made_anew_from_what_is_there(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("recon*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "copy/diffusion")
+    text = write_report(tmp_path / "copy").read_text()
+    assert len(Page(text).addresses) == 4 and "Reconstruction (recon)" not in text
+    (tmp_path / "empty").mkdir()
+    assert not Page(write_report(tmp_path / "empty").read_text()).addresses
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_the_page(demo, tmp_path):
+    subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
+                    "--window-size=900,3000", f"--screenshot={tmp_path}/page.png",
+                    (demo / "report.html").as_uri()],
+                   check=True, timeout=100, capture_output=True)
+    pixels = Image.open(tmp_path / "page.png").convert("RGB")
+    assert pixels.size == (900, 3000)
+    # The boxes that the style sheet makes blue-grey are there, and more colours than text has.
+    assert pixels.getcolors(2 ** 24) and len(pixels.getcolors(2 ** 24)) > 500
+    assert any(colour == (243, 246, 250) for _, colour in pixels.getcolors(2 ** 24))
