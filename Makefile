@@ -24,8 +24,8 @@ demo: .venv/runtime
 
 # The small model that sample.py draws from by default: the demo's, trained longer. Some 45 minutes on two cores.
 box: .venv/runtime
-	$(BIN)/python train_tokenizer.py --steps 10000 --stage2-steps 14000 --out runs/box/tokenizer
-	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 12000 --out runs/box/diffusion
+	$(BIN)/python train_tokenizer.py --steps 8000 --stage2-steps 10000 --out runs/box/tokenizer
+	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
 
 # The paper's comparison of autoencoders on CIFAR-10, two to three hours on two cores; run again to go on.
