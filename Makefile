@@ -11,14 +11,17 @@ TESTS ?= tests
 .PHONY: box demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
+# First, in some seconds, samples of the small model that comes with the code.
 demo: .venv/runtime
+	$(BIN)/python sample.py --out runs/demo/first.png
 	$(BIN)/python train_tokenizer.py --out runs/demo/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
-	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --num-images 1000 --out runs/demo/recon
+	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --classifier-steps 500 \
+		--num-images 1000 --out runs/demo/recon
 	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --pixels --train-images 3000 --test-images 1000 \
 		--components 1 5 10 20 --starts 1 --no-full --out runs/demo/latents
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --num-images 500 --out runs/demo/samples.npz
-	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier \
+	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier --classifier-steps 500 \
 		--reference-images 2000 --test-images 1000 --tokenizer runs/demo/tokenizer
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --report runs/demo/report.png
 

@@ -386,7 +386,8 @@ def score_samples(args, model, tokenizer, config, network, real, reconstructed, 
                   guide=None):
     """Draw args.num_images samples and measure them, without a file in between: {the distance, the diffusion gap
     if `reconstructed` is there, IS or class accuracy}."""
-    labels = choose_labels(args.num_images, None, model.config.num_classes, "balanced", args.seed)
+    classes = ["null"] if args.null_class else None
+    labels = choose_labels(args.num_images, classes, model.config.num_classes, "balanced", args.seed)
     dtype = common.autocast_dtype(args.dtype, args.device)
     mine = share(args.num_images, args.rank, args.world)
 
@@ -411,7 +412,7 @@ def score_samples(args, model, tokenizer, config, network, real, reconstructed, 
         result["diffusion_gap"] = metrics.frechet_between(fake.pool, reconstructed.pool)
     if args.features == "inception":
         result["inception_score"] = metrics.inception_score(fake.logits)[0]
-    elif args.features == "classifier" and model.config.num_classes:
+    elif args.features == "classifier" and model.config.num_classes and not args.null_class:
         right = fake.logits.argmax(1) == torch.from_numpy(labels)
         result["assigned_to_requested_class"] = right.double().mean().item()
     return result
@@ -437,8 +438,9 @@ def prepare(args, path):
         images = open_data(args, data, "train", size, args.reference_images)
         reconstructed = collect(args, network, reconstructions(args, tokenizer, images))
     dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
+    labels = "null class" if args.null_class else "balanced labels"
     protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features {name} "
-                f"in float32; EMA weights; balanced labels; {args.sampler}, {args.steps} steps; seed {args.seed}"
+                f"in float32; EMA weights; {labels}; {args.sampler}, {args.steps} steps; seed {args.seed}"
                 + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
                 + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
                    f"{images.name}" if args.gap else "")
@@ -461,6 +463,8 @@ def curve(args):
         model, _, _ = load_diffusion(path, args.device)
         common.cast_matrices(model, common.autocast_dtype(args.dtype, args.device))
         check_guidance(model, args.cfg)
+        if args.null_class and args.cfg != 1:
+            raise UserError("--null-class: guidance leads away from the null class itself; leave --cfg at 1")
         rows.append({"step": int(path.stem[5:])} | score_samples(
             args, model, tokenizer, config, network, *references, args.cfg, args.cfg_interval, path.stem))
     out = args.out or str(Path(args.run) / "curve")
@@ -533,7 +537,7 @@ def main(argv=None):
         sub = commands.add_parser(function.__name__, help=function.__doc__.split("\n\n")[0],
                                   description=function.__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, null_class=False)
         add = sub.add_argument
         add("--device", default="auto", help="auto, cpu or cuda")
         add("--seed", type=Seed, default=0, help="of all that is drawn at random (default 0)")
@@ -611,6 +615,8 @@ def main(argv=None):
         add("--steps", type=Count, default=250, help="[Table 8] (default 250)")
         add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")
         if function is curve:
+            add("--null-class", action="store_true",
+                help="samples without a class: the model's null class, unguided [Table 5]")
             add("--cfg", type=Weight, default=1.0, help="guidance scale (default 1: off, as in Fig. 5b)")
             add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
                 help="times, noise at 1, at which guidance acts (default 0:1)")

@@ -295,9 +295,11 @@ SAMPLERS = ("euler-maruyama", "euler", "heun")
 
 def choose_labels(num, classes, num_classes, kind, seed):
     """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from
-    seed and i)."""
-    if num_classes == 0:
-        return np.zeros(num, np.int64)      # the null class of an unconditional model; files get -1, no class
+    seed and i); for classes ["null"] the null class, as of an unconditional model [Table 5]."""
+    if num_classes == 0 or classes == ["null"]:
+        return np.full(num, num_classes)                                          # files get -1, no class
+    if classes and "null" in classes:
+        raise UserError("--classes null stands alone: other classes are drawn by another command")
     classes = np.asarray(classes if classes else range(num_classes))
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(f"--classes must lie in 0..{num_classes - 1}, the classes of this model")

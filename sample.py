@@ -37,6 +37,11 @@ from variants.released import RELEASED, find_released, load_released_sit, load_r
 from sit import load_diffusion, load_guide
 
 
+def class_number(text):
+    """A class for --classes: "null" or a number."""
+    return text if text == "null" else Whole(text)
+
+
 def whole_part(path):
     """The images of a finished part, uint8 (n, H, W, 3). Raises UserError."""
     part = checkpoints.load_npy(path)
@@ -163,7 +168,8 @@ def main(argv=None):
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
     add("--num", "--num-images", type=Whole, default=0,
         help="images in all (default: 8 of each class, 64 without classes)")
-    add("--classes", type=Whole, nargs="+", help="class numbers (default: all)")
+    add("--classes", type=class_number, nargs="+", metavar="CLASS",
+        help="class numbers (default: all), or null: without a class [Table 5]")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
     add("--cfg", type=Weight,
@@ -188,7 +194,8 @@ def main(argv=None):
         raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), not both")
     # An option that was not given is the paper's for the released weights, unguided for a run of one's own, and
     # what gives a good picture in a few seconds for the small model that comes with the code.
-    protocol = RELEASED.get(args.released, dict(cfg=1.0 if args.ckpt else 2.0, cfg_interval=(0.0, 1.0),
+    null = args.classes == ["null"]
+    protocol = RELEASED.get(args.released, dict(cfg=1.0 if args.ckpt or null else 2.0, cfg_interval=(0.0, 1.0),
                                                 sampler=SAMPLERS[0], steps=250 if args.ckpt else 50, path=None))
     if not args.released:
         args.ckpt = args.ckpt or str(checkpoints.BOX)
@@ -211,8 +218,10 @@ def main(argv=None):
         model, tokenizer, config = load_diffusion(args.ckpt, device)
     guide = load_guide(args.guide_ckpt, model, tokenizer, config, device) if args.guide_ckpt else None
     check_guidance(model, args.cfg, guide)
+    if null and args.cfg != 1 and guide is None:
+        raise UserError("--classes null: guidance leads away from the null class itself; give --cfg 1")
     num_classes = model.config.num_classes
-    num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes else 64)
+    num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes and not null else 64)
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
         raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
     if args.report:
@@ -273,7 +282,7 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     if rank == 0:
-        write_outputs(outs, parts, labels if num_classes else np.full_like(labels, -1),
+        write_outputs(outs, parts, np.where(labels < num_classes, labels, -1),
                       whole_part(parts[0]).shape[1], config.get("classes", []))
         # Only now, when every output is on disk, the parts may go.
         for part in parts:

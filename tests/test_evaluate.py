@@ -276,6 +276,28 @@ def test_curve_and_cfg_measure_what_sample_py_draws(tmp_path, diffusion, monkeyp
     assert drawn["gfid"] == pytest.approx(rows[1]["gfid"], rel=1e-6)
 
 
+def test_samples_without_a_class_are_the_null_class_of_the_model(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    diffusion = with_classes_that_matter(diffusion, tmp_path / "run")
+    options = ("--num-images", 12, "--steps", 3, "--reference-images", 60, "--out", tmp_path / "curve")
+    rows = []
+    for more in ((), ("--null-class",)):
+        measure("curve", diffusion, *options, *more)
+        rows.append(json.loads((tmp_path / "curve.json").read_text())["rows"][-1])
+    assert "null class" in json.loads((tmp_path / "curve.json").read_text())["protocol"]
+    assert abs(rows[1]["gfid"] / rows[0]["gfid"] - 1) > 0.001                     # the class matters to this model
+    draw = ["--ckpt", str(diffusion), "--classes", "null", "--steps", "3", "--device", "cpu"]
+    sample.main([*draw, "--num", "12", "--out", str(tmp_path / "s.npz")])
+    assert set(np.load(tmp_path / "s.npz")["arr_1"]) == {-1}
+    measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 60)
+    assert json.loads((tmp_path / "s.npz.json").read_text())["gfid"] == pytest.approx(rows[1]["gfid"], rel=1e-6)
+    for message, wrong in (("stands alone", ["--classes", "null", "3"]), ("leads away", ["--cfg", "2"])):
+        with pytest.raises(UserError, match=message):
+            sample.main([*draw, *wrong, "--out", str(tmp_path / "x.png")])
+    with pytest.raises(UserError, match="leads away"):
+        measure("curve", diffusion, *options, "--null-class", "--cfg", 2)
+
+
 def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw(
         tmp_path, diffusion, tokenizer, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)
