@@ -486,11 +486,13 @@ class MAETok(nn.Module):
         """decode(encode(images)): (B, 3, H, W) -> (B, 3, H, W)."""
         return self.decode(self.encode(images), images.shape[-2:])
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> MAETokOutput:
+    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None,
+                added: Tensor | None = None) -> MAETokOutput:
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
         (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
+        added: (B, L, C), in standard deviations of the latents, on what the decoders see (after/latent_noise.py).
         Returns MAETokOutput.
         """
         grid = self.grid(images.shape[-2:])
@@ -501,6 +503,8 @@ class MAETok(nn.Module):
             h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         else:
             h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
+        if added is not None:
+            h = h + self.latent_std * added                    # [after the paper: DeTok, 2507.15856]
         image_tokens = self.decoder.image_tokens(h, grid)                        # x^ = D([e ; h])   [Eq. 5]
         reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
         aux = {}

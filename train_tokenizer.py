@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from after.latent_noise import draw_noise
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng, step_rngs)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
@@ -114,6 +115,8 @@ class Config(MAETokConfig):
     stage2_ramp: Share = 1.0     # part of stage 2 in which the mask ratio falls to 0 [Sec. 4.1: all of it]
     stage2_lr: Positive = 1e-4   # peak; the paper is silent
     stage2_warmup: Whole = 1000  # steps [ours]
+    # ---- after the paper, all off: docs/after.md ----
+    latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
     # ---- logs ----
     log_every: Count = 100       # steps between lines of metrics.jsonl
     save_every: Count = 5000     # steps between checkpoints
@@ -298,6 +301,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor | None                            # (B, L, C), of a VAE
     targets: dict                                         # name -> (B, N, D_j), the y^j of Eq. 8
     views: list | None                                    # of the discriminator, once it has begun
+    added: torch.Tensor | None = None                     # (B, L, C) latent noise [after the paper: DeTok]
 
 
 def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
@@ -308,16 +312,19 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
     low, high = mask_range(config, stage.number, step - stage.first)
     mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
     mask = common.to_device(mask, device)
-    noise = None
+    noise = added = None
+    shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
     if config.variational and stage.number == 1:
-        shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
         draws = [rng.standard_normal(shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
         noise = common.to_device(torch.from_numpy(np.stack(draws)), device)
+    if config.latent_noise and stage.number == 2:
+        added = draw_noise(step_rngs(config, "latent-noise", step, positions), shape, config.latent_noise)
+        added = common.to_device(added, device)
     targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
     loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
     adversarial = config.disc != "none" and step >= config.disc_start
     views = draw_views(config, step, micro, positions, device) if adversarial else None
-    return Batch(images, mask, loss_mask, noise, targets, views)
+    return Batch(images, mask, loss_mask, noise, targets, views, added)
 
 
 # ------------------------------------------------ the objective ------------------------------------------------
@@ -393,7 +400,7 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
                     if batch.views:
                         stack.enter_context(wrapped_adversary.no_sync())
                 with autocast:
-                    output = wrapped(batch.images, batch.mask, batch.noise)
+                    output = wrapped(batch.images, batch.mask, batch.noise, batch.added)
                 loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
                                                   autocast)
                 (loss / config.accumulate).backward()
@@ -555,6 +562,7 @@ def start_from(config, model, adversary, path):
                         "give the same preset")
     checkpoints.load_weights(model.encoder, source.encoder.state_dict(), path)
     checkpoints.load_weights(model.decoder, source.decoder.state_dict(), path)
+    model.latent_mean, model.latent_std = source.latent_mean, source.latent_std    # the unit of --latent-noise
     for name, decoder in source.aux_decoders.items():
         if name in model.aux_decoders:
             checkpoints.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
