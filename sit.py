@@ -27,7 +27,7 @@ from torch import Tensor
 
 import common
 from checkpoints import load_checkpoint, load_weights
-from common import Count, Linear, Positive, UserError, Whole, check_ranges
+from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
 from maetok import tokenizer_of
 
 
@@ -47,6 +47,8 @@ class SiTConfig:
     num_classes: Whole = 1000    # the null class comes on top; 0: unconditional, it is the only one [Table 5]
     # Guidance-free training: the model is told 1 / guidance scale and learns the guided velocity itself.
     guidance_free: bool = False  # guidance-free training [rebuttal; Chen et al. 2025]; not with usit
+    # ---- after the paper, all off: docs/after.md ----
+    time_shift: Weight = 1.0     # of times in training and sampling; above 1 to the noise; 0: by L x C [RAE]
 
     def __post_init__(self):
         check_ranges(self)

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from after.time_shift import shift_of, shift_times
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
@@ -312,7 +313,8 @@ def prepare_batch(config, step, positions, loaded, tokenizer, device):
         with torch.no_grad():
             x = tokenizer.encode(images, normalize=True)
     rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-    t = common.to_device(sample_times(rngs, config.times, config.path), device)
+    t = shift_times(sample_times(rngs, config.times, config.path), shift_of(config))
+    t = common.to_device(t, device)
     noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
     y = torch.where(y < 0, config.num_classes, y)               # an image without a class: the null class
     y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
@@ -437,7 +439,7 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
              for i in range(columns)]
     noise, rows = torch.from_numpy(np.stack(noise)).to(device), {}
     for scale in (1.0, config.grid_cfg) if config.num_classes else (1.0,):
-        x = euler(guided_velocity(model, y, scale), noise, steps)
+        x = euler(guided_velocity(model, y, scale), noise, steps, shift=shift_of(config))
         rows[f"guidance {scale:g}"] = to_uint8(tokenizer.decode(x, normalized=True))
     sheet = image_grid(list(rows.values()), list(rows))
     checkpoints.write_png(path, sheet)
