@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+from after.x_prediction import velocity_of_data
 from checkpoints import load_checkpoint, load_weights
 from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
 from maetok import tokenizer_of
@@ -49,6 +50,7 @@ class SiTConfig:
     guidance_free: bool = False  # guidance-free training [rebuttal; Chen et al. 2025]; not with usit
     # ---- after the paper, all off: docs/after.md ----
     time_shift: Weight = 1.0     # of times in training and sampling; above 1 to the noise; 0: by L x C [RAE]
+    x_prediction: bool = False   # the output is read as the data, the velocity made of it [JiT]; linear path
 
     def __post_init__(self):
         check_ranges(self)
@@ -235,12 +237,13 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
         if self.beta_embedder is not None:
             c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
-        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
+        x_t, x = x, self.x_embedder(x) + self.pos_embed                                            # (B, L, D)
         for number, block in enumerate(self.blocks, 1):
             x = block(x, c)
             if number == hidden_after:
                 hidden = x
         v = self.final_layer(x, c)                                                                 # (B, L, C)
+        v = velocity_of_data(v, x_t, t) if self.config.x_prediction else v
         return (v, hidden) if hidden_after else v
 
 

@@ -113,6 +113,8 @@ class Config(SiTConfig):
         path_coefficients(torch.zeros(1), self.path)                                  # these raise ValueError
         sample_times([], self.times)
         build_config(dataclasses.asdict(self))
+        if self.x_prediction and self.path != "linear":
+            raise UserError(f"--x-prediction divides by t: it knows the linear path, not --path {self.path}")
         if self.repa and self.repa not in TEACHERS:
             raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
         if self.repa and self.cache:

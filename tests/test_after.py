@@ -15,6 +15,7 @@ import sit
 import train_diffusion
 import train_tokenizer
 from after.time_shift import shift_of, shift_times
+from common import UserError
 from data import build_dataset, some_images, to_float
 
 TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
@@ -135,3 +136,32 @@ def test_time_shift_trains_on_shifted_times_and_samples_alike(tmp_path, tokenize
     del state["config"]["time_shift"]
     torch.save(dict(state), tmp_path / "old.pt")
     assert shift_of(sit.load_diffusion(tmp_path / "old.pt")[0].config) == 1
+
+
+# ---------------------------------------------- x-prediction ----------------------------------------------
+
+@pytest.mark.parametrize("name", ["sit", "lightningdit", "usit"])
+def test_x_prediction_turns_the_data_into_the_velocity_down_to_its_clip(name):
+    build, config = sit.model_classes(name)
+    model = build(config(num_latents=3, latent_dim=2, width=16, depth=2, heads=2, x_prediction=True))
+    x, noise = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    last = model.linear if name == "usit" else model.final_layer.linear
+    last.register_forward_hook(lambda module, inputs, output: x)                 # a model that knows the data
+    t, y = torch.tensor([0.9, 0.3, 0.06, 0.01]), torch.zeros(4, dtype=torch.int64)
+    x_t, v = flow.interpolate(x, noise, t)
+    found = model(x_t, t, y)
+    torch.testing.assert_close(found[:3], v[:3], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[3], v[3] * 0.01 / 0.05, rtol=1e-3, atol=1e-4)     # not 1 / 0.01 of its errors
+
+
+def test_x_prediction_trains_samples_and_wants_the_linear_path(tmp_path, tokenizer):
+    state = diffuse(tmp_path / "run", tokenizer, "--x-prediction", "--steps", 60, "--lr", 3e-3)
+    curve = losses(tmp_path / "run")
+    assert np.mean(curve[-10:]) < 0.8 * np.mean(curve[:3])
+    assert state["config"]["x_prediction"] and sit.load_diffusion(tmp_path / "run")[0].config.x_prediction
+    draw(tmp_path / "run", tmp_path / "x.npz", "--cfg", 2)
+    # A new model answers 0, the mean of the data: v = x_t / t and not 0, so the first loss tells the two apart.
+    diffuse(tmp_path / "plain", tokenizer, "--steps", 1)
+    assert losses(tmp_path / "plain")[0] != curve[0]
+    with pytest.raises(UserError, match="linear path, not --path cosine"):
+        diffuse(tmp_path / "cosine", tokenizer, "--x-prediction", "--path", "cosine")
