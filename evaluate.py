@@ -9,6 +9,7 @@ this project does not have.)
     python evaluate.py latents RUN RUN2 --data cifar10                   # linear probe, mixtures [Fig. 2a, 8]
     python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
+    python evaluate.py lengths RUN                   # reconstruction from the first 1, 2, 4 ... tokens [FlexTok]
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
     python evaluate.py speed --compare                                        # beside other libraries
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 import checkpoints
 import metrics
-from pictures.draw import line_chart, recon_picture, scatter_chart
+from after.nested_dropout import keep_first, possible_lengths
+from pictures.draw import image_grid, line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
 from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
@@ -152,6 +154,39 @@ def recon(args):
     out = args.out or str(run_folder(args.run) / f"recon_{size}")
     finish(args, result, f"{out}.json")
     save_picture(args, recon_picture(shown[:8]), f"{out}.png")
+
+
+@torch.no_grad()
+def lengths(args):
+    """Reconstruction from the first 1, 2, 4 ... L tokens: a rate-distortion curve, a picture of images at growing
+    length.                                  [after the paper: FlexTok, 2502.13967; One-D-Piece, 2501.10064]
+
+    Of a tokenizer trained with --nested-dropout, and of another one to compare: without it no token comes first.
+    """
+    tokenizer = load_tokenizer(args.run, args.device)
+    data = args.data or checkpoints.load_checkpoint(args.run)["config"]["data"]
+    images = open_data(args, data, "test", tokenizer.config.image_size, args.num_images)
+    values, shown = {}, {}
+    for _, originals in batches(images, args, "reconstructing"):
+        x = originals.to(args.device)
+        h = tokenizer.encode(to_float(x))                                                   # (B, L, C)
+        for k in possible_lengths(h.shape[1]):
+            kept = keep_first(h, torch.full((len(h),), k, device=h.device))
+            redrawn = to_uint8(tokenizer.decode(kept, x.shape[-2:]))
+            values.setdefault(k, []).append(metrics.psnr(x, redrawn).cpu())
+            shown.setdefault(k, redrawn[:8])
+        shown.setdefault("original", x[:8])
+    rows = [{"tokens": k, "values": k * tokenizer.config.latent_dim,
+             "psnr": gather(torch.cat(parts), args).mean().item()} for k, parts in values.items()]
+    protocol = (f"{len(images.labels)} images of {images.name}, centre crop; EMA weights; other tokens set to 0; "
+                "rate in latent values, which are not quantised")
+    out = args.out or str(run_folder(args.run) / "lengths")
+    finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
+           [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    curve = {"PSNR in dB": {"": [(row["values"], row["psnr"]) for row in rows]}}
+    save_picture(args, line_chart(curve, "latent values", log_x=True), f"{out}_curve.png")
+    titles = [k if k == "original" else f"{k} token{'s' * (k > 1)}" for k in shown]
+    save_picture(args, image_grid(list(shown.values()), titles), f"{out}.png")
 
 
 def reconstructions(args, tokenizer, images):
@@ -567,6 +602,11 @@ def main(argv=None):
     add("--lpips", action=argparse.BooleanOptionalAction, help="default: with --features inception")
     add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE; without a run "
         "runs/box/recon)")
+
+    add = command(lengths, None, of_run)
+    add("run", help="run or checkpoint of train_tokenizer.py")
+    add("--num-images", type=Count, default=1000, help="test images at most (default 1000)")
+    add("--out", help="OUT.json, OUT.png and OUT_curve.png are written (default: RUN/lengths)")
 
     add = command(generation)
     add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")

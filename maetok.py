@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from after.nested_dropout import keep_first
 from checkpoints import load_checkpoint, load_weights
 from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
 
@@ -487,12 +488,13 @@ class MAETok(nn.Module):
         return self.decode(self.encode(images), images.shape[-2:])
 
     def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None,
-                added: Tensor | None = None) -> MAETokOutput:
+                added: Tensor | None = None, lengths: Tensor | None = None) -> MAETokOutput:
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
         (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
         added: (B, L, C), in standard deviations of the latents, on what the decoders see (after/latent_noise.py).
+        lengths: (B,) int, of how many tokens the decoders see (after/nested_dropout.py).
         Returns MAETokOutput.
         """
         grid = self.grid(images.shape[-2:])
@@ -505,6 +507,8 @@ class MAETok(nn.Module):
             h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
         if added is not None:
             h = h + self.latent_std * added                    # [after the paper: DeTok, 2507.15856]
+        if lengths is not None:
+            h = keep_first(h, lengths)                         # [after the paper: FlexTok, 2502.13967]
         image_tokens = self.decoder.image_tokens(h, grid)                        # x^ = D([e ; h])   [Eq. 5]
         reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
         aux = {}

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoints
 from after.latent_noise import draw_noise
+from after.nested_dropout import draw_lengths
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng, step_rngs)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
@@ -117,6 +118,7 @@ class Config(MAETokConfig):
     stage2_warmup: Whole = 1000  # steps [ours]
     # ---- after the paper, all off: docs/after.md ----
     latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
+    nested_dropout: bool = False  # decode from the first 1, 2, 4 ... L tokens, drawn per image [FlexTok]
     # ---- logs ----
     log_every: Count = 100       # steps between lines of metrics.jsonl
     save_every: Count = 5000     # steps between checkpoints
@@ -148,6 +150,8 @@ class Config(MAETokConfig):
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
+        if self.nested_dropout and not self.learnable_latents:
+            raise UserError("--nested-dropout orders learnable latents; image tokens have their places already")
         if self.mixed_size and (self.mixed_size % self.patch_size or not self.learnable_latents):
             raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
                             f"{self.patch_size} px, and needs learnable latents, whose number is the same "
@@ -302,6 +306,7 @@ class Batch(NamedTuple):
     targets: dict                                         # name -> (B, N, D_j), the y^j of Eq. 8
     views: list | None                                    # of the discriminator, once it has begun
     added: torch.Tensor | None = None                     # (B, L, C) latent noise [after the paper: DeTok]
+    lengths: torch.Tensor | None = None                   # (B,) tokens that are kept [after the paper: FlexTok]
 
 
 def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
@@ -312,7 +317,7 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
     low, high = mask_range(config, stage.number, step - stage.first)
     mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
     mask = common.to_device(mask, device)
-    noise = added = None
+    noise = added = lengths = None
     shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
     if config.variational and stage.number == 1:
         draws = [rng.standard_normal(shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
@@ -320,11 +325,14 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
     if config.latent_noise and stage.number == 2:
         added = draw_noise(step_rngs(config, "latent-noise", step, positions), shape, config.latent_noise)
         added = common.to_device(added, device)
+    if config.nested_dropout:
+        lengths = draw_lengths(step_rngs(config, "lengths", step, positions), config.num_latents)
+        lengths = common.to_device(lengths, device)
     targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
     loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
     adversarial = config.disc != "none" and step >= config.disc_start
     views = draw_views(config, step, micro, positions, device) if adversarial else None
-    return Batch(images, mask, loss_mask, noise, targets, views, added)
+    return Batch(images, mask, loss_mask, noise, targets, views, added, lengths)
 
 
 # ------------------------------------------------ the objective ------------------------------------------------
@@ -400,7 +408,7 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
                     if batch.views:
                         stack.enter_context(wrapped_adversary.no_sync())
                 with autocast:
-                    output = wrapped(batch.images, batch.mask, batch.noise, batch.added)
+                    output = wrapped(batch.images, batch.mask, batch.noise, batch.added, batch.lengths)
                 loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
                                                   autocast)
                 (loss / config.accumulate).backward()
