@@ -46,6 +46,7 @@ from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
 from sit import load_diffusion, load_guide
+from study.theory import compactness as compactness_toy
 from study.theory import samples_needed
 from pictures.page import write_report
 
@@ -543,6 +544,13 @@ def theory(args):
     save_picture(args, picture, f"{args.out}.png")
 
 
+def compactness(args):
+    """30 close modes against 4 distant ones in two dimensions: a compact picture can have many modes [rebuttal]"""
+    result, table, picture = compactness_toy(args)
+    finish(args, result, f"{args.out}.json", table)
+    save_picture(args, picture, f"{args.out}.png")
+
+
 def speed(args):
     """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios to
     other libraries. [Sec. 4.5]"""
@@ -683,6 +691,11 @@ def main(argv=None):
 
     add = command(theory, None, None)
     add("--components", type=Count, nargs="+", default=[2, 4, 8, 16, 32], help="K")
+    add("--panels", nargs="+", choices=("K", "d", "B"), default=["K"],
+        help="what is varied, of the theorem's K^4 d^5 B^6 (default K)")
+    add("--fixed-components", type=Count, default=8, help="K where d or B is varied (default 8)")
+    add("--panel-dims", type=Count, nargs="+", default=[4, 8, 16, 32, 64], help="d that are tried")
+    add("--panel-norms", type=Positive, nargs="+", default=[3.0, 4.5, 6.0, 9.0, 12.0], help="B that are tried")
     add("--dims", type=Count, default=16, help="d (default 16)")
     add("--norm", type=Positive, default=6.0, help="B, of the means (default 6)")
     add("--time", type=Number(float, 0, 1, low_open=True, high_open=True), default=0.5,
@@ -692,6 +705,12 @@ def main(argv=None):
     add("--steps", type=Count, default=300, help="of training (default 300)")
     add("--repeats", type=Count, default=4, help="with other mixtures and samples (default 4)")
     add("--out", default="runs/theory", help="OUT.json and OUT.png (default runs/theory)")
+
+    add = command(compactness, None, None)
+    add("--dims", type=Number(int, 2, 1000), default=32, help="d (default 32)")
+    add("--umap", action=argparse.BooleanOptionalAction, default=importlib.util.find_spec("umap") is not None,
+        help="by UMAP too (default: where umap-learn is installed)")
+    add("--out", default="runs/compactness", help="OUT.json and OUT.png (default runs/compactness)")
 
     args = parser.parse_args(argv)
     if "features" in args and args.features is None:
