@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from after.alignment import TEACHERS, check_alignment
 from after.nested_dropout import keep_first
 from checkpoints import load_checkpoint, load_weights
 from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
@@ -63,6 +64,8 @@ class MAETokConfig:
     layer_scale: Weight = 0.0        # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
     initialisation: str = "xavier"   # of new weights: xavier [as MAE] or released, see initialise()
+    # ---- after the paper, all off: docs/after.md ----
+    align: str = ""                  # teacher whose patch features the latents are aligned with [VA-VAE]
 
     def __post_init__(self):
         check_ranges(self)
@@ -78,6 +81,7 @@ class MAETokConfig:
             raise ValueError(f"rope is {self.rope!r}: choose axial, mixed or none")
         if self.initialisation not in ("xavier", "released"):
             raise ValueError(f"initialisation is {self.initialisation!r}: choose xavier or released")
+        check_alignment(self)
         if self.ape not in ("none", "encoder", "both"):
             raise ValueError(f"ape is {self.ape!r}: choose none, encoder or both")
         if self.latent_modulation and not self.learnable_latents:
@@ -419,6 +423,7 @@ class MAETokOutput(NamedTuple):
     aux: dict[str, torch.Tensor]      # name -> (B, N, D_j) predictions for every patch, hidden or not;
                                       # "text" -> (B, D_j) logits
     posterior: torch.Tensor | None    # (B, L, 2C) mean and log-variance of a KL-VAE, else None
+    aligned: torch.Tensor | None = None   # (B, N, D) W z [after the paper: VA-VAE, 2501.01423], else None
 
 
 class MAETok(nn.Module):
@@ -429,6 +434,7 @@ class MAETok(nn.Module):
         self.config = c = config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c, c.decoder_depth, c.width, c.heads, out_dim=3 * c.patch_size ** 2)
+        self.align = nn.Linear(c.latent_dim, TEACHERS[c.align].dim) if c.align else None
         self.aux_decoders = nn.ModuleDict()
         for name, dim in c.aux_targets.items():
             if c.aux_depth == 0:
@@ -517,12 +523,12 @@ class MAETok(nn.Module):
                 aux[name] = decoder(image_tokens.mean(1) if name == "text" else image_tokens)
             else:
                 aux[name] = decoder(h, grid)
-        return MAETokOutput(reconstruction, h, aux, posterior)
+        return MAETokOutput(reconstruction, h, aux, posterior, self.align(h) if self.align else None)
 
     def freeze_encoder(self) -> "MAETok":
         """Prepare the second stage [Sec. 3.3]: the encoder stops learning, the auxiliary decoders go."""
         self.encoder.requires_grad_(False)
-        self.aux_decoders = nn.ModuleDict()
+        self.aux_decoders, self.align = nn.ModuleDict(), None
         return self
 
 

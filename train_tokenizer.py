@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from after.alignment import alignment_loss
 from after.latent_noise import draw_noise
 from after.nested_dropout import draw_lengths
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
@@ -119,6 +120,7 @@ class Config(MAETokConfig):
     # ---- after the paper, all off: docs/after.md ----
     latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
     nested_dropout: bool = False  # decode from the first 1, 2, 4 ... L tokens, drawn per image [FlexTok]
+    align_weight: Weight = 0.1   # of the loss of --align, times its adaptive weight [VA-VAE]
     # ---- logs ----
     log_every: Count = 100       # steps between lines of metrics.jsonl
     save_every: Count = 5000     # steps between checkpoints
@@ -203,6 +205,8 @@ ABLATIONS = {
     "mask-40-60": dict(mask_low=0.4, mask_high=0.6),                                        # [Table 1c]
     "latents-256": dict(num_latents=256),                                                   # [Table 13a]
     "ape": dict(rope="none", ape="both"),                                                   # [Table 13b]
+    # The paper's rival, in our architecture [Fig. 2, Table 13a].           [after the paper: VA-VAE, 2501.01423]
+    "va-vae": _NO_MASK | _NO_AUX | dict(variational=True, learnable_latents=False, align="dinov2-l"),
 }
 PRESETS = SCALES | ABLATIONS
 # What --help lists; --help-all lists the rest, which the released preset, an ablation or a test needs.
@@ -307,6 +311,7 @@ class Batch(NamedTuple):
     views: list | None                                    # of the discriminator, once it has begun
     added: torch.Tensor | None = None                     # (B, L, C) latent noise [after the paper: DeTok]
     lengths: torch.Tensor | None = None                   # (B,) tokens that are kept [after the paper: FlexTok]
+    align_to: torch.Tensor | None = None                  # (B, N, D) teacher's [after the paper: VA-VAE]
 
 
 def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
@@ -329,19 +334,21 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
         lengths = draw_lengths(step_rngs(config, "lengths", step, positions), config.num_latents)
         lengths = common.to_device(lengths, device)
     targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
+    align_to = teachers[config.align](images) if config.align and stage.number == 1 else None
     loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
     adversarial = config.disc != "none" and step >= config.disc_start
     views = draw_views(config, step, micro, positions, device) if adversarial else None
-    return Batch(images, mask, loss_mask, noise, targets, views, added, lengths)
+    return Batch(images, mask, loss_mask, noise, targets, views, added, lengths, align_to)
 
 
 # ------------------------------------------------ the objective ------------------------------------------------
 
-def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast):
+def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast, latent_layer=None):
     """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8], and for
     a VAE its KL term [Table 1a].
 
-    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight.
+    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight. latent_layer: the
+    encoder's, where latents are aligned (after/alignment.py).
     Returns (loss, {name: term}): float32 scalars, the terms not weighted.
     """
     x, x_hat = batch.images, output.reconstruction.float()
@@ -351,6 +358,9 @@ def tokenizer_objective(config, step, batch, output, networks, last_layer, autoc
         terms["percep"] = networks.lpips(x_hat, x).mean()
         ramp = min(1.0, step / max(1, config.percep_warmup))
         loss = loss + config.percep_weight * ramp * terms["percep"]
+    if batch.align_to is not None:
+        terms["align"] = alignment_loss(output.aligned, batch.align_to)
+        loss = loss + config.align_weight * adaptive_weight(loss, terms["align"], latent_layer) * terms["align"]
     if batch.views:
         networks.adversary.requires_grad_(False)                            # its own step comes after this one
         with autocast:
@@ -410,7 +420,7 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
                 with autocast:
                     output = wrapped(batch.images, batch.mask, batch.noise, batch.added, batch.lengths)
                 loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
-                                                  autocast)
+                                                  autocast, model.encoder.to_latent.weight)
                 (loss / config.accumulate).backward()
                 if batch.views:
                     adversary.requires_grad_(True)
@@ -695,7 +705,7 @@ def main(argv=None):
         save(config, state, processes)
     if rank == 0:
         records = checkpoints.read_metrics(out)
-        terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
+        terms = ("recon", "percep", *config.aux_targets, "align", "kl", "adv", "adaptive_weight", "disc",
                  "disc_real", "disc_fake", "lecam", "lr")
         plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
                             for n in terms}).save(out / "loss.png")
