@@ -148,12 +148,16 @@ def _keep(trajectory, t, x, dtype):
 
 
 @torch.no_grad()
-def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None, shift: float = 1.0) -> Tensor:
-    """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length."""
+def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None, shift: float = 1.0,
+          average: bool = False) -> Tensor:
+    """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length.
+
+    average: the velocity is asked for its mean over each step, which leaves no such error (after/mean_flow.py).
+    """
     dtype, x, times = x.dtype, _state(x), _times(steps, shift=shift)
     _keep(trajectory, 1.0, x, dtype)
     for t, t_next in zip(times, times[1:]):
-        x = x + (t_next - t) * velocity(x, t).to(x)
+        x = x + (t_next - t) * velocity(x, t, **({"span": t - t_next} if average else {})).to(x)
         _keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
@@ -269,7 +273,7 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
     dtype = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     null = torch.full_like(y, null_class)
 
-    def velocity(x, t, start=None):
+    def velocity(x, t, start=None, span=None):
         # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
         guided = cfg_scale != 1 and low - 1e-6 <= (t if start is None else start) <= high + 1e-6
         if model.config.guidance_free or guide is not None:
@@ -284,7 +288,8 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
             return u + cfg_scale * (c - u)
         inputs, labels = (torch.cat((x, x)), torch.cat((y, null))) if guided else (x, y)
         times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
-        v = model(inputs.to(dtype), times, labels).to(x.dtype)
+        more = {} if span is None else {"span": torch.full_like(times, span)}
+        v = model(inputs.to(dtype), times, labels, **more).to(x.dtype)
         if not guided:
             return v
         c, u = v.chunk(2)
@@ -343,7 +348,7 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
                               diffusion="t" if as_released else "sigma", **options)
     if sampler == "heun":
         return heun(velocity, draw(), steps, decide="step" if as_released else "call", **options)
-    return euler(velocity, draw(), steps, **options)
+    return euler(velocity, draw(), steps, **options, average=bool(model.config.mean_flow) and guide is None)
 
 
 def check_guidance(model, scale, guide=None):

@@ -19,6 +19,8 @@ import sample
 import sit
 import train_diffusion
 import train_tokenizer
+from after.alignment import alignment_loss
+from after.mean_flow import draw_spans, mean_flow_target
 from after.nested_dropout import draw_lengths, keep_first, possible_lengths
 from after.time_shift import shift_of, shift_times
 from common import UserError
@@ -205,3 +207,205 @@ def test_nested_dropout_makes_few_tokens_worth_more(tmp_path, capsys):
 def test_nested_dropout_is_for_latents_without_a_place(tmp_path):
     with pytest.raises(UserError, match="--nested-dropout orders learnable latents"):
         tokenize(tmp_path, "--nested-dropout", "--no-learnable-latents")
+
+
+# ------------------------------------------------ MeanFlow ------------------------------------------------
+
+class GaussianAverage(torch.nn.Module):
+    """The average velocity of data N(0, s^2), in closed form: x_t is N(0, a(t)^2), and the flow keeps x / a(t)."""
+    s = 0.5
+
+    def deviation(self, t):
+        return (self.s ** 2 * (1 - t) ** 2 + t ** 2).sqrt()
+
+    def forward(self, x, t, y, span):
+        end = x * (self.deviation(t - span) / self.deviation(t))[:, None, None]
+        return (x - end) / span[:, None, None]
+
+
+def test_the_mean_flow_target_of_the_true_average_velocity_is_itself():
+    model, t = GaussianAverage(), torch.rand(50, dtype=torch.float64) * 0.6 + 0.4
+    span, x = t * torch.rand(50, dtype=torch.float64).clamp(0.1), torch.randn(50, 3, 2, dtype=torch.float64)
+    v = ((t - model.s ** 2 * (1 - t)) / model.deviation(t) ** 2)[:, None, None] * x         # of the marginal flow
+    target = mean_flow_target(model, x, v, t, None, span).double()
+    torch.testing.assert_close(target, model(x, t, None, span), rtol=1e-4, atol=1e-5)       # it returns float32
+    assert (target - v).abs().max() > 0.1                                                   # no matter of r = t
+
+
+def test_the_derivative_of_a_sit_is_that_of_finite_differences():
+    model = sit.SiT(sit.SiTConfig(num_latents=3, latent_dim=2, width=16, depth=2, heads=2, mean_flow=0.25))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, v, y = torch.randn(4, 3, 2), torch.randn(4, 3, 2), torch.zeros(4, dtype=torch.int64)
+    t, span = torch.tensor([0.9, 0.7, 0.5, 0.3]), torch.tensor([0.9, 0.2, 0.0, 0.1])
+    found = (v - mean_flow_target(model, x, v, t, y, span)) / span.clamp(min=1e-9)[:, None, None]
+    ahead, behind = (model(x + h * v, t + h, y, span=span + h) for h in (1e-2, -1e-2))
+    slope = (ahead - behind) / 2e-2
+    for i in (0, 1, 3):
+        assert (found[i] - slope[i]).norm() < 0.05 * slope[i].norm()
+    assert torch.equal(mean_flow_target(model, x, v, t, y, span)[2], v[2])                  # r = t: flow matching
+    assert (model(x, t, y, span=span) - model(x, t, y))[[0, 1, 3]].abs().amax((1, 2)).min() > 1e-4
+
+
+def test_spans_are_ordered_and_apart_in_their_part():
+    t, other = torch.rand(4000), torch.rand(4000)
+    later, span = draw_spans(streams(4000), t, other, 0.25)
+    apart = span > 0
+    assert abs(apart.float().mean() - 0.25) < 0.03 and torch.equal(later[~apart], t[~apart])
+    assert torch.equal(later[apart], torch.maximum(t, other)[apart]) and (later - span > -1e-6).all()
+
+
+def test_one_step_of_mean_flow_finds_the_modes_where_one_of_euler_finds_their_mean():
+    distances = {}
+    for part in (0.0, 0.75):
+        torch.manual_seed(0)
+        model = sit.SiT(sit.SiTConfig(num_latents=2, latent_dim=2, width=32, depth=2, heads=2, num_classes=0,
+                                      mean_flow=part))
+        optimizer, y = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)), torch.zeros(64, dtype=torch.int64)
+        for step in range(400):                                              # data: all 2 or all -2, deviation 0.1
+            common.set_learning_rate(optimizer, 5e-3 * (1 - step / 400))
+            rngs = [common.sample_rng(0, "test", step, i) for i in range(64)]
+            x = torch.randint(0, 2, (64, 1, 1)) * 4.0 - 2 + 0.1 * torch.randn(64, 2, 2)
+            t, span = draw_spans(rngs, flow.sample_times(rngs), flow.sample_times(rngs), part)
+            x_t, v = flow.interpolate(x, torch.randn(64, 2, 2), t)
+            target = mean_flow_target(model, x_t, v, t, y, span) if part else v
+            flow.flow_matching_loss(model(x_t, t, y, span=span), target).mean().backward()
+            common.optimizer_step(optimizer, 1.0)
+        velocity = flow.guided_velocity(model.eval(), torch.zeros(200, dtype=torch.int64))
+        samples = flow.euler(velocity, torch.randn(200, 2, 2), 1, average=part > 0)
+        distances[part] = (samples.abs() - 2).abs().mean().item()
+    assert distances[0.75] < 0.6 * distances[0.0] and distances[0.0] > 1
+
+
+def test_mean_flow_trains_resumes_and_samples_in_one_step(tmp_path, tokenizer):
+    whole = diffuse(tmp_path / "whole", tokenizer, "--mean-flow", 0.5, "--grid-every", 6)
+    diffuse(tmp_path / "cut", tokenizer, "--mean-flow", 0.5, "--grid-every", 6, "--save-every", 3)
+    (tmp_path / "cut" / "step_0000006.pt").unlink()
+    (tmp_path / "cut" / "last.pt").unlink()
+    again = diffuse(tmp_path / "cut", tokenizer, "--mean-flow", 0.5, "--grid-every", 6, "--save-every", 3)
+    assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
+    assert any("span_embedder" in k for k in whole["ema"]) and np.isfinite(losses(tmp_path / "whole")).all()
+    draw(tmp_path / "whole", tmp_path / "x.npz", "--sampler", "euler", "--steps", 1, "--cfg", 2)
+    with pytest.raises(UserError, match="--mean-flow is for sit"):
+        diffuse(tmp_path / "other", tokenizer, "--mean-flow", 0.5, "--model", "lightningdit")
+
+
+# ----------------------------------------------- alignment -----------------------------------------------
+
+def test_the_alignment_loss_is_its_formula_patch_by_patch_and_zero_within_the_margins():
+    z, f = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    cosine = lambda a, b: float(a @ b / a.norm() / b.norm())
+    towards = np.mean([max(0, 0.5 - cosine(z[b, i], f[b, i])) for b in range(2) for i in range(3)])
+    among = np.mean([max(0, abs(cosine(z[b, i], z[b, j]) - cosine(f[b, i], f[b, j])) - 0.25)
+                     for b in range(2) for i in range(3) for j in range(3)])
+    assert alignment_loss(z, f).item() == pytest.approx(towards + among, abs=1e-5) and towards > 0 and among > 0
+    # Within the margins nothing is asked for: at 30 degrees from the teacher, all patches alike.
+    near = f + 0.1 * f.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(torch.randn(2, 3, 5), dim=-1)
+    assert alignment_loss(near, f) == 0
+
+
+def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_2(tmp_path):
+    options = ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen", "--steps", 80, "--lr", 3e-3]
+    found = {}
+    for weight in (0, 1):
+        state = tokenize(tmp_path / str(weight), *options, "--align-weight", weight, "--stage", 1)
+        found[weight] = [r["align"] for r in checkpoints.read_metrics(tmp_path / str(weight)) if "align" in r]
+        assert state["ema"]["align.weight"].shape == (384, 4)
+    assert np.mean(found[1][-10:]) < 0.9 * np.mean(found[1][:5])
+    assert np.mean(found[1][-10:]) < 0.95 * np.mean(found[0][-10:])
+    model = maetok.load_tokenizer(tmp_path / "1")
+    assert model.encode(test_images(2)).shape == (2, 16, 4) and model.align.out_features == 384
+    state = tokenize(tmp_path / "2", *options, "--stage", 2, "--init", tmp_path / "1")
+    assert not any("align" in name for name in state["ema"])
+    maetok.tokenizer_of(state, "stage 2")
+    for message, wrong in (("choose dinov2-s", ["--align", "clip", "--no-learnable-latents"]),
+                           ("add --no-learnable-latents", ["--align", "dinov2-s"])):
+        with pytest.raises(UserError, match=message):
+            tokenize(tmp_path / "3", *wrong)
+
+
+# ------------------------------- from the rebuttal: fine-tuning without guidance -------------------------------
+
+def test_guidance_free_fine_tuning_starts_from_the_trained_model(tmp_path, tokenizer):
+    trained = diffuse(tmp_path / "trained", tokenizer, "--steps", 40, "--lr", 3e-3)
+    diffuse(tmp_path / "tuned", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 1, "--lr",
+            1e-9, "--warmup", 0)
+    model, old = (sit.load_diffusion(tmp_path / name)[0] for name in ("tuned", "trained"))
+    x, t, y = torch.randn(3, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 4, 10])
+    for beta in (torch.ones(3), torch.full((3,), 0.3)):
+        torch.testing.assert_close(model(x, t, y, beta), old(x, t, y), rtol=1e-4, atol=1e-4)
+    # One step moves the new embedder: it has a gradient although it answers 0.
+    state = diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 2,
+                    "--lr", 1e-3)
+    assert state["model"]["beta_embedder.mlp.2.weight"].abs().max() > 0
+    assert diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 2,
+                   "--lr", 1e-3)["step"] == 2                                                      # it resumes
+    before, after = (s["final_layer.linear.weight"] for s in (trained["ema"], state["model"]))
+    assert not torch.equal(before, after)
+    draw(tmp_path / "more", tmp_path / "x.npz", "--cfg", 2)
+
+
+def test_init_refuses_other_latents_and_other_models(tmp_path, tokenizer):
+    diffuse(tmp_path / "trained", tokenizer)
+    tokenize(tmp_path / "other", "--seed", 1)
+    for message, its, options in (("another tokenizer's latents", tmp_path / "other", []),
+                                  ("path 'linear' -> 'cosine'", tokenizer, ["--path", "cosine"]),
+                                  ("model 'sit' -> 'usit'", tokenizer, ["--model", "usit"]),
+                                  ("weights of another model", tokenizer, ["--depth", 1])):
+        with pytest.raises(UserError, match=message):
+            diffuse(tmp_path / "run", its, "--init", tmp_path / "trained", *options)
+
+
+# --------------------------------- REPA with the authors' recipe for 1D latents ---------------------------------
+
+def test_repas_mlp_repeats_every_token_along_its_patches(tmp_path, tokenizer):
+    model = sit.SiT(sit.SiTConfig(num_latents=4, latent_dim=4, width=32, depth=2, heads=2, num_classes=3))
+    repa = train_diffusion.Repa(model, 1, maetok.load_tokenizer(tokenizer), 7, "mlp", hidden=16)
+    args = torch.randn(2, 4, 4), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    v, features = repa(*args)
+    _, hidden = model(*args, hidden_after=1)
+    assert v.shape == (2, 4, 4) and features.shape == (2, 16, 7)                    # 16 patches: four a token
+    for patch in range(16):
+        torch.testing.assert_close(features[:, patch], repa.head(hidden[:, patch // 4]))
+    odd = sit.SiT(sit.SiTConfig(num_latents=5, latent_dim=4, width=32, depth=2, heads=2))
+    with pytest.raises(UserError, match="5 tokens do not divide the 16 patches"):
+        train_diffusion.Repa(odd, 1, maetok.load_tokenizer(tokenizer), 7, "mlp")
+
+
+@pytest.mark.slow
+def test_repa_with_the_mlp_learns_its_teacher(tmp_path, tokenizer):
+    options = "--no-cache --repa dinov2-s --repa-block 1 --repa-head mlp --random-frozen --steps 30 --lr 3e-3"
+    diffuse(tmp_path, tokenizer, *options.split())
+    agreement = [r["repa"] for r in checkpoints.read_metrics(tmp_path)]
+    assert agreement[-1] < agreement[0] - 0.2                                                      # -cos
+    with pytest.raises(UserError, match="choose decoder or mlp"):
+        diffuse(tmp_path / "other", tokenizer, "--repa-head", "linear")
+
+
+# ------------------------------------ the theorem's other exponents, the toy ------------------------------------
+
+def test_theory_measures_every_exponent_and_states_the_theorem(tmp_path):
+    evaluate.main(["theory", "--panels", "d", "B", "--fixed-components", "3", "--dims", "8", "--panel-dims", "4",
+                   "16", "--panel-norms", "4", "8", "--samples", "32", "256", "2048", "--repeats", "2",
+                   "--steps", "150", "--device", "cpu", "--out", str(tmp_path / "t")])
+    found = json.loads((tmp_path / "t.json").read_text())
+    # Modes well apart: a mean costs d K / n of error whatever its norm, so exponents near 1 and 0, below 5 and 6.
+    assert 0.5 < found["panels"]["d"]["exponent"] < 1.6 and abs(found["panels"]["B"]["exponent"]) < 0.6
+    assert "K^4 d^5 B^6" in found["theorem"] and "d^5, B^6" in found["what_it_shows"]
+    assert "K" not in found["panels"]
+
+
+def test_many_close_modes_look_compact_and_still_need_many_components(tmp_path):
+    evaluate.main(["compactness", "--no-umap", "--device", "cpu", "--out", str(tmp_path / "c")])
+    found = json.loads((tmp_path / "c.json").read_text())
+    close, distant = found["rows"]
+    assert close["radius_pca"] < 0.5 * distant["radius_pca"]
+    assert close["nll"]["30"] < close["nll"]["4"]
+    assert distant["nll"]["4"] < min(distant["nll"][k] for k in ("1", "30"))
+    assert "pip install umap-learn" in found["protocol"] and (tmp_path / "c.png").exists()
+
+
+def test_umap_is_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install umap-learn; or leave --umap out"):
+        evaluate.main(["compactness", "--umap", "--device", "cpu", "--out", str(tmp_path / "c")])
