@@ -2,7 +2,10 @@
 
 One section for each; deleting an extension deletes its section.
 """
+import argparse
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from after.nested_dropout import draw_lengths, keep_first, possible_lengths
 from after.time_shift import shift_of, shift_times
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
+from study import after as study
 
 TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
              "1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 --stage2-steps 2 --warmup 2 "
@@ -409,3 +413,63 @@ def test_umap_is_asked_for_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install umap-learn; or leave --umap out"):
         evaluate.main(["compactness", "--umap", "--device", "cpu", "--out", str(tmp_path / "c")])
+
+
+# ----------------------------------------------- the measurements -----------------------------------------------
+
+def test_rows_share_what_they_do_not_change():
+    args = argparse.Namespace(out="runs/x", plan=study.SETTINGS["smoke"], data="shapes", preset="shapes",
+                              device="cpu")
+    titles = {name: list(study.commands(args, name, 0)) for name in study.ROWS}
+    assert titles["latent noise 0.8"] == ["stage2", "recon", "samples, 25 steps"]
+    assert titles["time shift 3"] == ["diffusion", "samples, 25 steps"]
+    assert titles["nested dropout"] == ["stage1", "stage2", "recon", "diffusion", "samples, 25 steps", "lengths"]
+    assert study.part(args, "8 channels, x-prediction", 1, "stage2") == Path("runs/x/8-channels_1/stage2")
+    for name, row in study.ROWS.items():
+        options = [str(o) for arguments in study.commands(args, name, 0).values() for o in arguments]
+        assert all(str(o) in options for o in (*row.tokenizer, *row.stage2) if str(o).startswith("--"))
+        assert row.against == "" or list(study.ROWS).index(row.against) < list(study.ROWS).index(name)
+        assert set(row.sampler_steps) <= set(study.ROWS["baseline"].sampler_steps)
+
+
+def test_a_verdict_needs_every_seed():
+    assert study.verdict("psnr", {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == "better"
+    assert study.verdict("gap, guidance 1", {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == "worse"
+    assert study.verdict("psnr", {0: 2.0, 1: 1.0}, {0: 1.0, 1: 2.0}) == "seeds disagree"
+    assert study.verdict("psnr", {0: 2.0}, {0: 1.0}) == "one seed"
+
+
+@pytest.mark.slow
+def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys):
+    command = ["--setting", "smoke", "--rows", "latent noise 0.8", "MeanFlow", "--out", str(tmp_path), "--device",
+               "cpu"]
+    study.main([*command, "--minutes", "0.0001"])
+    assert "time is up" in capsys.readouterr().out
+    study.main(command)
+    assert capsys.readouterr().out.endswith("done\n")
+    log = (tmp_path / "meanflow_0" / "log.txt").read_text()
+    result = json.loads((tmp_path / "meanflow_0" / "result.json").read_text())
+    assert {f"gap, guidance {s}, {n} steps" for s in (1, 2) for n in (1, 2, 4, 25)} <= set(result)
+    assert "--mean-flow 0.25" in log and result["against"] == "baseline"
+    table = (tmp_path / "after.md").read_text()
+    assert "| latent noise 0.8 | baseline | psnr |" in table and "| one seed |" in table
+    assert (tmp_path / "latent_noise.png").exists()
+    study.main(command)
+    assert (tmp_path / "meanflow_0" / "log.txt").read_text() == log                     # nothing was run twice
+    with pytest.raises(UserError, match="other options"):
+        study.main([*command[:-1], "auto"])
+
+
+def test_usit_2b_has_dc_aes_own_values():
+    config = train_diffusion.Config(**train_diffusion.PRESETS["usit-2b"])
+    assert (config.batch_size, config.beta1, config.beta2, config.warmup, config.lr, config.weight_decay,
+            config.steps) == (1024, 0.99, 0.99, 5000, 1e-4, 0.0, 500_000)
+
+
+@pytest.mark.parametrize("module", [train_tokenizer, train_diffusion])
+def test_all_are_off_by_default_and_out_of_the_short_help(module):
+    off = dict(latent_noise=0, nested_dropout=False, align="", time_shift=1, x_prediction=False, mean_flow=0)
+    fields = {f.name: f.default for f in dataclasses.fields(module.Config)} | {"align_weight": None}
+    assert all(fields[name] == value for name, value in off.items() if name in fields)
+    assert len(off.keys() & fields) == 3 and not (off.keys() | {"align_weight"}) & set(module.SHOWN)
+    assert not any(set(preset) & off.keys() for name, preset in module.PRESETS.items() if name != "va-vae")
