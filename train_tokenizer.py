@@ -152,6 +152,8 @@ class Config(MAETokConfig):
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
+        if self.align and self.compile:
+            raise UserError("--align asks for a gradient in the middle of the model, which --compile has not")
         if self.nested_dropout and not self.learnable_latents:
             raise UserError("--nested-dropout orders learnable latents; image tokens have their places already")
         if self.mixed_size and (self.mixed_size % self.patch_size or not self.learnable_latents):

@@ -323,6 +323,7 @@ def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_
     assert not any("align" in name for name in state["ema"])
     maetok.tokenizer_of(state, "stage 2")
     for message, wrong in (("choose dinov2-s", ["--align", "clip", "--no-learnable-latents"]),
+                           ("which --compile has not", [*options[:5], "--compile"]),
                            ("add --no-learnable-latents", ["--align", "dinov2-s"])):
         with pytest.raises(UserError, match=message):
             tokenize(tmp_path / "3", *wrong)
@@ -473,3 +474,35 @@ def test_all_are_off_by_default_and_out_of_the_short_help(module):
     assert all(fields[name] == value for name, value in off.items() if name in fields)
     assert len(off.keys() & fields) == 3 and not (off.keys() | {"align_weight"}) & set(module.SHOWN)
     assert not any(set(preset) & off.keys() for name, preset in module.PRESETS.items() if name != "va-vae")
+
+
+def test_runs_from_before_the_extensions_resume(tmp_path, tokenizer):
+    young = {"align", "latent_noise", "nested_dropout", "align_weight", "time_shift", "x_prediction", "mean_flow",
+             "repa_head"}
+    tokenize(tmp_path / "tokenizer")
+    diffuse(tmp_path / "sit", tokenizer)
+    for run, again in (("tokenizer", lambda: tokenize(tmp_path / "tokenizer")),
+                       ("sit", lambda: diffuse(tmp_path / "sit", tokenizer))):
+        state = dict(checkpoints.load_checkpoint(tmp_path / run))
+        state["config"] = {k: v for k, v in state["config"].items() if k not in young}
+        for path in (tmp_path / run).glob("*.pt"):
+            path.unlink()
+        torch.save(state, tmp_path / run / "last.pt")
+        assert again()["step"] == state["step"]
+    assert sit.load_diffusion(tmp_path / "sit")[0].config.mean_flow == 0
+
+
+@pytest.mark.parametrize("options", [["--mean-flow", 0.5], ["--x-prediction", "--time-shift", 0]])
+def test_checkpointing_changes_nothing_in_diffusion(tmp_path, tokenizer, options):
+    plain, less = (diffuse(tmp_path / name, tokenizer, *options, *more)["model"]
+                   for name, more in (("plain", []), ("less", ["--checkpointing"])))
+    assert all(torch.equal(w, less[k]) for k, w in plain.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--nested-dropout", "--latent-noise", 0.8],
+                                     ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen"]])
+def test_checkpointing_changes_nothing_in_tokenizers(tmp_path, options):
+    plain, less = (tokenize(tmp_path / name, *options, *more)["model"]
+                   for name, more in (("plain", []), ("less", ["--checkpointing"])))
+    assert all(torch.equal(w, less[k]) for k, w in plain.items())
