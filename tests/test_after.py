@@ -23,7 +23,7 @@ import sit
 import train_diffusion
 import train_tokenizer
 from after.alignment import alignment_loss
-from after.mean_flow import draw_spans, mean_flow_target
+from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target
 from after.nested_dropout import draw_lengths, keep_first, possible_lengths
 from after.time_shift import shift_of, shift_times
 from common import UserError
@@ -263,22 +263,24 @@ def test_one_step_of_mean_flow_finds_the_modes_where_one_of_euler_finds_their_me
     distances = {}
     for part in (0.0, 0.75):
         torch.manual_seed(0)
-        model = sit.SiT(sit.SiTConfig(num_latents=2, latent_dim=2, width=32, depth=2, heads=2, num_classes=0,
+        model = sit.SiT(sit.SiTConfig(num_latents=2, latent_dim=2, width=32, depth=1, heads=2, num_classes=0,
                                       mean_flow=part))
         optimizer, y = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)), torch.zeros(64, dtype=torch.int64)
-        for step in range(400):                                              # data: all 2 or all -2, deviation 0.1
-            common.set_learning_rate(optimizer, 5e-3 * (1 - step / 400))
+        for step in range(250):                                              # data: all 2 or all -2, deviation 0.1
+            common.set_learning_rate(optimizer, 5e-3 * (1 - step / 250))
             rngs = [common.sample_rng(0, "test", step, i) for i in range(64)]
             x = torch.randint(0, 2, (64, 1, 1)) * 4.0 - 2 + 0.1 * torch.randn(64, 2, 2)
             t, span = draw_spans(rngs, flow.sample_times(rngs), flow.sample_times(rngs), part)
             x_t, v = flow.interpolate(x, torch.randn(64, 2, 2), t)
             target = mean_flow_target(model, x_t, v, t, y, span) if part else v
-            flow.flow_matching_loss(model(x_t, t, y, span=span), target).mean().backward()
+            losses = flow.flow_matching_loss(model(x_t, t, y, span=span), target)
+            (losses * adaptive_weights(losses) if part else losses).mean().backward()
             common.optimizer_step(optimizer, 1.0)
         velocity = flow.guided_velocity(model.eval(), torch.zeros(200, dtype=torch.int64))
         samples = flow.euler(velocity, torch.randn(200, 2, 2), 1, average=part > 0)
         distances[part] = (samples.abs() - 2).abs().mean().item()
-    assert distances[0.75] < 0.6 * distances[0.0] and distances[0.0] > 1
+    # Measured, with two seeds: 0.2 against 1.2 and 1.4.
+    assert distances[0.75] < 0.5 * distances[0.0] and distances[0.0] > 0.7
 
 
 def test_mean_flow_trains_resumes_and_samples_in_one_step(tmp_path, tokenizer):
