@@ -88,6 +88,7 @@ def test_latent_noise_is_half_normal_over_images_and_an_images_own():
     assert torch.equal(noise[5:7], draw_noise(streams(7)[5:], (16, 8), 0.8))
 
 
+@pytest.mark.slow
 def test_latent_noise_changes_stage_2_alone_and_makes_the_decoder_bear_it(tmp_path):
     options = ["--steps", 100, "--stage2-steps", 200, "--lr", 3e-3, "--stage2-lr", 3e-3]
     exact, noisy = (tokenize(tmp_path / strength, *options, "--latent-noise", strength) for strength in "01")
@@ -191,6 +192,7 @@ def test_lengths_are_powers_of_two_equally_often_and_zero_what_comes_after():
     assert torch.equal(kept[2, :2], h[2, :2]) and (kept[2, 2:] == 0).all()
 
 
+@pytest.mark.slow
 def test_nested_dropout_makes_few_tokens_worth_more(tmp_path, capsys):
     options = ["--steps", 300, "--stage2-steps", 1, "--lr", 3e-3, "--mask-low", 0, "--mask-high", 0]
     psnr = {}
@@ -259,6 +261,7 @@ def test_spans_are_ordered_and_apart_in_their_part():
     assert torch.equal(later[apart], torch.maximum(t, other)[apart]) and (later - span > -1e-6).all()
 
 
+@pytest.mark.slow
 def test_one_step_of_mean_flow_finds_the_modes_where_one_of_euler_finds_their_mean():
     distances = {}
     for part in (0.0, 0.75):
@@ -310,6 +313,7 @@ def test_the_alignment_loss_is_its_formula_patch_by_patch_and_zero_within_the_ma
     assert alignment_loss(near, f) == 0
 
 
+@pytest.mark.slow
 def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_2(tmp_path):
     options = ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen", "--steps", 80, "--lr", 3e-3]
     found = {}
@@ -444,21 +448,21 @@ def test_a_verdict_needs_every_seed():
 
 @pytest.mark.slow
 def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys):
-    command = ["--setting", "smoke", "--rows", "latent noise 0.8", "MeanFlow", "--out", str(tmp_path), "--device",
-               "cpu"]
+    command = ["--setting", "smoke", "--rows", "latent noise 0.8", "--out", str(tmp_path), "--device", "cpu"]
     study.main([*command, "--minutes", "0.0001"])
     assert "time is up" in capsys.readouterr().out
     study.main(command)
     assert capsys.readouterr().out.endswith("done\n")
-    log = (tmp_path / "meanflow_0" / "log.txt").read_text()
-    result = json.loads((tmp_path / "meanflow_0" / "result.json").read_text())
-    assert {f"gap, guidance {s}, {n} steps" for s in (1, 2) for n in (1, 2, 4, 25)} <= set(result)
-    assert "--mean-flow 0.25" in log and result["against"] == "baseline"
+    log = (tmp_path / "latent-noise-0-8_0" / "log.txt").read_text()
+    base, result = (json.loads((tmp_path / name / "result.json").read_text())
+                    for name in ("baseline_0", "latent-noise-0-8_0"))
+    assert {f"gap, guidance {s}, {n} steps" for s in (1, 2) for n in (1, 2, 4, 25)} <= set(base)
+    assert "--latent-noise 0.8" in log and result["against"] == "baseline" and result["psnr"] != base["psnr"]
     table = (tmp_path / "after.md").read_text()
     assert "| latent noise 0.8 | baseline | psnr |" in table and "| one seed |" in table
     assert (tmp_path / "latent_noise.png").exists()
     study.main(command)
-    assert (tmp_path / "meanflow_0" / "log.txt").read_text() == log                     # nothing was run twice
+    assert (tmp_path / "latent-noise-0-8_0" / "log.txt").read_text() == log             # nothing was run twice
     with pytest.raises(UserError, match="other options"):
         study.main([*command[:-1], "auto"])
 
