@@ -9,6 +9,7 @@ this project does not have.)
     python evaluate.py latents RUN RUN2 --data cifar10                   # linear probe, mixtures [Fig. 2a, 8]
     python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
+    python evaluate.py lengths RUN                   # reconstruction from the first 1, 2, 4 ... tokens [FlexTok]
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
     python evaluate.py speed --compare                                        # beside other libraries
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 import checkpoints
 import metrics
-from pictures.draw import line_chart, recon_picture, scatter_chart
+from after.nested_dropout import keep_first, possible_lengths
+from pictures.draw import image_grid, line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
 from frozen.features import (PRECISION_IMAGES, batches, collect, distance_name, feature_network,
@@ -44,6 +46,7 @@ from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
 from sit import load_diffusion, load_guide
+from study.theory import compactness as compactness_toy
 from study.theory import samples_needed
 from pictures.page import write_report
 
@@ -152,6 +155,39 @@ def recon(args):
     out = args.out or str(run_folder(args.run) / f"recon_{size}")
     finish(args, result, f"{out}.json")
     save_picture(args, recon_picture(shown[:8]), f"{out}.png")
+
+
+@torch.no_grad()
+def lengths(args):
+    """Reconstruction from the first 1, 2, 4 ... L tokens: a rate-distortion curve, a picture of images at growing
+    length.                                  [after the paper: FlexTok, 2502.13967; One-D-Piece, 2501.10064]
+
+    Of a tokenizer trained with --nested-dropout, and of another one to compare: without it no token comes first.
+    """
+    tokenizer = load_tokenizer(args.run, args.device)
+    data = args.data or checkpoints.load_checkpoint(args.run)["config"]["data"]
+    images = open_data(args, data, "test", tokenizer.config.image_size, args.num_images)
+    values, shown = {}, {}
+    for _, originals in batches(images, args, "reconstructing"):
+        x = originals.to(args.device)
+        h = tokenizer.encode(to_float(x))                                                   # (B, L, C)
+        for k in possible_lengths(h.shape[1]):
+            kept = keep_first(h, torch.full((len(h),), k, device=h.device))
+            redrawn = to_uint8(tokenizer.decode(kept, x.shape[-2:]))
+            values.setdefault(k, []).append(metrics.psnr(x, redrawn).cpu())
+            shown.setdefault(k, redrawn[:8])
+        shown.setdefault("original", x[:8])
+    rows = [{"tokens": k, "values": k * tokenizer.config.latent_dim,
+             "psnr": gather(torch.cat(parts), args).mean().item()} for k, parts in values.items()]
+    protocol = (f"{len(images.labels)} images of {images.name}, centre crop; EMA weights; other tokens set to 0; "
+                "rate in latent values, which are not quantised")
+    out = args.out or str(run_folder(args.run) / "lengths")
+    finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
+           [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    curve = {"PSNR in dB": {"": [(row["values"], row["psnr"]) for row in rows]}}
+    save_picture(args, line_chart(curve, "latent values", log_x=True), f"{out}_curve.png")
+    titles = [k if k == "original" else f"{k} token{'s' * (k > 1)}" for k in shown]
+    save_picture(args, image_grid(list(shown.values()), titles), f"{out}.png")
 
 
 def reconstructions(args, tokenizer, images):
@@ -508,6 +544,13 @@ def theory(args):
     save_picture(args, picture, f"{args.out}.png")
 
 
+def compactness(args):
+    """30 close modes against 4 distant ones in two dimensions: a compact picture can have many modes [rebuttal]"""
+    result, table, picture = compactness_toy(args)
+    finish(args, result, f"{args.out}.json", table)
+    save_picture(args, picture, f"{args.out}.png")
+
+
 def speed(args):
     """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios to
     other libraries. [Sec. 4.5]"""
@@ -567,6 +610,11 @@ def main(argv=None):
     add("--lpips", action=argparse.BooleanOptionalAction, help="default: with --features inception")
     add("--out", help="OUT.json and OUT.png are written (default: RUN/recon_SIZE; without a run "
         "runs/box/recon)")
+
+    add = command(lengths, None, of_run)
+    add("run", help="run or checkpoint of train_tokenizer.py")
+    add("--num-images", type=Count, default=1000, help="test images at most (default 1000)")
+    add("--out", help="OUT.json, OUT.png and OUT_curve.png are written (default: RUN/lengths)")
 
     add = command(generation)
     add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")
@@ -643,6 +691,11 @@ def main(argv=None):
 
     add = command(theory, None, None)
     add("--components", type=Count, nargs="+", default=[2, 4, 8, 16, 32], help="K")
+    add("--panels", nargs="+", choices=("K", "d", "B"), default=["K"],
+        help="what is varied, of the theorem's K^4 d^5 B^6 (default K)")
+    add("--fixed-components", type=Count, default=8, help="K where d or B is varied (default 8)")
+    add("--panel-dims", type=Count, nargs="+", default=[4, 8, 16, 32, 64], help="d that are tried")
+    add("--panel-norms", type=Positive, nargs="+", default=[3.0, 4.5, 6.0, 9.0, 12.0], help="B that are tried")
     add("--dims", type=Count, default=16, help="d (default 16)")
     add("--norm", type=Positive, default=6.0, help="B, of the means (default 6)")
     add("--time", type=Number(float, 0, 1, low_open=True, high_open=True), default=0.5,
@@ -652,6 +705,12 @@ def main(argv=None):
     add("--steps", type=Count, default=300, help="of training (default 300)")
     add("--repeats", type=Count, default=4, help="with other mixtures and samples (default 4)")
     add("--out", default="runs/theory", help="OUT.json and OUT.png (default runs/theory)")
+
+    add = command(compactness, None, None)
+    add("--dims", type=Number(int, 2, 1000), default=32, help="d (default 32)")
+    add("--umap", action=argparse.BooleanOptionalAction, default=importlib.util.find_spec("umap") is not None,
+        help="by UMAP too (default: where umap-learn is installed)")
+    add("--out", default="runs/compactness", help="OUT.json and OUT.png (default runs/compactness)")
 
     args = parser.parse_args(argv)
     if "features" in args and args.features is None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import common
+from after.time_shift import shift_of, shift_times
 from common import UserError, sample_rng
 
 # ------------------------------------------- paths and objective -------------------------------------------
@@ -118,6 +119,7 @@ def score_from_velocity(v: Tensor, x: Tensor, t: Tensor | float, path: str = "li
 #   velocity     a callable: state (B, L, C), t (a float) -> (B, L, C) in any float dtype;
 #                guided_velocity makes one
 #   x            (B, L, C), standard normal noise
+#   shift        of the times, see after/time_shift.py; 1: none
 #   trajectory   a list, to which (t, state) is appended at the start and after every step; None: not kept
 # and return the state at t = 0 in x's dtype. On the way it is float64 [released code]: hundreds of small
 # additions to a 16-bit state would round off most of each.
@@ -129,14 +131,15 @@ def _state(x):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)     # Apple GPUs have no float64
 
 
-def _times(steps, last=None):
+def _times(steps, last=None, shift=1.0):
     """steps + 1 times from 1 to 0, equally spaced, or with `last` as the one before 0 and
-    equal spacing up to it."""
+    equal spacing up to it; then shifted, but for `last`."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
     if last is None:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    return [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
+        return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    times = torch.linspace(1, shift_times(last, 1 / shift), steps, dtype=torch.float64)
+    return [*shift_times(times, shift).tolist(), 0.0]
 
 
 def _keep(trajectory, t, x, dtype):
@@ -145,18 +148,23 @@ def _keep(trajectory, t, x, dtype):
 
 
 @torch.no_grad()
-def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None) -> Tensor:
-    """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length."""
-    dtype, x, times = x.dtype, _state(x), _times(steps)
+def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None, shift: float = 1.0,
+          average: bool = False) -> Tensor:
+    """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length.
+
+    average: the velocity is asked for its mean over each step, which leaves no such error (after/mean_flow.py).
+    """
+    dtype, x, times = x.dtype, _state(x), _times(steps, shift=shift)
     _keep(trajectory, 1.0, x, dtype)
     for t, t_next in zip(times, times[1:]):
-        x = x + (t_next - t) * velocity(x, t).to(x)
+        x = x + (t_next - t) * velocity(x, t, **({"span": t - t_next} if average else {})).to(x)
         _keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 
 @torch.no_grad()
-def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, decide: str = "call") -> Tensor:
+def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, decide: str = "call",
+         shift: float = 1.0) -> Tensor:
     """Heun's method for the ODE dx/dt = v: an Euler step, then again with the mean of the
     velocities at its two ends.
 
@@ -167,7 +175,7 @@ def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, 
     decide: where guidance has an interval, "call" asks at each call's own time whether it holds [ours], "step"
     once at the start of a step for both of its calls [released code]; velocity is then guided_velocity's.
     """
-    dtype, x, times = x.dtype, _state(x), _times(steps)
+    dtype, x, times = x.dtype, _state(x), _times(steps, shift=shift)
     _keep(trajectory, 1.0, x, dtype)
     for t, t_next in zip(times, times[1:]):
         v = velocity(x, t).to(x)
@@ -181,7 +189,8 @@ def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, 
 
 @torch.no_grad()
 def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = LAST, path: str = "linear",
-                   generator=None, trajectory: list | None = None, diffusion: str = "sigma") -> Tensor:
+                   generator=None, trajectory: list | None = None, diffusion: str = "sigma",
+                   shift: float = 1.0) -> Tensor:
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
         dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
@@ -201,7 +210,7 @@ def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: floa
         raise ValueError(f"diffusion is {diffusion!r}: choose sigma or t")
     if not 0 < last < 1:
         raise ValueError(f"last is {last}: the last step starts between 0 and 1")
-    dtype, x, times = x.dtype, _state(x), _times(steps, last)
+    dtype, x, times = x.dtype, _state(x), _times(steps, last, shift)
     if noise is None:
         device = generator.device if generator else x.device
         noise = lambda step: torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
@@ -264,7 +273,7 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
     dtype = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     null = torch.full_like(y, null_class)
 
-    def velocity(x, t, start=None):
+    def velocity(x, t, start=None, span=None):
         # 1e-6: a sampler's times are rounded, and 0.7000000000000001 still is the end of [0, 0.7].
         guided = cfg_scale != 1 and low - 1e-6 <= (t if start is None else start) <= high + 1e-6
         if model.config.guidance_free or guide is not None:
@@ -279,7 +288,8 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
             return u + cfg_scale * (c - u)
         inputs, labels = (torch.cat((x, x)), torch.cat((y, null))) if guided else (x, y)
         times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
-        v = model(inputs.to(dtype), times, labels).to(x.dtype)
+        more = {} if span is None else {"span": torch.full_like(times, span)}
+        v = model(inputs.to(dtype), times, labels, **more).to(x.dtype)
         if not guided:
             return v
         c, u = v.chunk(2)
@@ -309,19 +319,20 @@ def choose_labels(num, classes, num_classes, kind, seed):
                      for i in range(num)])
 
 
-def sampling_times(sampler: str, steps: int) -> list[float]:
+def sampling_times(sampler: str, steps: int, shift: float = 1.0) -> list[float]:
     """The times at which a sampler calls the velocity, in order."""
     if sampler == "euler-maruyama":
-        return _times(steps, LAST)[:-1]
-    times = _times(steps)
+        return _times(steps, LAST, shift)[:-1]
+    times = _times(steps, shift=shift)
     return times[:-1] if sampler == "euler" else [t for pair in zip(times, times[1:]) for t in pair][:-1]
 
 
 def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
-                   steps=250, path="linear", trajectory=None, guide=None, as_released=False):
+                   steps=250, path="linear", trajectory=None, guide=None, as_released=False, shift=None):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
     guide: the worse model of autoguidance, see guided_velocity. as_released: Euler-Maruyama with w = 2t on
-    any path and Heun deciding on guidance once a step, as the authors' code samples.
+    any path and Heun deciding on guidance once a step, as the authors' code samples. shift: of the times; None: as
+    the model was trained.
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
     """
@@ -331,12 +342,13 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
     draw = lambda: common.to_device(torch.from_numpy(
         np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])), device)
     velocity = guided_velocity(model, torch.as_tensor(labels, device=device), cfg_scale, interval, guide)
+    options = dict(trajectory=trajectory, shift=shift or shift_of(model.config))
     if sampler == "euler-maruyama":
         return euler_maruyama(velocity, draw(), steps, noise=lambda step: draw(), path=path,
-                              trajectory=trajectory, diffusion="t" if as_released else "sigma")
+                              diffusion="t" if as_released else "sigma", **options)
     if sampler == "heun":
-        return heun(velocity, draw(), steps, trajectory=trajectory, decide="step" if as_released else "call")
-    return euler(velocity, draw(), steps, trajectory=trajectory)
+        return heun(velocity, draw(), steps, decide="step" if as_released else "call", **options)
+    return euler(velocity, draw(), steps, **options, average=bool(model.config.mean_flow) and guide is None)
 
 
 def check_guidance(model, scale, guide=None):

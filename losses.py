@@ -330,7 +330,8 @@ def build_objective(config, device: torch.device) -> Objective:
     style = dict(mean_std=IMAGENET, gelu="exact") if config.teachers_as == "released" else {}
     # Stage 2 has no auxiliary decoders, and should not load gigabytes for them.
     teachers = {name: load_teacher(name, config.patch_size, **where, **style)
-                for name in config.aux_targets if name not in ("hog", "text") and config.stage != "2"}
+                for name in (*config.aux_targets, config.align)
+                if name not in ("hog", "text", "") and config.stage != "2"}
     lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where)) if config.percep_weight else None
     if lpips is not None and config.checkpointing:
         lpips.distance = functools.partial(common.recompute, lpips.distance)

@@ -29,6 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from after.alignment import TEACHERS, check_alignment
+from after.nested_dropout import keep_first
 from checkpoints import load_checkpoint, load_weights
 from common import Count, Linear, Positive, UserError, Weight, Whole, check_ranges
 
@@ -62,6 +64,8 @@ class MAETokConfig:
     layer_scale: Weight = 0.0        # > 0: LayerScale in the encoder with this init; released code: 1e-5
     latent_modulation: bool = False  # decoders modulate their latent tokens by the raw latent [released code]
     initialisation: str = "xavier"   # of new weights: xavier [as MAE] or released, see initialise()
+    # ---- after the paper, all off: docs/after.md ----
+    align: str = ""                  # teacher whose patch features the latents are aligned with [VA-VAE]
 
     def __post_init__(self):
         check_ranges(self)
@@ -77,6 +81,7 @@ class MAETokConfig:
             raise ValueError(f"rope is {self.rope!r}: choose axial, mixed or none")
         if self.initialisation not in ("xavier", "released"):
             raise ValueError(f"initialisation is {self.initialisation!r}: choose xavier or released")
+        check_alignment(self)
         if self.ape not in ("none", "encoder", "both"):
             raise ValueError(f"ape is {self.ape!r}: choose none, encoder or both")
         if self.latent_modulation and not self.learnable_latents:
@@ -418,6 +423,7 @@ class MAETokOutput(NamedTuple):
     aux: dict[str, torch.Tensor]      # name -> (B, N, D_j) predictions for every patch, hidden or not;
                                       # "text" -> (B, D_j) logits
     posterior: torch.Tensor | None    # (B, L, 2C) mean and log-variance of a KL-VAE, else None
+    aligned: torch.Tensor | None = None   # (B, N, D) W z [after the paper: VA-VAE, 2501.01423], else None
 
 
 class MAETok(nn.Module):
@@ -428,6 +434,7 @@ class MAETok(nn.Module):
         self.config = c = config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c, c.decoder_depth, c.width, c.heads, out_dim=3 * c.patch_size ** 2)
+        self.align = nn.Linear(c.latent_dim, TEACHERS[c.align].dim) if c.align else None
         self.aux_decoders = nn.ModuleDict()
         for name, dim in c.aux_targets.items():
             if c.aux_depth == 0:
@@ -486,11 +493,14 @@ class MAETok(nn.Module):
         """decode(encode(images)): (B, 3, H, W) -> (B, 3, H, W)."""
         return self.decode(self.encode(images), images.shape[-2:])
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> MAETokOutput:
+    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None,
+                added: Tensor | None = None, lengths: Tensor | None = None) -> MAETokOutput:
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
         (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
+        added: (B, L, C), in standard deviations of the latents, on what the decoders see (after/latent_noise.py).
+        lengths: (B,) int, of how many tokens the decoders see (after/nested_dropout.py).
         Returns MAETokOutput.
         """
         grid = self.grid(images.shape[-2:])
@@ -501,6 +511,10 @@ class MAETok(nn.Module):
             h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         else:
             h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
+        if added is not None:
+            h = h + self.latent_std * added                    # [after the paper: DeTok, 2507.15856]
+        if lengths is not None:
+            h = keep_first(h, lengths)                         # [after the paper: FlexTok, 2502.13967]
         image_tokens = self.decoder.image_tokens(h, grid)                        # x^ = D([e ; h])   [Eq. 5]
         reconstruction = unpatchify(self.decoder.head(image_tokens), self.config.patch_size, grid)
         aux = {}
@@ -509,12 +523,12 @@ class MAETok(nn.Module):
                 aux[name] = decoder(image_tokens.mean(1) if name == "text" else image_tokens)
             else:
                 aux[name] = decoder(h, grid)
-        return MAETokOutput(reconstruction, h, aux, posterior)
+        return MAETokOutput(reconstruction, h, aux, posterior, self.align(h) if self.align else None)
 
     def freeze_encoder(self) -> "MAETok":
         """Prepare the second stage [Sec. 3.3]: the encoder stops learning, the auxiliary decoders go."""
         self.encoder.requires_grad_(False)
-        self.aux_decoders = nn.ModuleDict()
+        self.aux_decoders, self.align = nn.ModuleDict(), None
         return self
 
 

@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
-from common import Count, Seed, Share, UserError, Weight, Whole, sample_rng
+from after.time_shift import shift_of
+from common import Count, Positive, Seed, Share, UserError, Weight, Whole, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from flow import SAMPLERS, check_guidance, choose_labels, sample_latents, sampling_times
 from maetok import mask_out, random_mask
@@ -122,7 +123,7 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
     y = np.arange(columns) % max(1, model.config.num_classes)
     draw = lambda labels, scale, **kw: sample_latents(model, range(len(labels)), labels, args.seed, scale,
                                                       args.cfg_interval, args.sampler, args.steps,
-                                                      config["path"], **kw)
+                                                      config["path"], shift=args.time_shift, **kw)
     # The same noise in every row: what changes from row to row is guidance alone.
     for scale in (1.0, 2.0, 4.0) if model.config.num_classes else (1.0,):
         rows[f"samples by class\nguidance {scale:g}"] = tokenizer.decode(draw(y, scale), normalized=True)
@@ -138,7 +139,7 @@ def save_report(path, model, tokenizer, config, args, device, columns=10):
 
 def guidance_cost(args, guide):
     """A line that says how many of the steps need a second velocity: those whose time is in the interval."""
-    times = sampling_times(args.sampler, args.steps)
+    times = sampling_times(args.sampler, args.steps, args.time_shift)
     inside = sum(args.cfg_interval[0] - 1e-6 <= t <= args.cfg_interval[1] + 1e-6 for t in times)
     return (f"guidance {args.cfg:g} in [{args.cfg_interval[0]:g}, {args.cfg_interval[1]:g}]: "
             f"{'the guide' if guide else 'the null class'} is computed in {inside} of {len(times)} calls, which "
@@ -181,6 +182,8 @@ def main(argv=None):
     add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
     add("--steps", type=Count, help="[Table 8] (default 250; for the model in assets/ 50; heun calls the "
         "model twice a step)")
+    add("--time-shift", type=Positive, help="of the sampler's times, see after/time_shift.py; LightningDiT: 3.33 "
+        "(default: as the model was trained)")
     add("--seed", type=Seed, default=0, help="of all noise and of random labels")
     add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
     add("--compile", action="store_true",
@@ -220,6 +223,7 @@ def main(argv=None):
     check_guidance(model, args.cfg, guide)
     if null and args.cfg != 1 and guide is None:
         raise UserError("--classes null: guidance leads away from the null class itself; give --cfg 1")
+    args.time_shift = args.time_shift or shift_of(model.config)
     num_classes = model.config.num_classes
     num = args.num or (8 * len(args.classes or range(num_classes)) if num_classes and not null else 64)
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
@@ -275,7 +279,7 @@ def main(argv=None):
                 # own mean and deviation, and its output is rounded to 256 levels.
                 z = sample_latents(model, indices, labels[indices], args.seed, args.cfg, args.cfg_interval,
                                    args.sampler, args.steps, config["path"], guide=guide,
-                                   as_released=bool(args.released))
+                                   as_released=bool(args.released), shift=args.time_shift)
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             checkpoints.atomic_write(part, lambda p: checkpoints.save_npy(p, images))
             bar.update(len(indices))

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+from after.x_prediction import velocity_of_data
 from checkpoints import load_checkpoint, load_weights
-from common import Count, Linear, Positive, UserError, Whole, check_ranges
+from common import Count, Linear, Positive, Share, UserError, Weight, Whole, check_ranges
 from maetok import tokenizer_of
 
 
@@ -47,6 +48,10 @@ class SiTConfig:
     num_classes: Whole = 1000    # the null class comes on top; 0: unconditional, it is the only one [Table 5]
     # Guidance-free training: the model is told 1 / guidance scale and learns the guided velocity itself.
     guidance_free: bool = False  # guidance-free training [rebuttal; Chen et al. 2025]; not with usit
+    # ---- after the paper, all off: docs/after.md ----
+    time_shift: Weight = 1.0     # of times in training and sampling; above 1 to the noise; 0: by L x C [RAE]
+    x_prediction: bool = False   # the output is read as the data, the velocity made of it [JiT]; linear path
+    mean_flow: Share = 0.0       # part of the samples that learn an average velocity [MeanFlow: 0.25]; sit alone
 
     def __post_init__(self):
         check_ranges(self)
@@ -200,6 +205,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
         self.beta_embedder = TimestepEmbedder(c.width) if c.guidance_free else None
+        self.span_embedder = TimestepEmbedder(c.width) if c.mean_flow else None
         self.register_buffer("pos_embed", position_table(c.num_latents, c.width), persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth))
         self.final_layer = FinalLayer(c.width, c.latent_dim)
@@ -218,11 +224,12 @@ class SiT(nn.Module):
                       self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x, t, y, beta=None, hidden_after=0):
+    def forward(self, x, t, y, beta=None, hidden_after=0, span=None):
         """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class -> velocity
         (B, L, C).
 
         beta: (B,) float in [0, 1], 1 / guidance scale, for a model of guidance-free training; None: 1.
+        span: (B,) float in [0, 1], t - r of an average velocity (after/mean_flow.py); None: 0.
         hidden_after: k > 0 returns (velocity, tokens after k blocks (B, L, D)), which REPA trains on.
         Raises ValueError when x is not (B, num_latents, latent_dim): one token would
         silently take every position.
@@ -233,12 +240,15 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
         if self.beta_embedder is not None:
             c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
-        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
+        if self.span_embedder is not None:
+            c = c + self.span_embedder(torch.zeros_like(t) if span is None else span)
+        x_t, x = x, self.x_embedder(x) + self.pos_embed                                            # (B, L, D)
         for number, block in enumerate(self.blocks, 1):
             x = block(x, c)
             if number == hidden_after:
                 hidden = x
         v = self.final_layer(x, c)                                                                 # (B, L, C)
+        v = velocity_of_data(v, x_t, t) if self.config.x_prediction else v
         return (v, hidden) if hidden_after else v
 
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target
+from after.time_shift import shift_of, shift_times
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
@@ -37,7 +40,7 @@ from flow import (drop_labels, euler, flow_matching_loss, guidance_free_mixture,
 from frozen.pretrained import TEACHERS, load_teacher
 from maetok import Decoder, initialise, masked_feature_loss, tokenizer_of
 from pictures.draw import image_grid, plot_curves
-from sit import SIZES, SiTConfig, build_config, build_model
+from sit import SIZES, SiTConfig, build_config, build_model, load_diffusion
 from sit import Block as SiTBlock
 from variants.lightningdit import Block as LightningDiTBlock
 from variants.lightningdit import velocity_direction_loss
@@ -54,6 +57,7 @@ class Config(SiTConfig):
     preset: str = "shapes"        # names joined by commas, later ones win; see PRESETS in this file
     tokenizer: str = ""           # run folder or checkpoint of train_tokenizer.py
     out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
+    init: str = ""                # start from the EMA weights of this run or checkpoint, of the same latents
     seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
@@ -82,6 +86,7 @@ class Config(SiTConfig):
     repa: str = ""                # teacher of REPA, dinov2-l for instance [rebuttal]; needs --no-cache
     repa_weight: Weight = 0.5     # of that loss, -cos [REPA]
     repa_block: Count = 8         # after so many blocks [REPA: 8 of 28]
+    repa_head: str = "decoder"    # from tokens to patches: decoder [ours] or mlp, repeated [authors' REPA code]
     weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
     random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
     # ---- optimisation ----
@@ -112,8 +117,14 @@ class Config(SiTConfig):
         path_coefficients(torch.zeros(1), self.path)                                  # these raise ValueError
         sample_times([], self.times)
         build_config(dataclasses.asdict(self))
+        if self.x_prediction and self.path != "linear":
+            raise UserError(f"--x-prediction divides by t: it knows the linear path, not --path {self.path}")
+        if self.mean_flow and (self.model != "sit" or self.path != "linear" or self.guidance_free or self.repa):
+            raise UserError("--mean-flow is for sit on the linear path, not with --guidance-free or --repa")
         if self.repa and self.repa not in TEACHERS:
             raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
+        if self.repa_head not in ("decoder", "mlp"):
+            raise UserError(f"--repa-head {self.repa_head}: choose decoder or mlp")
         if self.repa and self.cache:
             raise UserError("--repa looks at the images: add --no-cache")
         if self.repa and (self.model == "usit" or not 0 < self.repa_block <= self.depth):
@@ -141,10 +152,10 @@ PRESETS = {
                                        steps=500_000, keep_every=50_000),
 }
 # What --help lists; --help-all lists the rest.
-SHOWN = """preset tokenizer out seed device dtype compile checkpointing workers data cache cache_images
+SHOWN = """preset tokenizer out init seed device dtype compile checkpointing workers data cache cache_images
     unconditional model path times guidance_free width depth steps batch_size accumulate lr ema save_every keep
     keep_every grid_every""".split()
-FREE = {"out", "tokenizer", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
+FREE = {"out", "tokenizer", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
         "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg",
         "weights_dir"}
 
@@ -262,22 +273,34 @@ class LatentCache(torch.utils.data.Dataset):
 class Repa(nn.Module):
     """A diffusion model and the head that reads a teacher's patch features off its middle layer.
 
-    From L latent tokens to N patches goes a decoder of the tokenizer's kind, one layer deep: queries in the
-    patches' places look at the tokens, as in [Eq. 7]. No token belongs to a patch, so an MLP on each token,
-    as for 2D latents [REPA], has nothing to aim at. [ours: the rebuttal does not say]
+    kind "decoder": from L latent tokens to N patches goes a decoder of the tokenizer's kind, one layer deep:
+    queries in the patches' places look at the tokens, as in [Eq. 7]. No token belongs to a patch. [ours: the
+    rebuttal does not say]
+    kind "mlp": as for 2D latents, three layers on each token [REPA]; token l then answers for the N/L patches from
+    l N/L on, whatever they show [the authors' REPA code for 1D latents]. Raises UserError if L does not divide N.
     forward(x, t, y, beta) -> (velocity (B, L, C), features (B, N, D_teacher)).
     """
 
-    def __init__(self, model, after, tokenizer, dim):
+    def __init__(self, model, after, tokenizer, dim, kind="decoder", hidden=2048):
         super().__init__()
         c = dataclasses.replace(tokenizer.config, latent_dim=model.config.width, latent_modulation=False,
                                 ape="none", rope="axial")
-        self.model, self.after, self.grid = model, after, tokenizer.grid((c.image_size, c.image_size))
-        self.head = Decoder(c, 1, c.width, c.heads, dim)
-        initialise(self.head)
+        self.model, self.after, self.grid, self.kind = model, after, tokenizer.grid((c.image_size,) * 2), kind
+        self.patches_per_token, rest = divmod(math.prod(self.grid), model.config.num_latents)
+        if kind == "mlp":
+            if rest:
+                raise UserError(f"--repa-head mlp: {model.config.num_latents} tokens do not divide the "
+                                f"{math.prod(self.grid)} patches; choose decoder")
+            self.head = nn.Sequential(nn.Linear(model.config.width, hidden), nn.SiLU(), nn.Linear(hidden, hidden),
+                                      nn.SiLU(), nn.Linear(hidden, dim))                    # width 2048 [REPA]
+        else:
+            self.head = Decoder(c, 1, c.width, c.heads, dim)
+            initialise(self.head)
 
     def forward(self, x, t, y, beta=None):
         v, hidden = self.model(x, t, y, beta, hidden_after=self.after)
+        if self.kind == "mlp":
+            return v, self.head(hidden).repeat_interleave(self.patches_per_token, 1)
         return v, self.head(hidden, self.grid)
 
 
@@ -289,6 +312,7 @@ class Batch(NamedTuple):
     y: torch.Tensor                    # (B,) int64, the null class where the label was dropped or there is none
     beta: torch.Tensor | None          # (B,) 1 / guidance scale, of guidance-free training
     images: torch.Tensor | None        # (B, 3, H, W) in [-1, 1], where there is no cache
+    span: torch.Tensor | None = None   # (B,) t - r of an average velocity [after the paper: MeanFlow]
 
 
 @dataclass
@@ -312,7 +336,8 @@ def prepare_batch(config, step, positions, loaded, tokenizer, device):
         with torch.no_grad():
             x = tokenizer.encode(images, normalize=True)
     rngs = [sample_rng(config.seed, "diffusion", step, int(i)) for i in positions]
-    t = common.to_device(sample_times(rngs, config.times, config.path), device)
+    draw_times = lambda: shift_times(sample_times(rngs, config.times, config.path), shift_of(config))
+    t, span = draw_times(), None
     noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
     y = torch.where(y < 0, config.num_classes, y)               # an image without a class: the null class
     y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
@@ -321,12 +346,16 @@ def prepare_batch(config, step, positions, loaded, tokenizer, device):
     if config.guidance_free:
         beta = common.to_device(torch.tensor([rng.random() for rng in rngs], dtype=torch.float32), device)
         beta = torch.where(y == config.num_classes, 1.0, beta)
-    return Batch(x, noise, t, y, beta, images)
+    if config.mean_flow:
+        t, span = draw_spans(rngs, t, draw_times(), config.mean_flow)
+        span = common.to_device(span, device)
+    return Batch(x, noise, common.to_device(t, device), y, beta, images, span)
 
 
 def predict(config, wrapped, model, x_t, batch):
     """(velocity (B, L, C), and with REPA the features read off a middle layer, else None)."""
-    prediction = wrapped(x_t, batch.t, batch.y, *(() if batch.beta is None else (batch.beta,)))
+    more = {name: value for name, value in (("beta", batch.beta), ("span", batch.span)) if value is not None}
+    prediction = wrapped(x_t, batch.t, batch.y, **more)
     prediction, features = prediction if config.repa else (prediction, None)
     if config.guidance_free:
         prediction = guidance_free_mixture(model, prediction, x_t, batch.t, batch.y, batch.beta)
@@ -372,13 +401,17 @@ def train(config, state, train_set, tokenizer, teacher, processes):
         for micro, positions in enumerate(batches.positions()):
             batch = prepare_batch(config, step, positions, next(loader), tokenizer, device)
             x_t, v = interpolate(batch.x, batch.noise, batch.t, config.path)                # (B, L, C) each
+            if config.mean_flow:
+                v = mean_flow_target(model, x_t, v, batch.t, batch.y, batch.span)
             # DDP averages gradients at the last micro-batch only
             partial = micro + 1 < config.accumulate and world > 1
             with wrapped.no_sync() if partial else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     prediction, features = predict(config, wrapped, model, x_t, batch)
                 losses = flow_matching_loss(prediction, v)                                  # (B,)
-                loss = losses.mean() + added_losses(config, prediction, v, features, batch.images, teacher, log)
+                weights = adaptive_weights(losses) if config.mean_flow else 1.0
+                loss = (weights * losses).mean()
+                loss = loss + added_losses(config, prediction, v, features, batch.images, teacher, log)
                 (loss / config.accumulate).backward()
             bins = (batch.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             by_time.index_add_(1, bins, torch.stack((losses.detach(), torch.ones_like(losses))))
@@ -437,10 +470,34 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
              for i in range(columns)]
     noise, rows = torch.from_numpy(np.stack(noise)).to(device), {}
     for scale in (1.0, config.grid_cfg) if config.num_classes else (1.0,):
-        x = euler(guided_velocity(model, y, scale), noise, steps)
+        x = euler(guided_velocity(model, y, scale), noise, steps, shift=shift_of(config),
+                  average=bool(config.mean_flow))
         rows[f"guidance {scale:g}"] = to_uint8(tokenizer.decode(x, normalized=True))
     sheet = image_grid(list(rows.values()), list(rows))
     checkpoints.write_png(path, sheet)
+
+
+@torch.no_grad()
+def start_from(config, model, tokenizer, path):
+    """Copy the EMA weights of another run's model into `model`: --init. With --guidance-free this fine-tunes a
+    trained SiT, as Chen et al. (2025) do for some per cent of its training.                     [rebuttal: 1.51]
+
+    What the new model has beside them, the embedder of 1 / scale or of a span, answers 0 at first: at the start
+    it is the model that was trained. Raises UserError for a run of other latents, or another path or output.
+    """
+    source, its_tokenizer, its_config = load_diffusion(path)
+    if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
+        raise UserError(f"--init {path} was trained on another tokenizer's latents")
+    differ = [f"{name} {its_config.get(name, default)!r} -> {getattr(config, name)!r}" for name, default in
+              (("model", "sit"), ("path", "linear"), ("x_prediction", False))
+              if its_config.get(name, default) != getattr(config, name)]
+    if differ:
+        raise UserError(f"--init {path} holds another kind of model ({'; '.join(differ)}); give the same options")
+    weights = source.state_dict()
+    for name, new in model.state_dict().items():
+        if name.startswith(("beta_embedder.", "span_embedder.")) and name not in weights:
+            weights[name] = torch.zeros_like(new) if ".mlp.2." in name else new              # its last layer
+    checkpoints.load_weights(model, weights, path)
 
 
 def load_state(config, state, checkpoint):
@@ -493,6 +550,8 @@ def main(argv=None):
     out = Path(config.out)
     torch.manual_seed(config.seed)
     model = build_model(dataclasses.asdict(config)).to(device)
+    if config.init:
+        start_from(config, model, tokenizer, config.init)
     if config.checkpointing:
         common.recompute_blocks(model, (SiTBlock, LightningDiTBlock, USiTBlock))
     ema = common.EMA(model, config.ema, config.ema_device, config.ema_warmup)
@@ -501,7 +560,7 @@ def main(argv=None):
         with common.rank_zero_first(rank, world):
             teacher = load_teacher(config.repa, tokenizer.config.patch_size, config.weights_dir, device,
                                    config.random_frozen)
-        repa = Repa(model, config.repa_block, tokenizer, teacher.dim).to(device)
+        repa = Repa(model, config.repa_block, tokenizer, teacher.dim, config.repa_head).to(device)
     # One group: Table 8 has no weight decay, so there is nothing to exempt from it.
     optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
                                   betas=(config.beta1, config.beta2),

@@ -26,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from after.alignment import alignment_loss
+from after.latent_noise import draw_noise
+from after.nested_dropout import draw_lengths
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng, step_rngs)
 from data import GlobalBatches, build_dataset, collate, some_images, to_float, to_uint8
@@ -114,6 +117,10 @@ class Config(MAETokConfig):
     stage2_ramp: Share = 1.0     # part of stage 2 in which the mask ratio falls to 0 [Sec. 4.1: all of it]
     stage2_lr: Positive = 1e-4   # peak; the paper is silent
     stage2_warmup: Whole = 1000  # steps [ours]
+    # ---- after the paper, all off: docs/after.md ----
+    latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
+    nested_dropout: bool = False  # decode from the first 1, 2, 4 ... L tokens, drawn per image [FlexTok]
+    align_weight: Weight = 0.1   # of the loss of --align, times its adaptive weight [VA-VAE]
     # ---- logs ----
     log_every: Count = 100       # steps between lines of metrics.jsonl
     save_every: Count = 5000     # steps between checkpoints
@@ -145,6 +152,10 @@ class Config(MAETokConfig):
                                      ("mask-draw", self.mask_draw, ("uniform", "normal"))):
             if value not in choices:
                 raise UserError(f"--{name} {value}: choose {' or '.join(choices)}")
+        if self.align and self.compile:
+            raise UserError("--align asks for a gradient in the middle of the model, which --compile has not")
+        if self.nested_dropout and not self.learnable_latents:
+            raise UserError("--nested-dropout orders learnable latents; image tokens have their places already")
         if self.mixed_size and (self.mixed_size % self.patch_size or not self.learnable_latents):
             raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
                             f"{self.patch_size} px, and needs learnable latents, whose number is the same "
@@ -196,6 +207,8 @@ ABLATIONS = {
     "mask-40-60": dict(mask_low=0.4, mask_high=0.6),                                        # [Table 1c]
     "latents-256": dict(num_latents=256),                                                   # [Table 13a]
     "ape": dict(rope="none", ape="both"),                                                   # [Table 13b]
+    # The paper's rival, in our architecture [Fig. 2, Table 13a].           [after the paper: VA-VAE, 2501.01423]
+    "va-vae": _NO_MASK | _NO_AUX | dict(variational=True, learnable_latents=False, align="dinov2-l"),
 }
 PRESETS = SCALES | ABLATIONS
 # What --help lists; --help-all lists the rest, which the released preset, an ablation or a test needs.
@@ -298,6 +311,9 @@ class Batch(NamedTuple):
     noise: torch.Tensor | None                            # (B, L, C), of a VAE
     targets: dict                                         # name -> (B, N, D_j), the y^j of Eq. 8
     views: list | None                                    # of the discriminator, once it has begun
+    added: torch.Tensor | None = None                     # (B, L, C) latent noise [after the paper: DeTok]
+    lengths: torch.Tensor | None = None                   # (B,) tokens that are kept [after the paper: FlexTok]
+    align_to: torch.Tensor | None = None                  # (B, N, D) teacher's [after the paper: VA-VAE]
 
 
 def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
@@ -308,25 +324,33 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
     low, high = mask_range(config, stage.number, step - stage.first)
     mask = random_mask(step_rngs(config, "mask", step, positions), num_patches, low, high)
     mask = common.to_device(mask, device)
-    noise = None
+    noise = added = lengths = None
+    shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
     if config.variational and stage.number == 1:
-        shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
         draws = [rng.standard_normal(shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
         noise = common.to_device(torch.from_numpy(np.stack(draws)), device)
+    if config.latent_noise and stage.number == 2:
+        added = draw_noise(step_rngs(config, "latent-noise", step, positions), shape, config.latent_noise)
+        added = common.to_device(added, device)
+    if config.nested_dropout:
+        lengths = draw_lengths(step_rngs(config, "lengths", step, positions), config.num_latents)
+        lengths = common.to_device(lengths, device)
     targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
+    align_to = teachers[config.align](images) if config.align and stage.number == 1 else None
     loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
     adversarial = config.disc != "none" and step >= config.disc_start
     views = draw_views(config, step, micro, positions, device) if adversarial else None
-    return Batch(images, mask, loss_mask, noise, targets, views)
+    return Batch(images, mask, loss_mask, noise, targets, views, added, lengths, align_to)
 
 
 # ------------------------------------------------ the objective ------------------------------------------------
 
-def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast):
+def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast, latent_layer=None):
     """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8], and for
     a VAE its KL term [Table 1a].
 
-    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight.
+    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight. latent_layer: the
+    encoder's, where latents are aligned (after/alignment.py).
     Returns (loss, {name: term}): float32 scalars, the terms not weighted.
     """
     x, x_hat = batch.images, output.reconstruction.float()
@@ -336,6 +360,9 @@ def tokenizer_objective(config, step, batch, output, networks, last_layer, autoc
         terms["percep"] = networks.lpips(x_hat, x).mean()
         ramp = min(1.0, step / max(1, config.percep_warmup))
         loss = loss + config.percep_weight * ramp * terms["percep"]
+    if batch.align_to is not None:
+        terms["align"] = alignment_loss(output.aligned, batch.align_to)
+        loss = loss + config.align_weight * adaptive_weight(loss, terms["align"], latent_layer) * terms["align"]
     if batch.views:
         networks.adversary.requires_grad_(False)                            # its own step comes after this one
         with autocast:
@@ -393,9 +420,9 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
                     if batch.views:
                         stack.enter_context(wrapped_adversary.no_sync())
                 with autocast:
-                    output = wrapped(batch.images, batch.mask, batch.noise)
+                    output = wrapped(batch.images, batch.mask, batch.noise, batch.added, batch.lengths)
                 loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
-                                                  autocast)
+                                                  autocast, model.encoder.to_latent.weight)
                 (loss / config.accumulate).backward()
                 if batch.views:
                     adversary.requires_grad_(True)
@@ -555,6 +582,7 @@ def start_from(config, model, adversary, path):
                         "give the same preset")
     checkpoints.load_weights(model.encoder, source.encoder.state_dict(), path)
     checkpoints.load_weights(model.decoder, source.decoder.state_dict(), path)
+    model.latent_mean, model.latent_std = source.latent_mean, source.latent_std    # the unit of --latent-noise
     for name, decoder in source.aux_decoders.items():
         if name in model.aux_decoders:
             checkpoints.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
@@ -679,7 +707,7 @@ def main(argv=None):
         save(config, state, processes)
     if rank == 0:
         records = checkpoints.read_metrics(out)
-        terms = ("recon", "percep", *config.aux_targets, "kl", "adv", "adaptive_weight", "disc",
+        terms = ("recon", "percep", *config.aux_targets, "align", "kl", "adv", "adaptive_weight", "disc",
                  "disc_real", "disc_fake", "lecam", "lr")
         plot_curves({n: [(r["step"], r[n]) for r in records if n in r]
                             for n in terms}).save(out / "loss.png")

@@ -69,6 +69,10 @@ SECTIONS = {
         "Classes should form clouds of one colour. Mixtures: the negative log-likelihood of held-out "
         "latents falls as modes are added; the fewer modes it takes, the easier a latent space is for "
         "diffusion [Theorem 2.1]."),
+    "lengths": (
+        "Images from their first tokens", "after the paper: FlexTok",
+        "With more tokens an image gains detail, from its main colours on. Without --nested-dropout no token "
+        "comes first, and nothing is seen until nearly all are there."),
     "generation": (
         "Samples, measured", "Tables 2, 3, 10",
         ""),
@@ -81,6 +85,10 @@ SECTIONS = {
     "theory": (
         "Theorem 2.1 in a toy world", "Sec. 2, App. A",
         "More modes need more samples for the same error: the lines lie further right as K grows."),
+    "compactness": (
+        "Compact is not simple", "rebuttal",
+        "A, with its 30 close modes, is one small cloud, B, with four distant ones, a wide picture of four: how "
+        "compact latents look (Fig. 4) does not say how many modes they have (Fig. 2)."),
 }
 SHEET = ("The pipeline on one sheet", "Fig. 3; Sec. 3",
          "From top to bottom: images; what the encoder sees while it trains; reconstructions without a mask; "
@@ -183,7 +191,7 @@ def write_report(folder, sheet=""):
     for _, path, result in sorted(results, key=lambda entry: entry[:2]):
         title, source, see = SECTIONS[result["command"]]
         pictures = [path.with_name(name) for name in (f"{path.stem}.png", f"{path.stem}_classes.png",
-                                                      f"{path.stem}_mixtures.png")]
+                                                      f"{path.stem}_mixtures.png", f"{path.stem}_curve.png")]
         body = "".join(embedded(picture) for picture in pictures if picture.exists())
         body += f"<table>{number_table(result)}</table>"
         body += "".join(f"<p class=source>{html.escape(str(result[key]))}</p>"

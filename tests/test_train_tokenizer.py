@@ -75,8 +75,9 @@ def test_every_preset_builds_and_runs_its_shapes_on_the_meta_device(name):
     N = (size // config.patch_size) ** 2
     assert output.latents.shape == (1, config.num_latents if config.learnable_latents else N,
                                     config.latent_dim)
-    assert (output.posterior is not None) == name.startswith("vae")
-    targets = {"ae": {}, "vae": {}, "pixel": {}, "dinov2": {"dinov2-l": 1024}, "siglip": {"siglip-l": 1024}}
+    assert (output.posterior is not None) == name.startswith(("vae", "va-vae"))
+    targets = {"ae": {}, "vae": {}, "va-vae": {}, "pixel": {}, "dinov2": {"dinov2-l": 1024},
+               "siglip": {"siglip-l": 1024}}
     if name in ("combined", "maetok-b-256", "maetok-b-512"):
         targets[name] = {"hog": 108, "dinov2-l": 1024, "siglip-l": 1024}
     cells = (config.patch_size // config.hog_cell) ** 2                # of a patch; 9 bins, 3 channels each

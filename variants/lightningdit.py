@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from after.x_prediction import velocity_of_data
 from common import Linear
 from sit import LabelEmbedder, SiTConfig, TimestepEmbedder, modulate, position_table
 
@@ -204,12 +205,13 @@ class LightningDiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
         if self.beta_embedder is not None:
             c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
-        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
+        x_t, x = x, self.x_embedder(x) + self.pos_embed                                            # (B, L, D)
         for number, block in enumerate(self.blocks, 1):
             x = block(x, c, rope)
             if number == hidden_after:
                 hidden = x
         v = self.final_layer(x, c)                                                                 # (B, L, C)
+        v = velocity_of_data(v, x_t, t) if self.config.x_prediction else v
         return (v, hidden) if hidden_after else v
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from after.x_prediction import velocity_of_data
 from common import Count, Linear
 from sit import LabelEmbedder, SiTConfig, time_features
 
@@ -135,7 +136,7 @@ class USiT(nn.Module):
         # The time token is the D sines and cosines of t themselves, without an MLP, t unscaled [DC-AE].
         time = time_features(t, self.config.width).to(self.pos_embed.dtype)                        # (B, D)
         tokens = (self.y_embedder(y)[:, None], time[:, None], self.x_embedder(x).to(x.dtype))
-        x = torch.cat(tokens, dim=1) + self.pos_embed                                           # (B, 2+L, D)
+        x_t, x = x, torch.cat(tokens, dim=1) + self.pos_embed                                   # (B, 2+L, D)
         skips = []
         for block in self.in_blocks:
             x = block(x)
@@ -143,4 +144,5 @@ class USiT(nn.Module):
         x = self.mid_block(x)
         for block in self.out_blocks:
             x = block(x, skips.pop())                          # last in, first out: the nearest are joined
-        return self.linear(self.norm(x)[:, 2:])                                                    # (B, L, C)
+        v = self.linear(self.norm(x)[:, 2:])                                                       # (B, L, C)
+        return velocity_of_data(v, x_t, t) if self.config.x_prediction else v
