@@ -6,8 +6,8 @@
     python course/make.py A2 --gradescope --out DIR  # DIR/A2-autograder.zip
     python course/make.py --handouts                 # write the tables of blanks into course/A*.md
 
-The sources carry no marks: assignments.py names the functions, and their bodies are cut out here. Assignments before
-and after keep their solutions, so that every script of the folder runs as soon as its own blanks are filled.
+The sources carry no marks: assignments.py names the functions, and their bodies are cut out here. Assignments
+before and after keep their solutions, so that every script runs as soon as the folder's own blanks are filled.
 """
 import argparse
 import re
@@ -167,10 +167,10 @@ def table(name):
 
 
 def with_table(text, name):
-    """The handout's text with the table of blanks between its two marks. Raises UserError where they are missing."""
+    """The handout's text with the table of blanks between its two marks. Raises UserError where one is missing."""
     parts = re.split(r"(?<=<!-- blanks -->\n)(.*?)(?=<!-- /blanks -->)", text, flags=re.S)
     if len(parts) != 3:
-        raise UserError(f"course/{name}.md: the table goes between a line <!-- blanks --> and one <!-- /blanks -->")
+        raise UserError(f"course/{name}.md: the table goes between lines <!-- blanks --> and <!-- /blanks -->")
     return parts[0] + table(name) + parts[2]
 
 
