@@ -1,11 +1,11 @@
 """The assignments: what is blank, what it is worth, which tests grade it, one hint, and what students get wrong.
 
-A blank has points if *all* of its tests pass, and 0 otherwise: blanks are small. `tests` are in the repository's
-tests/ and in the student's folder; `hidden` ones, in hidden.py, run on data of the grader's seed.
-`needs` names the blanks that the tests call besides this one; all stand before it. When a blank is graded these
-come from the solution and all others are empty, so that a mistake counts once.
-`wrong` are answers that a student might give: (what is wrong, old text, new text, ...), edits of the solution's
-body, each of which must apply exactly once. The tests have to reject every one (tests/test_course.py).
+A blank has points if *all* of its tests pass, and 0 otherwise: blanks are small. `tests` are in the
+repository's tests/ and in the student's folder; `hidden` ones, in hidden.py, run on data of the grader's
+seed. `needs` names the blanks that the tests call besides this one; all stand before it. When a blank is
+graded these come from the solution and all others are empty, so that a mistake counts once. `wrong` are
+answers that a student might give: (what is wrong, old text, new text, ...), edits of the solution's body,
+each of which must apply exactly once. The tests have to reject every one (tests/test_course.py).
 """
 from typing import NamedTuple
 

@@ -7,7 +7,8 @@
     python course/make.py --handouts                 # write the tables of blanks into course/A*.md
 
 The sources carry no marks: assignments.py names the functions, and their bodies are cut out here. Assignments
-before and after keep their solutions, so that every script runs as soon as the folder's own blanks are filled.
+before and after keep their solutions, so that every script runs as soon as the folder's own blanks are
+filled.
 """
 import argparse
 import re

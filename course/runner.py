@@ -1,15 +1,17 @@
 """The process in which tests run: pytest, called once, with functions exchanged between rounds.
 
-It reads a job from stdin (marshal, a dict) and writes a line of JSON per test to the file descriptor job["fd"]:
+It reads a job from stdin (marshal, a dict) and writes a line of JSON per test to the file descriptor
+job["fd"]:
 
-    rounds     a list of dicts: `name`; `put`, {"maetok.py:random_mask": code object}, what functions are to do in
-               this round (all others do what the source says); `tests`, node ids, where that of a parametrised test
-               without [...] stands for all of its cases; `first`, stop at the first that fails
-    nonce      goes into every line; the parent believes no other line
-    closed     folders whose files must not be read; fence, the only folder in which files may be changed, or None
+    rounds   a list of dicts: `name`; `put`, {"maetok.py:random_mask": code object}, what functions are to do in
+             this round (all others do what the source says); `tests`, node ids, where that of a parametrised test
+             without [...] stands for all of its cases; `first`, stop at the first that fails
+    nonce    goes into every line; the parent believes no other line
+    fence    the only folder in which files may be changed, or None for no fence; `closed`, folders not to be read
+    temp     a folder for pytest's temporary files
 
-A function is exchanged by its __code__, in place: modules that imported it by name get the new one too, and pytest
-need not collect the tests again.
+A function is exchanged by its __code__, in place: modules that imported it by name get the new one too, and
+pytest need not collect the tests again.
 """
 import importlib
 import json
@@ -64,8 +66,10 @@ class Rounds:
     def run(self, items, part):
         for test in part["tests"]:
             for item in (item for item in items if selected(item, test)):
-                outcome, reason = outcome_of(runtestprotocol(item, nextitem=None, log=False))
-                self.write({"round": part["name"], "test": test, "outcome": outcome, "reason": reason})
+                reports = runtestprotocol(item, nextitem=None, log=False)
+                outcome, reason = outcome_of(reports)
+                self.write({"round": part["name"], "test": test, "outcome": outcome, "reason": reason,
+                            "seconds": sum(report.duration for report in reports)})
                 if outcome == "failed" and part["first"]:
                     return
 
@@ -85,7 +89,7 @@ def put_up_fence(closed, fence):
     """An audit hook, which Python code cannot take down again: no changes outside `fence`, no reading in `closed`,
     no processes, no network."""
     inside = lambda path, folder: path == folder or path.startswith(folder + os.sep)
-    open_for_all = tuple(map(os.path.realpath, {sys.prefix, sys.base_prefix}))
+    readable = (fence, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
     changes = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink",
                "os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.move"}
     refused = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "pty.",
@@ -97,7 +101,7 @@ def put_up_fence(closed, fence):
         path = os.path.realpath(os.fsdecode(path))
         if writing and path != os.devnull and not inside(path, fence):
             raise PermissionError(f"outside the grader's copy nothing may be changed: {path}")
-        if any(inside(path, folder) for folder in closed) and not any(inside(path, ok) for ok in open_for_all):
+        if any(inside(path, folder) for folder in closed) and not any(inside(path, ok) for ok in readable):
             raise PermissionError(f"closed while tests run: {path}")
 
     def hook(event, args):
