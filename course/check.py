@@ -8,6 +8,7 @@ each. The submissions go through make.py and grade.py as a student's would, with
 """
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,8 +53,8 @@ def bank(name, seed=0, seconds=600):
     with tempfile.TemporaryDirectory(prefix="bank-") as temporary:
         folder = Path(temporary, "copy")
         make.copy_files((*make.CODE, *make.TESTS, "course/hidden.py", "course/runner.py"), folder)
-        entries, trouble = grade.run_rounds(rounds_of(name), folder, temporary, seed, seconds, fenced=False,
-                                            processor=seconds)
+        entries, trouble = grade.run_rounds(rounds_of(name), folder, temporary, seed, seconds, seconds,
+                                            fenced=False)
     complaints = [trouble] if trouble else []
     complaints += [e["broken"] for e in entries if "broken" in e]
     times, rejected, by_visible = {}, 0, 0
@@ -101,6 +102,12 @@ def expected(name, kind):
     return sum(worth) if kind == "solution" else 0
 
 
+def in_folder(folder, target):
+    """`make target` in a student's folder, with this interpreter's packages. Returns its process."""
+    return subprocess.run(["make", "-o", ".venv/ready", f"PY={sys.executable}", target], cwd=folder,
+                          capture_output=True, text=True)
+
+
 def submissions(name, temporary):
     """Make a student's folder, hand it in three ways and grade each. Returns complaints."""
     complaints = []
@@ -109,7 +116,14 @@ def submissions(name, temporary):
         make.student_folder(name, folder)
         answer(name, folder, kind)
         begun = time.time()
-        _, marks = grade.grade(folder)
+        if kind == "solution":
+            tests = in_folder(folder, "test")
+            print(f"{name}: make test, {time.time() - begun:.0f} s: {tests.stdout.strip().splitlines()[-1]}")
+            if tests.returncode:
+                complaints.append(f"{name}: the solution fails `make test`:\n{tests.stdout[-2000:]}{tests.stderr}")
+        in_folder(folder, "submit")
+        begun = time.time()
+        _, marks = grade.grade(folder / "submission.zip")
         points = sum(mark.points for mark in marks)
         print(f"{name} {kind}: {points} points, {time.time() - begun:.0f} s", flush=True)
         if points != expected(name, kind):

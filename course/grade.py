@@ -173,8 +173,7 @@ def mistaken(blank, wrong):
     return {f"{blank.file}:{blank.name}": code_of(wrong_text(blank, wrong), blank.file, blank.name)}
 
 
-def run_rounds(rounds, folder, temporary, seed=0, seconds=SECONDS, processor=PROCESSOR, closed=(), fenced=True,
-               user=None):
+def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), fenced=True, user=None):
     """Run runner.py on `rounds` in a copy of the repository.
 
     folder: the copy. temporary: a folder of the grader's own. seconds, processor: limits, the latter of processor
@@ -272,7 +271,7 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     check = lambda when: [dict(name=f"{when} {i}", put=needs | mistaken(blank, wrong), tests=tests, first=False)
                           for i, wrong in enumerate(judged)]
     rounds = [*check("before"), dict(name="answer", put=needs, tests=tests, first=False), *check("after")]
-    entries, trouble = run_rounds(rounds, folder, temporary, seed, closed=closed, user=user)
+    entries, trouble = run_rounds(rounds, folder, temporary, seed, SECONDS, PROCESSOR, closed, user=user)
     shutil.rmtree(folder, ignore_errors=True)
     reasons = [f"{'hidden' if test in blank.hidden else 'test'} {test.split('::')[1]}: {one_line(why)}"
                for test, why in failures(entries, "answer", tests).items() if why != "it did not run"]
