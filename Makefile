@@ -8,7 +8,7 @@ OUT ?= runs/study-quick
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: box demo lint study test test-fast
+.PHONY: box course demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 demo: .venv/runtime
@@ -27,6 +27,11 @@ box: .venv/runtime
 	$(BIN)/python train_tokenizer.py --steps 10000 --stage2-steps 14000 --out runs/box/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 12000 --out runs/box/diffusion
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
+
+# The course: every folder is made, its tests are proved on wrong answers, made submissions are graded; the notebook.
+course: .venv/dev
+	$(BIN)/python course/check.py
+	$(BIN)/python course/notebook.py
 
 # The paper's comparison of autoencoders on CIFAR-10, two to three hours on two cores; run again to go on.
 study: .venv/runtime

@@ -33,7 +33,7 @@ def find(source: str, name: str) -> Piece:
     documented = ast.get_docstring(node) is not None
     first = nodes[0].end_lineno if documented else nodes[0].lineno - 1
     if first < node.lineno:
-        raise ValueError(f"{name} stands on one line")
+        raise ValueError("it stands on one line: give its body lines of its own")
     return Piece(node, first, node.end_lineno)
 
 

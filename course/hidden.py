@@ -107,7 +107,8 @@ def test_gaussian_window(cell):
     close(window, torch.from_numpy(oracle / oracle.sum()), 1e-6)
 
 
-@pytest.mark.parametrize("patch, cell, bins", [(8, 4, 9), (4, 4, 6)])
+# An odd number of bins: of an even one, pi / 2 is a border, and at the image's edge gy is 0 but for rounding.
+@pytest.mark.parametrize("patch, cell, bins", [(8, 4, 9), (4, 4, 7)])
 def test_hog_features(patch, cell, bins, rng):
     H, W = 2 * patch, 3 * patch
     images = torch.from_numpy(rng.uniform(-1, 1, (2, 3, H, W))).float()

@@ -153,9 +153,9 @@ def test_an_experiment_needs_a_report_and_two_seeds(tmp_path, kind):
     ("def sobel(images, size=print('hello')):\n    return images", "its signature is"),
     ("sobel = 3", "hog.py has no function sobel"),
     ("class sobel: pass", "hog.py has no function sobel"),
-    ("def sobel(images): return images", "hog.py: sobel: sobel stands on one line"),
+    ("def sobel(images): return images", "it stands on one line"),
     ("def sobel(images):\n    from math import *\n", "hog.py does not parse: import * only allowed"),
-    ("(" * 10_000, "hog.py"),
+    ("(" * 10_000, "does not parse"),
     ("#" * 2_000_000, "hog.py has 2000000 bytes")])
 def test_what_cannot_be_taken_gets_a_clear_line(tmp_path, text, reason):
     b = assignments.blank_of("A1.4")
@@ -163,12 +163,12 @@ def test_what_cannot_be_taken_gets_a_clear_line(tmp_path, text, reason):
         (tmp_path / "hog.py").write_text(text)
     with pytest.raises(ValueError) as found:
         grade.with_answer(b, text_of(b), grade.Submission(tmp_path))
-    assert str(found.value).startswith(reason.split(":")[0]) and reason in str(found.value)
+    assert str(found.value).startswith("hog.py") and reason in str(found.value)
 
 
 def test_only_the_body_of_the_function_is_taken(tmp_path):
     b = assignments.blank_of("A1.4")
-    (tmp_path / "hog.py").write_text("import nothing\n\n\ndef sobel(images: 'any') -> None:  # mine\n  'Its own.'\n"
+    (tmp_path / "hog.py").write_text("import nothing\n\n\ndef sobel(images: 'any') -> None:  # mine\n  'Doc.'\n"
                                      "  # a comment\n  return images, 1\n\nprint('hello')\n")
     found = grade.with_answer(b, text_of(b), grade.Submission(tmp_path))
     assert found == blanks.replace_body(text_of(b), "sobel", "    return (images, 1)")
