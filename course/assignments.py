@@ -224,7 +224,7 @@ A2 = (
            ("Eq. 8 on visible patches", "batch.loss_mask", "~batch.loss_mask"),
            ("Eq. 8 by the encoder's mask", "batch.loss_mask", "batch.mask"),
            ("KL without its weight", 'config.kl_weight * terms["kl"]', 'terms["kl"]')),
-          ("A2.5", "A2.6")),
+          ("A2.1", "A2.5", "A2.6")),                           # a Config checks its range with random_mask
     Blank("A2.8", "train_tokenizer.py", "mask_range", "Sec. 3.3", 4,
           "the range of stage 1, the ramp of stage 2 and its two ends, the released code's draw",
           _at(_TRAIN, "test_stage_2_lowers_the_mask_ratio_from_60_percent_to_none",
@@ -240,7 +240,8 @@ A2 = (
            ("a range from 0", "return ratio, ratio", "return 0.0, ratio"),
            ("cut off instead of drawn again",
             "while not config.mask_low <= (rate := rng.normal(0.6, 0.25)) <= config.mask_high:\n            pass",
-            "rate = min(max(rng.normal(0.6, 0.25), config.mask_low), config.mask_high)"))),
+            "rate = min(max(rng.normal(0.6, 0.25), config.mask_low), config.mask_high)")),
+          ("A2.1",)),
 )
 
 A3 = (
@@ -305,7 +306,7 @@ A3 = (
           "first order on a Gaussian's exact flow; times, dtypes and trajectory",
           _at(_FLOW, "test_order_of_the_ode_samplers[euler-2-linear]",
           "test_order_of_the_ode_samplers[euler-2-cosine]",
-              "test_ode_samplers_call_at_evenly_spaced_times_from_1[euler-calls0]",
+              "test_ode_samplers_call_at_evenly_spaced_times_from_1[euler-times0]",
               "test_time_runs_from_noise_at_1_to_data_at_0[euler]",
               "test_state_is_float64_and_the_result_has_the_inputs_dtype[euler]",
               "test_trajectory_holds_every_state_from_noise_to_result[euler-times0]"),
@@ -322,7 +323,7 @@ A3 = (
           "`decide`",
           _at(_FLOW, "test_order_of_the_ode_samplers[heun-4-linear]",
           "test_order_of_the_ode_samplers[heun-4-cosine]",
-              "test_ode_samplers_call_at_evenly_spaced_times_from_1[heun-calls1]",
+              "test_ode_samplers_call_at_evenly_spaced_times_from_1[heun-times1]",
               "test_time_runs_from_noise_at_1_to_data_at_0[heun]",
               "test_state_is_float64_and_the_result_has_the_inputs_dtype[heun]",
               "test_trajectory_holds_every_state_from_noise_to_result[heun-times1]"),

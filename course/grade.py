@@ -262,6 +262,8 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
         text = with_answer(blank, (clean / blank.file).read_text(), submission)
     except ValueError as e:
         return mark(0, str(e))
+    if text == (clean / blank.file).read_text():
+        return mark(0, "still empty")
     folder = temporary / blank.id
     shutil.copytree(clean, folder)
     (folder / blank.file).write_text(text)
