@@ -177,7 +177,8 @@ def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), f
     """Run runner.py on `rounds` in a copy of the repository.
 
     folder: the copy. temporary: a folder of the grader's own. seconds, processor: limits, the latter of processor
-    time. Returns (lines that carry the nonce, why the process did not finish or None).
+    time. Returns (lines that carry the nonce, why the process did not finish or None). Raises UserError where it
+    has not come to the first test: that is no submission's fault.
     """
     nonce, temp = secrets.token_hex(16), folder / "tmp"
     temp.mkdir(exist_ok=True)
@@ -200,9 +201,12 @@ def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), f
     with tempfile.TemporaryFile(dir=temporary) as lines, tempfile.TemporaryFile(dir=temporary) as output:
         job = dict(rounds=rounds, nonce=nonce, fd=lines.fileno(), closed=[str(c) for c in closed], temp=str(temp),
                    fence=os.path.realpath(folder) if fenced else None)
-        process = subprocess.Popen([sys.executable, "course/runner.py"], cwd=folder, env=environment,
-                                   stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[lines.fileno()],
-                                   start_new_session=True, preexec_fn=limit, **who)
+        try:
+            process = subprocess.Popen([sys.executable, "course/runner.py"], cwd=folder, env=environment,
+                                       stdin=subprocess.PIPE, stdout=output, stderr=output,
+                                       pass_fds=[lines.fileno()], start_new_session=True, preexec_fn=limit, **who)
+        except PermissionError as e:
+            raise UserError(f"user {user} cannot run {sys.executable}: {e}") from e
         trouble = None
         try:
             process.communicate(marshal.dumps(job), timeout=seconds)
@@ -228,11 +232,12 @@ def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), f
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             trouble = (f"more than {processor} s of processor time" if status == -signal.SIGXCPU else
                        f"the process ended {how} before its tests were done")
-            if not any("round" in entry for entry in found):            # not even begun: say what Python said
-                output.seek(0, os.SEEK_END)
-                output.seek(max(0, output.tell() - 2000))
-                last = output.read().decode(errors="replace").strip().splitlines()
-                trouble += f" ({last[-1][:200]})" if last else ""
+        broken = [entry["broken"] for entry in found if "broken" in entry]
+        if broken or trouble and not any(entry.get("started") for entry in found):
+            output.seek(0, os.SEEK_END)
+            output.seek(max(0, output.tell() - 2000))
+            last = output.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"the grader itself does not work here: {[*broken, *last, trouble][0]}")
     return found, trouble
 
 
@@ -258,11 +263,12 @@ def one_line(text):
 def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     """The Mark of one blank."""
     mark = lambda points, *reasons: Mark(blank.id, blank.name, points, blank.points, list(reasons))
+    source = (clean / blank.file).read_text()
     try:
-        text = with_answer(blank, (clean / blank.file).read_text(), submission)
+        text = with_answer(blank, source, submission)
     except ValueError as e:
         return mark(0, str(e))
-    if text == (clean / blank.file).read_text():
+    if text == blanks.transplant(source, blank.name, source):
         return mark(0, "still empty")
     folder = temporary / blank.id
     shutil.copytree(clean, folder)
@@ -278,7 +284,7 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     reasons = [f"{'hidden' if test in blank.hidden else 'test'} {test.split('::')[1]}: {one_line(why)}"
                for test, why in failures(entries, "answer", tests).items() if why != "it did not run"]
     if trouble:
-        reasons.append(next((one_line(e["broken"]) for e in entries if "broken" in e), trouble))
+        reasons.append(trouble)
     elif not reasons:
         for i in range(len(judged)):
             if (failures(entries, f"before {i}", tests).keys() != failures(entries, f"after {i}", tests).keys()):

@@ -50,6 +50,7 @@ class Rounds:
             self.write({"broken": str(report.longrepr)[-600:]})
 
     def pytest_runtestloop(self, session):
+        self.write({"started": True})       # nothing of a submission has run yet
         for part in self.rounds:
             functions = {place: function(place) for place in part["put"]}
             before = {place: f.__code__ for place, f in functions.items()}
