@@ -20,8 +20,9 @@ assert_close, a patched pytest) changes that verdict and gets nothing.
 What this does not stop: the submission's code shares a process with the tests. Made for the purpose it could
 find the nonce, or the values that a test compares with, in the interpreter's memory, repair what it has
 patched before the second judgement, or get around the audit hook through a C library; and without --user it
-has this user's rights. A grader runs in a container that holds nothing worth stealing; there, as root, --user
-nobody shuts the rest of the machine off. Points that matter are confirmed by a look at the code: it is short.
+has this user's rights. A grader runs on Linux, in a container that holds nothing worth stealing; there, as
+root, --user nobody shuts the rest of the machine off. Points that matter are confirmed by a look at the code:
+it is short.
 """
 import argparse
 import json
