@@ -8,7 +8,7 @@ OUT ?= runs/study-quick
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: box demo lint study test test-fast
+.PHONY: box course demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 # First, in some seconds, samples of the small model that comes with the code.
@@ -30,6 +30,11 @@ box: .venv/runtime
 	$(BIN)/python train_tokenizer.py --steps 8000 --stage2-steps 10000 --out runs/box/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
+
+# The course: every folder is made, its tests are proved on wrong answers, made submissions are graded; the notebook.
+course: .venv/dev
+	$(BIN)/python course/check.py
+	$(BIN)/python course/notebook.py
 
 # The paper's comparison of autoencoders on CIFAR-10, two to three hours on two cores; run again to go on.
 study: .venv/runtime

@@ -38,6 +38,20 @@ def test_an_unconditional_model_has_the_null_class_only():
 # ------------------------------------------- paths and objective -------------------------------------------
 
 @pytest.mark.parametrize("path", PATHS)
+def test_coefficients_and_their_derivatives(path):
+    t = torch.tensor([[0.0, 0.2], [0.7, 1.0]], dtype=torch.float64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        assert value.shape == derivative.shape == t.shape
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), t, retain_graph=True)[0], derivative)
+    alpha, sigma = alpha.detach(), sigma.detach()
+    ends = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack((alpha.flatten()[[0, 3]], sigma.flatten()[[0, 3]])), ends)
+    torch.testing.assert_close(alpha + sigma if path == "linear" else alpha ** 2 + sigma ** 2,
+                               torch.ones_like(alpha))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_paths_go_from_data_at_0_to_noise_at_1_with_these_derivatives(path):
     x, noise = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(interpolate(x, noise, torch.zeros(2, dtype=torch.float64), path)[0], x)
@@ -297,16 +311,15 @@ def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
             and values[-1] == pytest.approx(values[-2], abs=1e-9))
 
 
-def test_ode_samplers_call_at_evenly_spaced_times_from_1():
+@pytest.mark.parametrize("sampler, times", [(euler, [1.0, 0.75, 0.5, 0.25]),
+                                            (heun, [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])])
+def test_ode_samplers_call_at_evenly_spaced_times_from_1(sampler, times):
     calls = []
-    euler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
-    assert [t for _, t in calls] == [1.0, 0.75, 0.5, 0.25]
+    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
+    assert [t for _, t in calls] == times
     calls.clear()
-    heun(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
-    assert [t for _, t in calls] == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
-    calls.clear()
-    euler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1))
-    assert len(calls) == 250
+    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1))
+    assert len(calls) == (250 if sampler is euler else 249)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from maetok import (MAETok, MAETokConfig, Block, RoPE2D, kl_divergence, masked_feature_loss, patchify,
+from maetok import (MAETok, MAETokConfig, Block, Decoder, RoPE2D, kl_divergence, masked_feature_loss, patchify,
                     random_mask, rotate, unpatchify)
 
 TINY = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=2, num_latents=5,
@@ -100,6 +100,75 @@ def test_patchify_agrees_with_unfold_and_is_invertible():
     assert torch.equal(unpatchify(patchify(images, 4), 4, (2, 3)), images)
 
 
+def test_images_that_patches_do_not_fill_are_refused():
+    for size in ((18, 16), (16, 18), (18, 18)):
+        with pytest.raises(ValueError, match="multiples"):
+            patchify(torch.zeros(1, 3, *size), 4)
+
+
+class Recorder(nn.Module):
+    """Stands in for a Transformer: notes what it is given, answers twice the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, grid, before, latents=None):
+        self.calls.append((x, tuple(grid), before))
+        return 2 * x
+
+
+@pytest.mark.parametrize("changes", [{}, dict(class_token=True, ape="encoder"), dict(learnable_latents=False),
+                                     dict(learnable_latents=False, class_token=True)])
+def test_the_encoder_reads_its_latents_from_the_learnable_tokens(changes):
+    encoder = tiny(**changes).encoder
+    encoder.transformer = Recorder()
+    images, mask = torch.randn(2, 3, 16, 24), torch.rand(2, 24) < 0.5
+    latents = encoder(images, mask)
+    (x, grid, before), = encoder.transformer.calls
+    L = 5 if changes.get("learnable_latents", True) else 0
+    assert grid == (4, 6) and before == ("class_token" in changes) and x.shape == (2, before + 24 + L, 32)
+    positions = encoder.positions(grid)[0] if "ape" in changes else torch.zeros(24, 32)
+    patches = F.unfold(images, 4, stride=4).reshape(2, 3, 16, 24).permute(0, 3, 2, 1).reshape(2, 24, 48)
+    for b in range(2):
+        if before:
+            torch.testing.assert_close(x[b, 0], encoder.class_token[0, 0])
+        for n in range(24):
+            token = encoder.mask_token[0, 0] if mask[b, n] else encoder.patch_embed(patches[b, n])
+            torch.testing.assert_close(x[b, before + n], token + positions[n], rtol=1e-4, atol=1e-5)
+        for i in range(L):
+            torch.testing.assert_close(x[b, before + 24 + i],
+                                       encoder.latent_tokens[0, i] + encoder.latent_positions[0, i])
+    kept = x[:, before + 24:] if L else x[:, before:]
+    torch.testing.assert_close(latents, encoder.to_latent(2 * kept), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_decoder_pools_before_its_head(pool):
+    config = MAETokConfig(**TINY)
+    decoder, latents = Decoder(config, 1, 32, 2, out_dim=7, pool=pool), torch.randn(2, 5, 6)
+    tokens = decoder.image_tokens(latents, (3, 4))
+    found = decoder(latents, (3, 4))
+    assert found.shape == ((2, 7) if pool else (2, 12, 7))
+    for b in range(2):
+        rows = [tokens[b, n] @ decoder.head.weight.T + decoder.head.bias for n in range(12)]
+        torch.testing.assert_close(found[b], sum(rows) / 12 if pool else torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("aux_depth", [0, 1])
+def test_forward_is_encode_and_decode_under_the_mask(aux_depth):
+    model = tiny(aux_depth=aux_depth)
+    images, mask = torch.randn(2, 3, 16, 24), torch.rand(2, 24) < 0.5
+    output = model(images, mask)
+    torch.testing.assert_close(output.latents, model.encode(images, mask))
+    torch.testing.assert_close(output.reconstruction, model.decode(output.latents, (16, 24)))
+    tokens = model.decoder.image_tokens(output.latents, (4, 6))
+    assert list(output.aux) == ["hog", "anything"] and output.posterior is None
+    for name, decoder in model.aux_decoders.items():
+        torch.testing.assert_close(output.aux[name],
+                                   decoder(output.latents, (4, 6)) if aux_depth else decoder(tokens))
+
+
 def test_block_equals_pytorchs_pre_norm_encoder_layer():
     ours = Block(32, 4, 4.0)
     oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
@@ -117,6 +186,16 @@ def test_block_equals_pytorchs_pre_norm_encoder_layer():
 
 
 # ------------------------------------------------ positions ------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_multiplication_by_a_complex_number(dtype):
+    x, angle = torch.randn(2, 3, 7, 8).to(dtype), torch.randn(1, 3, 7, 4)
+    found = rotate(x, angle.cos(), angle.sin())
+    z = torch.complex(x[..., :4].float(), x[..., 4:].float()) * torch.polar(torch.ones_like(angle), angle)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.float(), torch.cat((z.real, z.imag), -1), rtol=tolerance, atol=tolerance)
+
 
 @pytest.mark.parametrize("kind", ["axial", "mixed"])
 def test_rope_depends_on_relative_position_only(kind):

@@ -4,13 +4,8 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
-from sklearn.mixture import GaussianMixture as Oracle
-from sklearn.preprocessing import StandardScaler
 
 import metrics
 from common import UserError
@@ -178,15 +173,27 @@ def test_precision_and_recall_by_brute_force():
 
 @pytest.mark.parametrize("data_range", [1.0, 2.0])
 def test_psnr_and_ssim_equal_scikit_image(data_range):
+    oracles = pytest.importorskip("skimage.metrics")
     g = torch.Generator().manual_seed(0)
     a = torch.randint(0, 256, (3, 3, 20, 33), generator=g, dtype=torch.uint8)
     b = (a.float() + torch.randn(a.shape, generator=g) * 30).clamp(0, 255).to(torch.uint8)
     for x, y, p, s in zip(a, b, metrics.psnr(a, b), metrics.ssim(a, b, data_range)):
         x, y = x.numpy() / 255, y.numpy() / 255
-        oracle = structural_similarity(x, y, channel_axis=0, data_range=data_range)
+        oracle = oracles.structural_similarity(x, y, channel_axis=0, data_range=data_range)
         assert s.item() == pytest.approx(oracle, abs=1e-12)
-        assert p.item() == pytest.approx(peak_signal_noise_ratio(x, y, data_range=1))
+        assert p.item() == pytest.approx(oracles.peak_signal_noise_ratio(x, y, data_range=1))
     assert metrics.psnr(a, a).tolist() == [100] * 3 and metrics.ssim(a, a).tolist() == pytest.approx([1] * 3)
+
+
+def test_psnr_by_hand():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 256, (2, 3, 3, 6, 5), generator=g, dtype=torch.uint8)
+    b[1] = a[1]
+    b[2] = (a[2].int() + torch.where(a[2] < 128, 3, -3)).to(torch.uint8)
+    found = metrics.psnr(a, b)
+    error = ((a[0].numpy() / 255 - b[0].numpy() / 255) ** 2).mean()
+    assert found.shape == (3,) and found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([-10 * math.log10(error), 100, 20 * math.log10(255 / 3)])
 
 
 def test_ssim_of_images_smaller_than_its_window_is_refused():
@@ -197,21 +204,51 @@ def test_ssim_of_images_smaller_than_its_window_is_refused():
 # --------------------------------------------- the latent space ---------------------------------------------
 
 def test_linear_probe_equals_scikit_learn():
+    scale = pytest.importorskip("sklearn.preprocessing").StandardScaler()
+    regression = pytest.importorskip("sklearn.linear_model").LogisticRegression(C=1.0, tol=1e-10, max_iter=2000)
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 4, (300,), generator=g)
     x = torch.randn(300, 6, generator=g, dtype=torch.float64) + torch.randn(4, 6, generator=g)[y]
     x, = metrics.standardise(x)
-    np.testing.assert_allclose(x, StandardScaler().fit_transform(x), atol=1e-12)
+    np.testing.assert_allclose(x, scale.fit_transform(x), atol=1e-12)
     weight, bias = metrics.linear_probe(x, y, 4, iterations=1000)
-    oracle = LogisticRegression(C=1.0, tol=1e-10, max_iter=2000).fit(x, y)
+    oracle = regression.fit(x, y)
     np.testing.assert_allclose((x @ weight + bias).softmax(1), oracle.predict_proba(x), atol=2e-4)
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_linear_probe_is_at_the_minimum_of_its_loss(strength):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (200,), generator=g)
+    x = torch.randn(200, 5, generator=g, dtype=torch.float64) + torch.randn(4, 5, generator=g)[y] + 0.3
+    weight, bias = (p.requires_grad_() for p in metrics.linear_probe(x, y, 4, strength, iterations=1000))
+    assert weight.shape == (5, 4) and bias.shape == (4,) and bias.abs().max() > 0.01
+    loss = torch.nn.functional.cross_entropy(x @ weight + bias, y) + weight.square().sum() / (2 * 200 * strength)
+    loss.backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (9, 12)])
+def test_pca_is_the_singular_value_decomposition(shape):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=g, dtype=torch.float64) * torch.linspace(3, 0.1, 12) + 5
+    _, s, vt = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
+    held = np.cumsum(s ** 2) / np.sum(s ** 2)
+    for fraction, dims, m in ((0.9, 0, int(np.argmax(held >= 0.9)) + 1), (0.5, 0, int(np.argmax(held >= 0.5)) + 1),
+                              (0.9, 5, 5)):
+        mean, axes, found = metrics.pca(x, fraction, dims)
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+        assert axes.shape == (12, m) and found == pytest.approx(held[m - 1])
+        np.testing.assert_allclose((axes.T.numpy() @ vt[:m].T).__abs__(), np.eye(m), atol=1e-8)
+    with pytest.raises(UserError, match="dimensions cannot be had"):
+        metrics.pca(x, dims=13)
 
 
 @pytest.mark.parametrize("shape", [(200, 12), (9, 12)])
 def test_pca_equals_scikit_learn(shape):
     x = torch.randn(*shape, dtype=torch.float64) * torch.linspace(3, 0.1, 12)
     mean, axes, held = metrics.pca(x, 0.9)
-    oracle = PCA(0.9).fit(x.numpy())
+    oracle = pytest.importorskip("sklearn.decomposition").PCA(0.9).fit(x.numpy())
     assert axes.shape[1] == oracle.n_components_
     assert held == pytest.approx(oracle.explained_variance_ratio_.sum())
     np.testing.assert_allclose(((x - mean) @ axes).abs(), np.abs(oracle.transform(x.numpy())), atol=1e-9)
@@ -231,6 +268,7 @@ def mixture_data(n=400, d=5, K=4):
 @pytest.mark.parametrize("kind", ["full", "diag"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-3)])
 def test_em_takes_the_same_steps_as_scikit_learn(kind, dtype, tolerance):
+    Oracle = pytest.importorskip("sklearn.mixture").GaussianMixture
     x = mixture_data()
     mixture = metrics.start_mixture(x, 4, kind == "full", np.random.default_rng(1))
     precisions = torch.linalg.inv(mixture.covariances) if kind == "full" else 1 / mixture.covariances
@@ -244,13 +282,58 @@ def test_em_takes_the_same_steps_as_scikit_learn(kind, dtype, tolerance):
                                atol=20 * tolerance)
 
 
-def test_em_never_loses_likelihood_and_the_fit_is_the_best_start():
+def given_mixture(full, K=3, d=4):
+    rng = np.random.default_rng(2)
+    roots = rng.normal(size=(K, d, d))
+    covariances = roots @ roots.transpose(0, 2, 1) + np.eye(d) if full else rng.uniform(0.5, 2, (K, d))
+    return metrics.GaussianMixture(*map(torch.from_numpy, (np.array([0.2, 0.5, 0.3]), rng.normal(size=(K, d)) * 2,
+                                                           covariances)))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_likelihood_is_that_of_torchs_mixture(full):
+    mixture = given_mixture(full)
+    x = torch.randn(50, 4, dtype=torch.float64) * 3
+    x[0] = 300.0                                              # far from all: densities of e^-10000 and less
+    d = torch.distributions
+    parts = (d.MultivariateNormal(mixture.means, mixture.covariances) if full else
+             d.Independent(d.Normal(mixture.means, mixture.covariances.sqrt()), 1))
+    oracle = d.MixtureSameFamily(d.Categorical(mixture.weights), parts)
+    torch.testing.assert_close(metrics.negative_log_likelihood(mixture, x), -oracle.log_prob(x))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_em_step_is_the_textbooks(full, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 1)                  # 64 vectors at a time: several blocks
+    mixture = given_mixture(full)
+    x = np.random.default_rng(3).normal(size=(150, 4)) * 2
+    joint = np.zeros((150, 3))
+    for k, (weight, mean, covariance) in enumerate(zip(*(part.numpy() for part in mixture))):
+        normal = scipy.stats.multivariate_normal(mean, covariance if full else np.diag(covariance))
+        joint[:, k] = weight * normal.pdf(x)
+    share = joint / joint.sum(1, keepdims=True)
+    found, value = metrics.em_step(mixture, torch.from_numpy(x))
+    assert value == pytest.approx(np.log(joint.sum(1)).mean())
+    np.testing.assert_allclose(found.weights, share.mean(0), rtol=1e-6)
+    for k in range(3):
+        mean = (share[:, k:k + 1] * x).sum(0) / share[:, k].sum()
+        covariance = (share[:, k:k + 1] * (x - mean)).T @ (x - mean) / share[:, k].sum()
+        np.testing.assert_allclose(found.means[k], mean, atol=1e-6)
+        np.testing.assert_allclose(found.covariances[k], covariance if full else np.diag(covariance), atol=1e-5)
+
+
+def test_likelihood_never_falls_over_em_steps():
     x = mixture_data()
     mixture, values = metrics.start_mixture(x, 6, True, np.random.default_rng(0)), []
     for _ in range(15):
         mixture, value = metrics.em_step(mixture, x)
         values.append(value)
     assert all(later >= earlier - 1e-9 for earlier, later in zip(values, values[1:]))
+    assert values[-1] > values[0] + 0.1
+
+
+def test_the_fit_is_the_best_start():
+    x = mixture_data()
     fits = [metrics.fit_mixture(x, 6, starts=starts)[1] for starts in (1, 4)]
     assert fits[1] >= fits[0]
     best, value = metrics.fit_mixture(x, 6, starts=4)
@@ -292,7 +375,8 @@ def test_discriminant_axes_are_scikit_learns():
     mix = rng.standard_normal((8, 8)) * np.geomspace(3, 0.3, 8)
     x = (2 * rng.standard_normal((5, 8))[y] + rng.standard_normal((4000, 8))) @ mix
     axes = metrics.discriminant_axes(torch.from_numpy(x), torch.from_numpy(y)).numpy()
-    oracle = LinearDiscriminantAnalysis(solver="eigen", n_components=2).fit(x, y)
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
+    oracle = discriminant(solver="eigen", n_components=2).fit(x, y)
     for ours, theirs in zip((x @ axes).T, oracle.transform(x).T):
         assert abs(np.corrcoef(ours, theirs)[0, 1]) > 0.999
         within = np.mean([ours[y == c].var() for c in range(5)])

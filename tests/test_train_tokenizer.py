@@ -456,6 +456,59 @@ def test_every_term_of_the_objective_is_logged_and_they_sum_to_the_loss(tmp_path
             assert r["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+class Critic(torch.nn.Module):
+    """Stands in for losses.Adversary: logits are weighted pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 8, 8))
+
+    def look(self, images, view):
+        return (images * self.weight).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("step, gan, vae", [(3, True, False), (10, True, True), (0, False, True)])
+def test_the_objective_is_the_weighted_sum_of_its_terms(step, gan, vae):
+    """Eq. 6 and 8 with stand-ins for the networks: every term by hand, every weight another one."""
+    config = Config(percep_weight=0.7, percep_warmup=6, disc_weight=0.3, aux_weight=0.25, kl_weight=0.01,
+                    targets="hog", variational=vae)
+    last_layer, critic = torch.randn(5, 8, requires_grad=True), Critic()
+    images, noise = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 5)
+    reconstruction = noise @ last_layer
+    lpips = lambda a, b: (a - b).abs().mean((1, 2, 3)) + 1
+    features, target = torch.randn(2, 4, 6, requires_grad=True), torch.randn(2, 4, 6)
+    mask, loss_mask = torch.rand(2, 4) < 0.5, torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]]).bool()
+    posterior = torch.randn(2, 3, 4)
+    batch = trainer.Batch(images, mask, loss_mask, torch.randn(2, 3, 2) if vae else None, {"hog": target},
+                          [f"view {i}" for i in range(5)] if gan else None)
+    output = maetok.MAETokOutput(reconstruction, None, {"hog": features}, posterior if vae else None)
+    loss, terms = trainer.tokenizer_objective(config, step, batch, output, losses.Objective({}, lpips, critic),
+                                              last_layer, torch.autocast("cpu", enabled=False))
+
+    mse = (reconstruction - images).square().mean()
+    percep = lpips(reconstruction, images).mean()
+    expected = mse + 0.7 * min(1, step / 6) * percep
+    by_hand = {"recon": mse, "percep": percep}
+    if gan:
+        adv = -(reconstruction * critic.weight.detach()).sum((1, 2, 3)).mean()
+        norms = [torch.autograd.grad(part, last_layer, retain_graph=True)[0].norm() for part in (expected, adv)]
+        by_hand |= {"adv": adv, "adaptive_weight": norms[0] / (norms[1] + 1e-4)}
+        expected = expected + 0.3 * by_hand["adaptive_weight"] * adv
+    hidden = (features - target).square().mean(-1)
+    by_hand["hog"] = ((hidden[0, 0] + hidden[0, 3]) / 2 + hidden[1, 1]) / 2
+    expected = expected + 0.25 * by_hand["hog"]
+    if vae:
+        mean, logvar = posterior.chunk(2, -1)
+        by_hand["kl"] = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum() / 2
+        expected = expected + 0.01 * by_hand["kl"]
+    assert terms.keys() == by_hand.keys()
+    for name, value in by_hand.items():
+        torch.testing.assert_close(terms[name].detach(), value.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert critic.weight.grad is None and last_layer.grad.abs().sum() > 0 and features.grad.abs().sum() > 0
+
+
 def test_frozen_networks_stay_as_they_are_and_out_of_the_checkpoint(tmp_path, monkeypatch):
     caught, build = {}, trainer.build_objective
 

@@ -1,0 +1,165 @@
+"""Check the course by its own means: what `make course` runs.
+
+    python course/check.py            # all five folders, the bank of wrong answers, three submissions of each
+    python course/check.py A3 --bank  # the bank of one assignment alone
+
+The bank runs in one process an assignment, in which runner.py exchanges functions: some 350 runs of a few tests
+each. The submissions go through make.py and grade.py as a student's would, with a process for every blank.
+"""
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))          # called as a script, from anywhere
+
+import common  # noqa: E402
+from common import UserError  # noqa: E402
+from course import assignments, blanks, grade, make  # noqa: E402
+
+
+# --------------------------------------------- tests of the tests ---------------------------------------------
+
+def rounds_of(name):
+    """What has to be run to prove the tests of an assignment, as runner.py's rounds: for every blank
+
+    empty    its function alone is as students find it
+    alone    it and what it needs are solved, all other functions of the assignment are empty
+    wrong i  its i-th wrong answer
+    """
+    rounds, listed = [], assignments.ASSIGNMENTS[name]
+    for b in listed:
+        tests = [*b.tests, *b.hidden]
+        others = {}
+        for other in listed:
+            others |= {} if other.id in (b.id, *b.needs) else grade.empty(other)
+        rounds.append(dict(name=f"{b.id} empty", put=grade.empty(b), tests=tests, first=False))
+        rounds.append(dict(name=f"{b.id} alone", put=others, tests=tests, first=False))
+        rounds += [dict(name=f"{b.id} wrong {i}", put=grade.mistaken(b, wrong), tests=tests, first=True)
+                   for i, wrong in enumerate(b.wrong)]
+    return rounds
+
+
+def bank(name, seed=0, seconds=600):
+    """Run all rounds of an assignment on a copy of the solution.
+
+    Returns (complaints, seconds, counts): what the tests do wrong, a line each; how long each blank's tests take;
+    the numbers of wrong answers, of those rejected, and of those that visible tests alone reject.
+    """
+    with tempfile.TemporaryDirectory(prefix="bank-") as temporary:
+        folder = Path(temporary, "copy")
+        make.copy_files((*make.CODE, *make.TESTS, "course/hidden.py", "course/runner.py"), folder)
+        entries, trouble = grade.run_rounds(rounds_of(name), folder, temporary, seed, seconds, seconds,
+                                            fenced=False)
+    complaints = [trouble] if trouble else []
+    times, rejected, by_visible = {}, 0, 0
+    for b in assignments.ASSIGNMENTS[name]:
+        tests = [*b.tests, *b.hidden]
+        times[b.id] = sum(e["seconds"] for e in entries if e.get("round") == f"{b.id} alone")
+        for test in tests:
+            cases = [e for e in entries if e.get("round") == f"{b.id} empty" and e["test"] == test]
+            if not cases or not all(e["outcome"] == "failed" and f"NotImplementedError: {b.message}" in e["reason"]
+                                    for e in cases):
+                complaints.append(f"{b.id} empty: {test} does not fail with its NotImplementedError")
+        for test, why in grade.failures(entries, f"{b.id} alone", tests).items():
+            complaints.append(f"{b.id} solved, others empty: {test}: {grade.one_line(why)}")
+        for i, wrong in enumerate(b.wrong):
+            found = [e for e in entries if e.get("round") == f"{b.id} wrong {i}" and e["outcome"] == "failed"]
+            if not found:
+                complaints.append(f"{b.id}: no test rejects {wrong[0]!r}")
+            rejected += bool(found)
+            by_visible += any(e["test"] in b.tests for e in found)
+    wrong = sum(len(b.wrong) for b in assignments.ASSIGNMENTS[name])
+    return complaints, times, (wrong, rejected, by_visible)
+
+
+# ---------------------------------------------- made submissions ----------------------------------------------
+
+def answer(name, folder, kind):
+    """Fill a student's folder: "empty" as it is, "solution", or "wrong", a wrong answer in every blank."""
+    for i, b in enumerate(assignments.ASSIGNMENTS[name]):
+        path, source = folder / b.file, (ROOT / b.file).read_text()
+        if kind == "wrong":
+            source = grade.wrong_text(b, b.wrong[i % len(b.wrong)])
+        if kind != "empty":
+            path.write_text(blanks.replace_body(path.read_text(), b.name, blanks.body(source, b.name)))
+    if name == "A5" and kind != "empty":
+        (folder / "report.md").write_text("word " * (500 if kind == "solution" else 5000))
+        for seed in (0, 1):
+            (folder / f"runs/{seed}").mkdir(parents=True)
+            (folder / f"runs/{seed}/config.json").write_text(
+                f'{{"steps": {100 if kind == "solution" else 100 + seed}, "seed": {seed}}}')
+
+
+def expected(name, kind):
+    """The points that a made submission has to get."""
+    worth = [b.points for b in assignments.ASSIGNMENTS[name]] or [points for _, points, _ in assignments.A5_CHECKS]
+    return sum(worth) if kind == "solution" else 0
+
+
+def in_folder(folder, target):
+    """`make target` in a student's folder, with this interpreter's packages. Returns its process."""
+    return subprocess.run(["make", "-o", ".venv/ready", f"PY={sys.executable}", target], cwd=folder,
+                          capture_output=True, text=True)
+
+
+def submissions(name, temporary):
+    """Make a student's folder, hand it in three ways and grade each. Returns complaints."""
+    complaints = []
+    for kind in ("empty", "solution", "wrong"):
+        folder = Path(temporary, name, kind)
+        make.student_folder(name, folder)
+        answer(name, folder, kind)
+        begun = time.time()
+        if kind == "solution":
+            tests = in_folder(folder, "test")
+            print(f"{name}: make test, {time.time() - begun:.0f} s: {tests.stdout.strip().splitlines()[-1]}")
+            if tests.returncode:
+                complaints.append(f"{name}: the solution fails `make test`:\n{tests.stdout[-2000:]}{tests.stderr}")
+        in_folder(folder, "submit")
+        begun = time.time()
+        _, marks = grade.grade(folder / "submission.zip")
+        points = sum(mark.points for mark in marks)
+        print(f"{name} {kind}: {points} points, {time.time() - begun:.0f} s", flush=True)
+        if points != expected(name, kind):
+            complaints.append(f"{name} {kind}: {points} points, not {expected(name, kind)}\n"
+                              + grade.as_text(name, marks))
+        shutil.rmtree(folder)
+    return complaints
+
+
+def main(argv=None):
+    """Run the command line (argv without the program's name; None: sys.argv)."""
+    parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("assignments", nargs="*", help="default: all")
+    add("--bank", action="store_true", help="the bank of wrong answers alone")
+    add("--seed", type=common.Seed, default=0, help="of the hidden tests' data (default 0)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.assignments) - set(assignments.ASSIGNMENTS):
+        raise UserError(f"there is no assignment {sorted(unknown)[0]}: choose A1 ... A5")
+    complaints, total = [], [0, 0, 0]
+    with tempfile.TemporaryDirectory(prefix="course-") as temporary:
+        for name in args.assignments or assignments.ASSIGNMENTS:
+            if assignments.ASSIGNMENTS[name]:
+                begun = time.time()
+                found, times, counts = bank(name, args.seed)
+                complaints += found
+                total = [a + b for a, b in zip(total, counts)]
+                print(f"{name} bank: {counts[1]} of {counts[0]} wrong answers rejected, {counts[2]} by visible "
+                      f"tests; {time.time() - begun:.0f} s; each blank's own tests: "
+                      + ", ".join(f"{id} {seconds:.1f} s" for id, seconds in times.items()), flush=True)
+            if not args.bank:
+                complaints += submissions(name, temporary)
+    print(f"in all: {total[1]} of {total[0]} wrong answers rejected, {total[2]} by visible tests alone")
+    if complaints:
+        print("\n".join(complaints))
+        raise UserError(f"the course has {len(complaints)} faults, listed above")
+
+
+if __name__ == "__main__":
+    common.run(main)
