@@ -25,7 +25,7 @@ from common import UserError
 
 try:
     import fcntl
-except ImportError:                                                                 # Windows has no such locks
+except ImportError:                                                                # Windows has no such locks
     fcntl = None
 
 
@@ -74,11 +74,11 @@ def _to_disk(path):
 
 
 def save_npy(path, array):
-    """numpy.save under exactly this name (numpy would append .npy to a temporary one), and behind the data, where
-    numpy does not look, their CRC-32.
+    """numpy.save under exactly this name (numpy would append .npy to a temporary one), and behind the data,
+    where numpy does not look, their CRC-32.
 
-    numpy writes a permuted view through a buffer of C's whose last error, a full disk say, it does not notice;
-    a contiguous array is written in one piece.
+    numpy writes a permuted view through a buffer of C's whose last error, a full disk say, it does not
+    notice; a contiguous array is written in one piece.
     """
     array = np.ascontiguousarray(array)
     with open(path, "wb") as file:
@@ -124,10 +124,11 @@ _locks = {}
 
 
 def lock(folder):
-    """Hold a folder for this process until it ends, however it ends. Raises UserError if another process does.
+    """Hold a folder for this process until it ends, however it ends.
+    Raises UserError if another process does.
 
-    A POSIX record lock: on NFS too, and not handed on to a loader's workers. Where the file system has none, a
-    line says that nobody watches.
+    A POSIX record lock: on NFS too, and not handed on to a loader's workers. Where the file system has none,
+    a line says that nobody watches.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,8 @@ def lock(folder):
     except (BlockingIOError, PermissionError) as e:
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{holder} is at work in {folder}; wait for it, stop it, or choose another --out") from e
+        raise UserError(f"{holder} is at work in {folder}; wait for it, stop it, or "
+                        "choose another --out") from e
     except OSError as e:
         print(f"note: no locks in {folder} ({e.strerror}): two runs in it would destroy each other",
               file=sys.stderr)
@@ -191,14 +193,15 @@ def save_checkpoint(out, state, keep, keep_every=0):
     out/step_NNNNNNN.pt and out/last.pt.
 
     Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
-    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none). Whenever a
-    crash comes, the last whole checkpoint is there under one of the names. Weights that are not finite are not
-    saved: UserError.
+    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none).
+    Whenever a crash comes, the last whole checkpoint is there under one of the names. Weights that are not
+    finite are not saved: UserError.
     """
     out = Path(out)
     if not all_finite(t for part in ("model", "ema", "adversary") for t in state.get(part, {}).values()):
-        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not written, "
-                        f"those in {out} are from before. Try a lower --lr or a longer --warmup in another --out")
+        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not "
+                        f"written, those in {out} are from before. Try a lower --lr or a longer --warmup "
+                        "in another --out")
     numbered = out / f"step_{state['step']:07d}.pt"
     atomic_write(numbered, lambda path: torch.save(state, path))
     link_last(numbered)
@@ -219,7 +222,8 @@ def link_last(numbered):
 
 
 def all_finite(tensors):
-    """Whether no tensor of floating point holds NaN or infinity: one number read back, however many they are."""
+    """Whether no tensor of floating point holds NaN or infinity: one number read back,
+    however many they are."""
     flags = [t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
@@ -280,8 +284,8 @@ def find_checkpoint(out, rank=0):
 def load_weights(model, state, path):
     """load_state_dict with one clear line for weights of another model, or not finite. Raises UserError."""
     if isinstance(state, dict) and not all_finite(state.values()):
-        raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an earlier "
-                        "one")
+        raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an "
+                        "earlier one")
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as e:
@@ -302,7 +306,8 @@ def check_same_config(saved, config, free, path):
     Raises UserError."""
     now = dataclasses.asdict(config)
     # A field younger than the checkpoint: its default is what was done before there was a choice.
-    saved = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING} | saved
+    saved = {f.name: f.default for f in dataclasses.fields(config)
+             if f.default is not dataclasses.MISSING} | saved
     changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
                if k not in free and saved.get(k) != now.get(k)]
     if changed:
@@ -311,8 +316,8 @@ def check_same_config(saved, config, free, path):
 
 
 def check_same_step(step, out, rank, world, device):
-    """Refuse to train when processes resumed at different steps, or when not all see what rank 0 writes: nodes
-    without a shared folder. Raises UserError on every rank."""
+    """Refuse to train when processes resumed at different steps, or when not all see what rank 0 writes:
+    nodes without a shared folder. Raises UserError on every rank."""
     if world > 1:
         # A name that nobody has used: a fresh folder of the same name may be there on each node.
         mark = [f".shared-{os.urandom(8).hex()}.tmp"]            # debris, should this process be killed
@@ -360,8 +365,8 @@ def read_metrics(out):
 
 
 def start_run(config, step, measured=True):
-    """What rank 0 does in a run's folder before it trains from `step` on. measured: the checkpoint holds what an
-    end-of-stage record of that step tells; else that record will be written again, and goes."""
+    """What rank 0 does in a run's folder before it trains from `step` on. measured: the checkpoint holds what
+    an end-of-stage record of that step tells; else that record will be written again, and goes."""
     out = Path(config.out)
     remove_debris(out)
     write_json(out / "config.json", dataclasses.asdict(config))

@@ -21,9 +21,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP threads wait for one another by spinning. Where another program has one of the cores, they spin away the
-# time slices of the very thread they wait for: a small model then takes up to 50 times as long. This is read when
-# torch loads OpenMP, so the scripts import this file before torch.
+# OpenMP threads wait for one another by spinning. Where another program has one of the cores, they spin away
+# the time slices of the very thread they wait for: a small model then takes up to 50 times as long. This is
+# read when torch loads OpenMP, so the scripts import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -52,13 +52,13 @@ _signals, _finish_steps = [], [False]
 
 def _on_signal(number, frame):
     _signals.append(number)
-    if not _finish_steps[0] or len(_signals) > 1:              # outside a training loop, or impatient: at once
+    if not _finish_steps[0] or len(_signals) > 1:             # outside a training loop, or impatient: at once
         raise Stopped(number)
 
 
 def stop_signal(world):
-    """The number of a SIGTERM or SIGHUP that reached any process, else 0. Training loops ask once a step, finish
-    the step, save and raise Stopped, so that a cluster that takes its machine back costs nothing."""
+    """The number of a SIGTERM or SIGHUP that reached any process, else 0. Training loops ask once a step,
+    finish the step, save and raise Stopped, so that a cluster that takes its machine back costs nothing."""
     _finish_steps[0] = True
     number = _signals[-1] if _signals else 0
     if world > 1:
@@ -82,11 +82,12 @@ def _complain(text):
 
 
 def run(main):
-    """Call main() as a script. A UserError becomes one line on stderr and exit status 2, as do a full disk and a
-    full memory; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
+    """Call main() as a script. A UserError becomes one line on stderr and exit status 2, as do a full disk
+    and a full memory; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
     sys.stdout.reconfigure(errors="backslashreplace")                         # file names need not be UTF-8
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:     # as nohup sets
+        if (hasattr(signal, name)
+                and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN):                # as nohup sets
             signal.signal(getattr(signal, name), _on_signal)
     status = 0
     try:
@@ -95,8 +96,8 @@ def run(main):
         _complain(f"error: {e}")
         status = 2
     except torch.OutOfMemoryError as e:
-        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more (more, "
-                  "smaller forward passes a step), --checkpointing, or a smaller --batch-size")
+        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more "
+                  "(more, smaller forward passes a step), --checkpointing, or a smaller --batch-size")
         status = 2
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to resume from the last checkpoint")
@@ -106,10 +107,11 @@ def run(main):
         status = 128 + e.number
     except (MemoryError, RuntimeError) as e:
         if _signals:                        # a loader's worker, say, had the signal too, and is missed
-            _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the same "
-                      "command again to resume from the last checkpoint")
+            _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the "
+                      "same command again to resume from the last checkpoint")
             status = 128 + _signals[-1]
-        elif isinstance(e, MemoryError) or re.search("can't allocate memory|Storage size calculation", str(e)):
+        elif isinstance(e, MemoryError) or re.search(
+                "can't allocate memory|Storage size calculation", str(e)):
             first = (str(e).splitlines() or ["MemoryError"])[0]
             _complain(f"error: not enough memory for these sizes ({first[:200]})")
             status = 2
@@ -135,7 +137,8 @@ AMD_PROCESSOR = _amd_processor()
 
 
 class Linear(nn.Linear):
-    """nn.Linear; on AMD processors a large float32 one of (B, T, D) is a 1 x 1 convolution: it is faster. [ours]
+    """nn.Linear; on AMD processors a large float32 one of (B, T, D) is a 1 x 1 convolution:
+    it is faster. [ours]
 
     PyTorch gives matrix products on x86 to MKL, which keeps to half-wide vectors on AMD; convolutions go to
     oneDNN, which does not. The sum is the same, and a contiguous (B, T, D) is in memory a channels-last
@@ -234,8 +237,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=(),
     one named is not in `base` (the presets that fix a scale; the first of them is the default),
     that default comes before it.
     hidden: fields that get no option because the script sets them, as are those that are no Number, str or
-    bool. shown: fields that --help lists (None: all); --help-all lists the others too. A field without a comment
-    is a ValueError.
+    bool. shown: fields that --help lists (None: all); --help-all lists the others too. A field without a
+    comment is a ValueError.
     Raises UserError for unknown options, presets and values.
     """
     description += (f"\nDefaults below are the paper's or those of the source named with them; "
@@ -247,7 +250,8 @@ def parse_config(config_class, presets, base, description, argv=None, hidden=(),
                            allow_abbrev=False, argument_default=argparse.SUPPRESS,
                            formatter_class=OneLineHelp)
     everything = shown is None or "--help-all" in (sys.argv if argv is None else argv)
-    parser.add_argument("--help-all", action="help", help="list every option, those of a preset or a test too")
+    parser.add_argument("--help-all", action="help",
+                        help="list every option, those of a preset or a test too")
     groups = {}
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
@@ -344,7 +348,8 @@ def start_processes(device="auto"):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     if "RANK" in os.environ and not dist.is_initialized():
-        # The others wait while rank 0 downloads weights or evaluates, at times for more than the usual 10 min.
+        # The others wait while rank 0 downloads weights or evaluates,
+        # at times for more than the usual 10 min.
         # device_id: NCCL then need not guess which GPU is this process's at its first collective.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
                                 device_id=torch.device("cuda", local) if device == "cuda" else None)
@@ -401,8 +406,8 @@ def autocast_dtype(name, device):
 
 
 def cast_matrices(model, dtype):
-    """Linear and convolution weights of a frozen model to `dtype`, in place; norms, embeddings and tables keep
-    theirs. Returns the model.
+    """Linear and convolution weights of a frozen model to `dtype`, in place; norms, embeddings and tables
+    keep theirs. Returns the model.
 
     Autocast casts a weight anew in every call when it needs no gradient: its cache is for weights that do.
     Called under autocast the model computes the very same numbers as before, without those casts.
@@ -436,7 +441,8 @@ def set_learning_rate(optimizer, lr):
 
 def optimizer_step(optimizer, clip):
     """One step with gradients cut to the norm `clip`, which are then let go. Returns their norm before."""
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups
+                                           for p in group["params"]], clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -455,8 +461,8 @@ class Clock:
 
 
 class Averages:
-    """Means of what a step logs, over forward passes and processes, until they are read. The host waits for the
-    GPU only then."""
+    """Means of what a step logs, over forward passes and processes, until they are read. The host waits
+    for the GPU only then."""
 
     def __init__(self, device):
         self.terms, self.finite = {}, torch.ones((), device=device)
@@ -475,9 +481,10 @@ class Averages:
         means = [torch.stack(values).mean() for values in self.terms.values()]
         *means, finite = all_mean(torch.stack([*means, self.finite])).tolist()
         if finite < 1:
-            raise UserError(f"the loss or its gradient is not finite at step {step} or up to {config.log_every} "
-                            f"before; the checkpoints in {config.out} are from before that. Try --dtype float32, "
-                            "or in another --out a lower --lr or a longer --warmup")
+            raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
+                            f"{config.log_every} before; the checkpoints in {config.out} are from before "
+                            "that. Try --dtype float32, or in another --out a lower --lr or a "
+                            "longer --warmup")
         result, self.terms = dict(zip(self.terms, means)), {}
         return result
 
@@ -506,9 +513,9 @@ def recompute_blocks(network, kinds):
 class EMA:
     """Exponential moving average of a model's weights: ema += (1 - decay) * (weights - ema), buffers copied.
 
-    With `warmup` the decay grows as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember a
-    random start for tens of thousands of steps. By step 90,000 the two are the same. [ours; SiT and the released
-    code have no warm-up and start the average at the weights]
+    With `warmup` the decay grows as min(decay, (1 + n) / (10 + n)) with n updates made: 0.9999 would remember
+    a random start for tens of thousands of steps. By step 90,000 the two are the same. [ours; SiT and the
+    released code have no warm-up and start the average at the weights]
     place: "auto", beside the model, or "cpu", which from the start of training on saves a GPU one copy of the
     weights and costs their way to the host in every step.
     """

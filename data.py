@@ -52,7 +52,7 @@ class Arrays:
 
     def fingerprint(self):
         digest = hashlib.sha256()
-        for start in range(0, self.length, 1000):                         # they may be a memory map of gigabytes
+        for start in range(0, self.length, 1000):                      # they may be a memory map of gigabytes
             digest.update(np.ascontiguousarray(self.images[start:start + 1000]))
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
@@ -165,8 +165,9 @@ def download(url, path, md5):
 class PathList:
     """Many paths below one folder as two arrays: indexing gives a Path.
 
-    A list of 1.28 million Paths is 0.5 GB that fork gives to every worker for nothing, until the first garbage
-    collection writes to each object and so copies it, in every worker; arrays have nothing to write to.
+    A list of 1.28 million Paths is 0.5 GB that fork gives to every worker for nothing, until the
+    first garbage collection writes to each object and so copies it, in every worker; arrays have nothing
+    to write to.
     """
 
     def __init__(self, root, paths):
@@ -254,7 +255,7 @@ class Folder:
         path = self.files[index]
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise OSError("no regular file")                     # a named pipe would be waited for for ever
+                raise OSError("no regular file")                   # a named pipe would be waited for for ever
             content = path.read_bytes()
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.format == "PNG":                            # only verify() looks at its checksums
@@ -296,12 +297,12 @@ def _walk_images(root):
     def stop(error):
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    above = {}                                   # a folder's path -> the folders above it, and itself, as they are
+    above = {}                              # a folder's path -> the folders above it, and itself, as they are
     for folder, below, names in os.walk(root, followlinks=True, onerror=stop):
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in (path := above.get(os.path.dirname(folder), frozenset())):
-            below.clear()                                                    # a link back up: it would never end
+            below.clear()                                                 # a link back up: it would never end
             continue
         above[folder] = path | {here}
         for name in names:

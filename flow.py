@@ -1,4 +1,4 @@
-"""Between noise and latents: paths and objective, samplers, guidance.              [Sec. 4.1, Table 8, App. C.2]
+"""Between noise and latents: paths and objective, samplers, guidance.           [Sec. 4.1, Table 8, App. C.2]
 
     training   latents x, noise eps, time t --interpolate--> x_t, v;
                the model learns v(x_t, t, class) by squared error
@@ -10,7 +10,8 @@ SiT's objective and samplers (Ma et al. 2024, arXiv:2401.08740), shared by SiT, 
 Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1. Samplers go from 1 down to 0.
 
 Shape legend, the same in every file: B batch · L latent tokens · C latent channels
-A label y is an int64 in [0, num_classes]; num_classes itself is the null class, which stands for "no class given".
+A label y is an int64 in [0, num_classes]; num_classes itself is the null class,
+which stands for "no class given".
 
 Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
 [released code] what only the authors' code shows · [ours] all are silent.
@@ -27,9 +28,9 @@ from after.time_shift import shift_of, shift_times
 from common import UserError, sample_rng
 
 # ------------------------------------------- paths and objective -------------------------------------------
-# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with alpha, sigma = 1, 0 at t = 0 and 0, 1 at
-# t = 1. Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns E[v | x_t].
-# [SiT, Sec. 2]
+# A path mixes data x and noise eps:  x_t = alpha x + sigma eps,  with alpha, sigma = 1, 0 at t = 0 and
+# 0, 1 at t = 1. Its velocity, dx_t/dt for a fixed pair:  v = alpha' x + sigma' eps.  The model learns
+# E[v | x_t]. [SiT, Sec. 2]
 
 def path_coefficients(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """alpha, sigma, alpha', sigma' at times t, a float tensor of any shape: four tensors like t.
@@ -45,14 +46,15 @@ def path_coefficients(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, 
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
-    """x, noise eps (B, L, C) and times t (B,) -> state x_t and its velocity v, (B, L, C) each: training's input
-    and target. [SiT's, whose training the paper follows, Sec. 4.1]"""
+    """x, noise eps (B, L, C) and times t (B,) -> state x_t and its velocity v, (B, L, C) each: training's
+    input and target. [SiT's, whose training the paper follows, Sec. 4.1]"""
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t[:, None, None], path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
 def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean per sample, for a trainer to sort by t.
+    """Squared error of the velocity: (B, L, C) -> (B,) float32, one mean per sample,
+    for a trainer to sort by t.
     """
     return (prediction.float() - target.float()).square().mean((1, 2))
 
@@ -74,7 +76,8 @@ def sample_times(rngs: list, kind: str = "uniform", path: str = "linear") -> Ten
 
 
 def drop_labels(rngs: list, y: Tensor, null_class: int, probability: float = 0.1) -> Tensor:
-    """Labels (B,) int64 with some replaced by the null class, so that one model learns both halves of guidance.
+    """Labels (B,) int64 with some replaced by the null class,
+    so that one model learns both halves of guidance.
 
     rngs: one numpy Generator per sample. null_class: the model's num_classes. probability: 0.1 [SiT]; 1 drops
     them all, which is how an unconditional model is trained [Table 5].
@@ -91,7 +94,8 @@ def expected_noise(v: Tensor, x: Tensor, t: Tensor | float, path: str = "linear"
     cosine path, never 0.
     v, x: (B, L, C), x being x_t. t: a float or (B,).
     """
-    # A float stays on the CPU, a scalar that kernels take by value: sent to a GPU, the host would wait for it.
+    # A float stays on the CPU, a scalar that kernels take by value: sent to a GPU,
+    # the host would wait for it.
     t = t.to(x).reshape(-1, 1, 1) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=x.dtype)
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
     return (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
@@ -152,7 +156,8 @@ def euler(velocity, x: Tensor, steps: int = 250, trajectory: list | None = None,
           average: bool = False) -> Tensor:
     """Euler's method for the ODE dx/dt = v: one call a step, an error of first order in the step's length.
 
-    average: the velocity is asked for its mean over each step, which leaves no such error (after/mean_flow.py).
+    average: the velocity is asked for its mean over each step,
+    which leaves no such error (after/mean_flow.py).
     """
     dtype, x, times = x.dtype, _state(x), _times(steps, shift=shift)
     _keep(trajectory, 1.0, x, dtype)
@@ -172,8 +177,9 @@ def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, 
     is an Euler step, as in Karras et al. (2022), and lands on the expected data: v at t = 0 takes its state
     for data and would leave half of the noise that is still there. One step of first order among many leaves
     the whole at second.
-    decide: where guidance has an interval, "call" asks at each call's own time whether it holds [ours], "step"
-    once at the start of a step for both of its calls [released code]; velocity is then guided_velocity's.
+    decide: where guidance has an interval, "call" asks at each call's own time whether it holds
+    [ours], "step" once at the start of a step for both of its calls [released code]; velocity is
+    then guided_velocity's.
     """
     dtype, x, times = x.dtype, _state(x), _times(steps, shift=shift)
     _keep(trajectory, 1.0, x, dtype)
@@ -188,17 +194,18 @@ def heun(velocity, x: Tensor, steps: int = 125, trajectory: list | None = None, 
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = LAST, path: str = "linear",
-                   generator=None, trajectory: list | None = None, diffusion: str = "sigma",
-                   shift: float = 1.0) -> Tensor:
+def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: float = LAST,
+                   path: str = "linear", generator=None, trajectory: list | None = None,
+                   diffusion: str = "sigma", shift: float = 1.0) -> Tensor:
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler [Table 8].
 
         dx = (v - w/2 s) dt + sqrt(w) dW,  t falling from 1:
         x_t is distributed as the ODE's for any w(t) >= 0 [SiT]
 
-    diffusion "sigma": w = 2 sigma(t) [ours], "t": w = 2t whatever the path [released code]; on the linear path
-    both are 2t. As s is -E[eps|x_t] / sigma, the drift v - w/2 s is v + w/(2 sigma) E[eps|x_t]: for "sigma"
-    nothing is divided by a small number, and for "t" on the cosine path t / sigma is within [2/pi, 1].
+    diffusion "sigma": w = 2 sigma(t) [ours], "t": w = 2t whatever the path [released code]; on the
+    linear path both are 2t. As s is -E[eps|x_t] / sigma, the drift v - w/2 s is v + w/(2 sigma)
+    E[eps|x_t]: for "sigma" nothing is divided by a small number, and for "t" on the cosine path
+    t / sigma is within [2/pi, 1].
     `steps` calls, at linspace(1, last, steps). The step from `last` to 0 adds no noise, since none after it
     could take that away; it uses the SDE's drift over its whole length, so `last` must be small beside the
     data's spread [released code].
@@ -229,7 +236,8 @@ def euler_maruyama(velocity, x: Tensor, steps: int = 250, noise=None, last: floa
 
 # ------------------------------------------------ guidance ------------------------------------------------
 
-def guidance_free_mixture(model, prediction: Tensor, x_t: Tensor, t: Tensor, y: Tensor, beta: Tensor) -> Tensor:
+def guidance_free_mixture(model, prediction: Tensor, x_t: Tensor, t: Tensor, y: Tensor,
+                          beta: Tensor) -> Tensor:
     """Guidance-free training: beta v(x_t, c, beta) + (1 - beta) sg[v(x_t, null, 1)], (B, L, C), which takes
     the prediction's place in every loss.
 
@@ -247,7 +255,8 @@ def guidance_free_mixture(model, prediction: Tensor, x_t: Tensor, t: Tensor, y: 
 
 
 def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = (0.0, 1.0), guide=None):
-    """A sampler's velocity: classifier-free guidance in an interval of times, u + cfg_scale (c - u). [App. C.2]
+    """A sampler's velocity: classifier-free guidance in an interval of times,
+    u + cfg_scale (c - u). [App. C.2]
 
     c and u are the velocities with the labels y (B,) and with the null class; all channels are guided
     [released code].
@@ -331,8 +340,8 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
                    steps=250, path="linear", trajectory=None, guide=None, as_released=False, shift=None):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
     guide: the worse model of autoguidance, see guided_velocity. as_released: Euler-Maruyama with w = 2t on
-    any path and Heun deciding on guidance once a step, as the authors' code samples. shift: of the times; None: as
-    the model was trained.
+    any path and Heun deciding on guidance once a step, as the authors' code samples. shift: of the times;
+    None: as the model was trained.
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
     """

@@ -20,14 +20,16 @@ CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time
 
 
 def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy), reflect padding of 1 px.
+    """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy),
+    reflect padding of 1 px.
 
-    images: (B, 3, H, W) float. Returns gx, gy, the same shape: gx is left minus right, gy is above minus below.
+    images: (B, 3, H, W) float. Returns gx, gy, the same shape: gx is left minus right,
+    gy is above minus below.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, 3, H+2, W+2)
-    # Summed in the order of a convolution, row by row from the left: where a gradient is exactly zero, another
-    # order leaves +-1e-8 of it, whose sign decides the bin (0.3-0.6 % of cells). Slices stream through the
-    # cache; a 3-channel convolution is several times slower here.
+    # Summed in the order of a convolution, row by row from the left: where a gradient is exactly zero,
+    # another order leaves +-1e-8 of it, whose sign decides the bin (0.3-0.6 % of cells). Slices stream
+    # through the cache; a 3-channel convolution is several times slower here.
     H, W = images.shape[-2:]
     s = lambda row, column: x[..., row:row + H, column:column + W]            # (B, 3, H, W), kernel's place
     gx = (s(0, 0) - s(0, 2)).add_(s(1, 0), alpha=2).sub_(s(1, 2), alpha=2).add_(s(2, 0)).sub_(s(2, 2))
@@ -45,8 +47,8 @@ def gaussian_window(cell_size: int, device=None) -> Tensor:
 
 
 def hog_dim(patch_size: int, cell_size: int = 8, bins: int = 9) -> int:
-    """Values per patch: 3 colours x bins x cells, 108 for a 16-px patch. Raises ValueError if cells do not fill
-    the patch."""
+    """Values per patch: 3 colours x bins x cells, 108 for a 16-px patch.
+    Raises ValueError if cells do not fill the patch."""
     if cell_size < 1 or patch_size % cell_size:
         raise ValueError(f"HOG cells of {cell_size} px do not fill a patch of {patch_size} px")
     return 3 * bins * (patch_size // cell_size) ** 2
@@ -75,10 +77,11 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
         # times slower than 16 over 4.
         return torch.cat([hog_features(part, patch_size, cell_size, bins) for part in images.split(group)])
     gx, gy = sobel(images.float())                                            # (B, 3, H, W)
-    # In a flat area the six terms leave up to 1e-6 behind, which normalising would blow up to a full cell (and
-    # does in the released code); the smallest step between two grey levels makes 0.008. [ours]
+    # In a flat area the six terms leave up to 1e-6 behind, which normalising would blow up to a full cell
+    # (and does in the released code); the smallest step between two grey levels makes 0.008. [ours]
     magnitude = F.threshold_(torch.hypot(gx, gy), 1e-5, 0.0)
-    # Orientation modulo 180 degrees. atan2(gx, gy), in this order: the angle is counted from the vertical axis.
+    # Orientation modulo 180 degrees. atan2(gx, gy), in this order:
+    # the angle is counted from the vertical axis.
     orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
     # MaskFeat lays one 16-px window after the other over the image, not one around each cell.

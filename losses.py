@@ -25,8 +25,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 import common
 from hog import hog_features
 from maetok import masked_feature_loss
-from frozen.pretrained import (IMAGENET, ViTBlock, channel_constants, load_lpips_heads, load_teacher, load_vgg16,
-                        load_vit, normalize)
+from frozen.pretrained import (IMAGENET, ViTBlock, channel_constants, load_lpips_heads, load_teacher,
+                               load_vgg16, load_vit, normalize)
 from variants.text import text_loss
 
 
@@ -116,9 +116,9 @@ class LeCAM(nn.Module):
 
 class View(NamedTuple):
     """How one call of the discriminator looks at its images; the trainer draws a new one for every call."""
-    crop: tuple | None = None                 # (top, left) of DinoDiscriminator's window; None: the whole image
-    augment: tuple = (False, False, False)    # colour, translation, cutout: on or off for the whole batch
-    amounts: torch.Tensor | None = None       # (B, 7) float uniform in [0, 1): how much, for each image
+    crop: tuple | None = None               # (top, left) of DinoDiscriminator's window; None: the whole image
+    augment: tuple = (False, False, False)  # colour, translation, cutout: on or off for the whole batch
+    amounts: torch.Tensor | None = None     # (B, 7) float uniform in [0, 1): how much, for each image
 
 
 def draw_views(config, step: int, micro: int, positions, device) -> list[View]:
@@ -262,9 +262,9 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images, crop=None):
         """(B, 3, H, W) -> (B, 5 * 196) logits.
 
-        crop: (top, left) of a 224-px window, each as a fraction in [0, 1) of the room there is; None brings the
-        whole image to 224 px: larger ones by area, smaller ones bicubically. The released code flips a coin
-        between them at every call.
+        crop: (top, left) of a 224-px window, each as a fraction in [0, 1) of the room there is; None brings
+        the whole image to 224 px: larger ones by area, smaller ones bicubically. The released code flips a
+        coin between them at every call.
         """
         S, (H, W) = self.SIZE, images.shape[-2:]
         if crop is not None and min(H, W) > S:

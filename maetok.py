@@ -124,8 +124,8 @@ def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.
 
     rngs: one numpy Generator per image, so that an image's mask does not depend on the batch it sits in.
     low, high: the mask ratio is drawn uniformly from [low, high], per image [ours: the
-    paper only says "40%-60%"; the released code draws one ratio per batch from a normal(0.6, 0.25) cut to that
-    range, which the trainer reproduces by passing low = high = that ratio].
+    paper only says "40%-60%"; the released code draws one ratio per batch from a normal(0.6, 0.25) cut to
+    that range, which the trainer reproduces by passing low = high = that ratio].
     Returns (B, N) bool on the CPU, True = hidden; each row hides ceil(ratio * N) patches [released code].
     """
     if not 0 <= low <= high < 1:
@@ -342,8 +342,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """x_hat = D([e ; h]) [Eq. 5], y_hat^j for an auxiliary target j [Eq. 7]: read from the image tokens' places,
-    then a linear layer to `out_dim` values per patch.
+    """x_hat = D([e ; h]) [Eq. 5], y_hat^j for an auxiliary target j [Eq. 7]: read from the image tokens'
+    places, then a linear layer to `out_dim` values per patch.
 
     e has the decoder's width D; h is projected from C to D first.
     The pixel decoder and every auxiliary decoder are this class; they differ in depth and out_dim.
@@ -393,18 +393,18 @@ class Decoder(nn.Module):
 
 
 def initialise(model: nn.Module, kind: str = "xavier") -> None:
-    """New weights, in place. kind "xavier": Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1) for
-    tokens and positions [ours]. "released": truncated normal 0.02 for linear layers, normal 0.02 for tokens and
-    positions, 1e-6 for class tokens; the decoder's modulation starts at 0 [released code].
+    """New weights, in place. kind "xavier": Xavier for linear layers, as MAE (He et al. 2022); normal(0, 1)
+    for tokens and positions [ours]. "released": truncated normal 0.02 for linear layers, normal 0.02 for
+    tokens and positions, 1e-6 for class tokens; the decoder's modulation starts at 0 [released code].
 
-    normal(0, 1) makes tokens and positions as large as a projected latent. At the usual 0.02 the decoder gets L
-    latents that it cannot distinguish until the positions have grown, and small runs lose much of their time
-    to that. The paper is silent on both.
+    normal(0, 1) makes tokens and positions as large as a projected latent. At the usual 0.02 the decoder gets
+    L latents that it cannot distinguish until the positions have grown, and small runs lose much of their
+    time to that. The paper is silent on both.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight) if kind == "xavier" else nn.init.trunc_normal_(module.weight,
-                                                                                                  std=0.02)
+            (nn.init.xavier_uniform_(module.weight) if kind == "xavier"
+             else nn.init.trunc_normal_(module.weight, std=0.02))
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if name.endswith(("_token", "_tokens", "_positions", ".table")):
@@ -478,7 +478,8 @@ class MAETok(nn.Module):
              else self.encoder(images, mask))
         return (h - self.latent_mean) / self.latent_std if normalize else h
 
-    def decode(self, latents: Tensor, size: tuple[int, int] | None = None, normalized: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None,
+               normalized: bool = False) -> Tensor:
         """Latents (B, L, C) to images (B, 3, H, W).                                                   [Eq. 5]
 
         size: (H, W) in px, default the square config.image_size.
@@ -499,7 +500,8 @@ class MAETok(nn.Module):
 
         images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
         (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
-        added: (B, L, C), in standard deviations of the latents, on what the decoders see (after/latent_noise.py).
+        added: (B, L, C), in standard deviations of the latents, on what the decoders see
+        (after/latent_noise.py).
         lengths: (B,) int, of how many tokens the decoders see (after/nested_dropout.py).
         Returns MAETokOutput.
         """
@@ -537,11 +539,11 @@ class MAETok(nn.Module):
 def masked_feature_loss(prediction: Tensor, target: Tensor, mask: Tensor, kind: str = "mse") -> Tensor:
     """The loss of one auxiliary target, on hidden patches only.                                       [Eq. 8]
 
-    prediction: y_hat^j, target: y^j, (B, N, D_j); mask: M, (B, N) bool, True = hidden. kind: "mse", the paper's,
-    or "cosine", the negative cosine that the released code uses for DINOv2 and CLIP. Means over D_j, over the
-    hidden patches of each image, then over images, so that the value does not depend on how a batch is split
-    over processes [Eq. 8 writes a plain sum; its sum over j is in tokenizer_objective]. An image with nothing
-    hidden contributes 0.
+    prediction: y_hat^j, target: y^j, (B, N, D_j); mask: M, (B, N) bool, True = hidden. kind: "mse", the
+    paper's, or "cosine", the negative cosine that the released code uses for DINOv2 and CLIP. Means over D_j,
+    over the hidden patches of each image, then over images, so that the value does not depend on how a batch
+    is split over processes [Eq. 8 writes a plain sum; its sum over j is in tokenizer_objective]. An image
+    with nothing hidden contributes 0.
     Returns a float32 scalar.
     """
     prediction, target = prediction.float(), target.float()
@@ -567,11 +569,11 @@ def kl_divergence(posterior: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
 
 
-# -------------------------------------------- a trained tokenizer --------------------------------------------
+# ------------------------------------------- a trained tokenizer -------------------------------------------
 
 def load_tokenizer(path, device="cpu") -> MAETok:
-    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py, or the one inside a checkpoint
-    of train_diffusion.py: MAETok with the EMA weights, in eval mode.
+    """The trained tokenizer in a checkpoint or run folder of train_tokenizer.py, or the one inside a
+    checkpoint of train_diffusion.py: MAETok with the EMA weights, in eval mode.
 
     Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std; a checkpoint
     from the middle of a stage has none yet, which a warning says. Raises UserError.

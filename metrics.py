@@ -168,8 +168,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) 
     """Precision and recall of Kynkäänniemi et al. (2019), as ADM's suite computes them.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
-    the set (itself not counted). Precision: the fraction of fakes in the reals' manifold (<=); recall: the other
-    way. real, fake: (n, d) features. Rows are taken `block` at a time: never an n x n matrix.
+    the set (itself not counted). Precision: the fraction of fakes in the reals' manifold (<=); recall: the
+    other way. real, fake: (n, d) features. Rows are taken `block` at a time: never an n x n matrix.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
@@ -237,10 +237,10 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor, float]:
-    """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` of them.    [App. B.3]
+    """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` of them.  [App. B.3]
 
-    Returns mean (d,), axes (d, m), the fraction they hold; (x - mean) @ axes projects. The smaller of the d x d
-    and n x n eigenproblems is solved; the latter's vectors are carried over by X^T.
+    Returns mean (d,), axes (d, m), the fraction they hold; (x - mean) @ axes projects. The smaller of the
+    d x d and n x n eigenproblems is solved; the latter's vectors are carried over by X^T.
     """
     if dims > min(x.shape[1], len(x) - 1):
         raise UserError(f"{dims} dimensions cannot be had from {len(x)} latents of {x.shape[1]} values")
@@ -259,8 +259,9 @@ def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor
 
 
 def discriminant_axes(x: Tensor, y: Tensor, count: int = 2) -> Tensor:
-    """The directions in which class means lie furthest apart, measured in the spread within classes: Fisher's
-    linear discriminants, (d, count) float64, of x (n, d) with classes y (n,) ints. The spread along each is 1.
+    """The directions in which class means lie furthest apart, measured in the spread within classes:
+    Fisher's linear discriminants, (d, count) float64, of x (n, d) with classes y (n,) ints. The
+    spread along each is 1.
 
     With C classes there are C - 1 such directions at most. Within-class covariance gets 1e-3 of its mean
     variance on the diagonal: with few vectors it is singular, and directions of no spread would win.
@@ -357,7 +358,8 @@ def negative_log_likelihood(mixture: GaussianMixture, x: Tensor) -> Tensor:
 
 
 def weighted_gaussians(responsibilities: Tensor, x: Tensor, full: bool) -> GaussianMixture:
-    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by responsibilities[k] (n,).
+    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by
+    responsibilities[k] (n,).
 
     In more than a few dimensions nearly all responsibilities are next to nothing, so each component works on
     its own vectors only. It centres them before it squares, so that rounding, in float32 too, makes
@@ -393,7 +395,8 @@ def em_step(mixture: GaussianMixture, x: Tensor) -> tuple[GaussianMixture, float
         sums = joint.sum(0)
         total += (largest + sums.log()).sum(dtype=torch.float64).item()
         responsibilities.append(joint.div_(sums))
-    return weighted_gaussians(torch.cat(responsibilities, 1), x, mixture.covariances.ndim == 3), total / len(x)
+    return weighted_gaussians(torch.cat(responsibilities, 1), x,
+                              mixture.covariances.ndim == 3), total / len(x)
 
 
 def start_mixture(x: Tensor, K: int, full: bool, rng: np.random.Generator) -> GaussianMixture:

@@ -68,7 +68,8 @@ def write_npz(path, parts, labels):
 
 
 def check_outputs(outs, parts, settings):
-    """Refuse a folder that holds anything but these very samples, whole or, while their `parts` are there, begun.
+    """Refuse a folder that holds anything but these very samples, whole or,
+    while their `parts` are there, begun.
     Raises UserError."""
     for out in outs:
         if out.suffix in (".npz", ".png") or not out.is_dir() or not any(out.iterdir()):
@@ -94,7 +95,8 @@ def write_outputs(outs, parts, labels, size, names):
             tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == label][:columns]
                      for label in np.unique(labels)]
             titles = [names[label] if 0 <= label < len(names) else str(label) for label in np.unique(labels)]
-            sheet = image_grid(tiles, titles, cell=min(96, 3 * size), title_width=16 + 8 * max(map(len, titles)))
+            sheet = image_grid(tiles, titles, cell=min(96, 3 * size),
+                               title_width=16 + 8 * max(map(len, titles)))
             checkpoints.write_png(out, sheet)
         else:
             out.mkdir(exist_ok=True)
@@ -142,8 +144,8 @@ def guidance_cost(args, guide):
     times = sampling_times(args.sampler, args.steps, args.time_shift)
     inside = sum(args.cfg_interval[0] - 1e-6 <= t <= args.cfg_interval[1] + 1e-6 for t in times)
     return (f"guidance {args.cfg:g} in [{args.cfg_interval[0]:g}, {args.cfg_interval[1]:g}]: "
-            f"{'the guide' if guide else 'the null class'} is computed in {inside} of {len(times)} calls, which "
-            f"saves {(len(times) - inside) / (2 * len(times)):.0%} of the work of guiding them all")
+            f"{'the guide' if guide else 'the null class'} is computed in {inside} of {len(times)} calls, "
+            f"which saves {(len(times) - inside) / (2 * len(times)):.0%} of the work of guiding them all")
 
 
 def main(argv=None):
@@ -164,8 +166,8 @@ def main(argv=None):
     add("--out", nargs="+", default=["samples.png"],
         help="any of: FILE.png a grid (16 a class at most), FILE.npz in ADM's "
         "layout, FOLDER of PNG files (default samples.png)")
-    add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file, and "
-        "report.html beside it")
+    add("--report", help="instead of --out, write a contact sheet of the whole pipeline to this PNG file, "
+        "and report.html beside it")
     # Two names: torchrun takes a script's --num for an abbreviation of its own --numa-binding.
     add("--num", "--num-images", type=Whole, default=0,
         help="images in all (default: 8 of each class, 64 without classes)")
@@ -174,16 +176,16 @@ def main(argv=None):
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
     add("--cfg", type=Weight,
-        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off; for the model in "
-        "assets/ 2; with --released the paper's)")
+        help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] (default 1: off; for the model "
+        "in assets/ 2; with --released the paper's)")
     add("--cfg-interval", type=Share, nargs=2, metavar=("LOW", "HIGH"),
         help="times, noise at 1, at which "
         "guidance acts; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1; with --released the paper's)")
     add("--sampler", choices=SAMPLERS, help="[Table 8] Euler-Maruyama, the default")
     add("--steps", type=Count, help="[Table 8] (default 250; for the model in assets/ 50; heun calls the "
         "model twice a step)")
-    add("--time-shift", type=Positive, help="of the sampler's times, see after/time_shift.py; LightningDiT: 3.33 "
-        "(default: as the model was trained)")
+    add("--time-shift", type=Positive, help="of the sampler's times, see after/time_shift.py; LightningDiT: "
+        "3.33 (default: as the model was trained)")
     add("--seed", type=Seed, default=0, help="of all noise and of random labels")
     add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
     add("--compile", action="store_true",
@@ -195,11 +197,12 @@ def main(argv=None):
     dtype = common.autocast_dtype(args.dtype, device)
     if args.ckpt and args.released:
         raise UserError("which model? Give --ckpt RUN or --released 256 (or 512), not both")
-    # An option that was not given is the paper's for the released weights, unguided for a run of one's own, and
-    # what gives a good picture in a few seconds for the small model that comes with the code.
+    # An option that was not given is the paper's for the released weights, unguided for a run of one's own,
+    # and what gives a good picture in a few seconds for the small model that comes with the code.
     null = args.classes == ["null"]
-    protocol = RELEASED.get(args.released, dict(cfg=1.0 if args.ckpt or null else 2.0, cfg_interval=(0.0, 1.0),
-                                                sampler=SAMPLERS[0], steps=250 if args.ckpt else 50, path=None))
+    protocol = RELEASED.get(args.released,
+                            dict(cfg=1.0 if args.ckpt or null else 2.0, cfg_interval=(0.0, 1.0),
+                                 sampler=SAMPLERS[0], steps=250 if args.ckpt else 50, path=None))
     if not args.released:
         args.ckpt = args.ckpt or str(checkpoints.BOX)
     for name in ("cfg", "cfg_interval", "sampler", "steps", "path"):
@@ -267,7 +270,7 @@ def main(argv=None):
     starts = range(0, num, args.batch_size)
     parts = [folder / f"{start:07d}.npy" for start in starts]
     mine = [(start, part) for start, part in list(zip(starts, parts))[rank::world]
-            if checkpoints.load_npy(part) is None]                                  # a damaged one is drawn again
+            if checkpoints.load_npy(part) is None]                              # a damaged one is drawn again
     with tqdm(total=sum(min(args.batch_size, num - start) for start, _ in mine), unit="img",
               desc="sampling" if world == 1 else "sampling, rank 0", disable=rank > 0) as bar:
         for start, part in mine:

@@ -51,7 +51,7 @@ class SiTConfig:
     # ---- after the paper, all off: docs/after.md ----
     time_shift: Weight = 1.0     # of times in training and sampling; above 1 to the noise; 0: by L x C [RAE]
     x_prediction: bool = False   # the output is read as the data, the velocity made of it [JiT]; linear path
-    mean_flow: Share = 0.0       # part of the samples that learn an average velocity [MeanFlow: 0.25]; sit alone
+    mean_flow: Share = 0.0    # part of the samples that learn an average velocity [MeanFlow: 0.25]; sit alone
 
     def __post_init__(self):
         check_ranges(self)
@@ -255,11 +255,11 @@ class SiT(nn.Module):
 def sit_macs(config: SiTConfig) -> int:
     """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
 
-    Counted: every linear layer, and attention's two products, queries with keys and weights with values. Not
-    counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in the usual terms.
-    SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and 373.3
-    "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5]; leaving attention's products out gives
-    57.3 and 456.9, 8.0 times.
+    Counted: every linear layer, and attention's two products, queries with keys and weights with values.
+    Not counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in the usual
+    terms. SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and
+    373.3 "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5]; leaving attention's products out
+    gives 57.3 and 456.9, 8.0 times.
     """
     L, C, D, hidden = (config.num_latents, config.latent_dim, config.width,
                        int(config.width * config.mlp_ratio))
@@ -303,8 +303,8 @@ def build_model(values: dict) -> nn.Module:
 
 
 def load_diffusion(path, device="cpu"):
-    """(the model with the EMA weights, its tokenizer, config dict with the names of the classes as "classes") from
-    a checkpoint or run folder of train_diffusion.py, both in eval mode. Raises UserError."""
+    """(the model with the EMA weights, its tokenizer, config dict with the names of the classes as "classes")
+    from a checkpoint or run folder of train_diffusion.py, both in eval mode. Raises UserError."""
     state = load_checkpoint(path)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")

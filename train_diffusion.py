@@ -86,7 +86,7 @@ class Config(SiTConfig):
     repa: str = ""                # teacher of REPA, dinov2-l for instance [rebuttal]; needs --no-cache
     repa_weight: Weight = 0.5     # of that loss, -cos [REPA]
     repa_block: Count = 8         # after so many blocks [REPA: 8 of 28]
-    repa_head: str = "decoder"    # from tokens to patches: decoder [ours] or mlp, repeated [authors' REPA code]
+    repa_head: str = "decoder"  # from tokens to patches: decoder [ours] or mlp, repeated [authors' REPA code]
     weights_dir: str = ""         # folder of the teacher's file; else torch hub's cache, else download
     random_frozen: bool = False   # FOR TESTS ONLY: the teacher with random weights, nothing downloaded
     # ---- optimisation ----
@@ -119,7 +119,8 @@ class Config(SiTConfig):
         build_config(dataclasses.asdict(self))
         if self.x_prediction and self.path != "linear":
             raise UserError(f"--x-prediction divides by t: it knows the linear path, not --path {self.path}")
-        if self.mean_flow and (self.model != "sit" or self.path != "linear" or self.guidance_free or self.repa):
+        if self.mean_flow and (self.model != "sit" or self.path != "linear" or self.guidance_free
+                               or self.repa):
             raise UserError("--mean-flow is for sit on the linear path, not with --guidance-free or --repa")
         if self.repa and self.repa not in TEACHERS:
             raise UserError(f"--repa {self.repa}: choose {', '.join(TEACHERS)}")
@@ -153,8 +154,8 @@ PRESETS = {
 }
 # What --help lists; --help-all lists the rest.
 SHOWN = """preset tokenizer out init seed device dtype compile checkpointing workers data cache cache_images
-    unconditional model path times guidance_free width depth steps batch_size accumulate lr ema save_every keep
-    keep_every grid_every""".split()
+    unconditional model path times guidance_free width depth steps batch_size accumulate lr ema save_every
+    keep keep_every grid_every""".split()
 FREE = {"out", "tokenizer", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
         "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "grid_cfg",
         "weights_dir"}
@@ -276,8 +277,9 @@ class Repa(nn.Module):
     kind "decoder": from L latent tokens to N patches goes a decoder of the tokenizer's kind, one layer deep:
     queries in the patches' places look at the tokens, as in [Eq. 7]. No token belongs to a patch. [ours: the
     rebuttal does not say]
-    kind "mlp": as for 2D latents, three layers on each token [REPA]; token l then answers for the N/L patches from
-    l N/L on, whatever they show [the authors' REPA code for 1D latents]. Raises UserError if L does not divide N.
+    kind "mlp": as for 2D latents, three layers on each token [REPA]; token l then answers for the N/L
+    patches from l N/L on, whatever they show [the authors' REPA code for 1D latents]. Raises UserError
+    if L does not divide N.
     forward(x, t, y, beta) -> (velocity (B, L, C), features (B, N, D_teacher)).
     """
 
@@ -291,8 +293,9 @@ class Repa(nn.Module):
             if rest:
                 raise UserError(f"--repa-head mlp: {model.config.num_latents} tokens do not divide the "
                                 f"{math.prod(self.grid)} patches; choose decoder")
-            self.head = nn.Sequential(nn.Linear(model.config.width, hidden), nn.SiLU(), nn.Linear(hidden, hidden),
-                                      nn.SiLU(), nn.Linear(hidden, dim))                    # width 2048 [REPA]
+            self.head = nn.Sequential(nn.Linear(model.config.width, hidden), nn.SiLU(),
+                                      nn.Linear(hidden, hidden), nn.SiLU(),
+                                      nn.Linear(hidden, dim))                             # width 2048 [REPA]
         else:
             self.head = Decoder(c, 1, c.width, c.heads, dim)
             initialise(self.head)
@@ -309,7 +312,7 @@ class Batch(NamedTuple):
     x: torch.Tensor                    # (B, L, C) latents of unit variance
     noise: torch.Tensor                # (B, L, C) standard normal
     t: torch.Tensor                    # (B,) in [0, 1], noise at 1
-    y: torch.Tensor                    # (B,) int64, the null class where the label was dropped or there is none
+    y: torch.Tensor                  # (B,) int64, the null class where the label was dropped or there is none
     beta: torch.Tensor | None          # (B,) 1 / guidance scale, of guidance-free training
     images: torch.Tensor | None        # (B, 3, H, W) in [-1, 1], where there is no cache
     span: torch.Tensor | None = None   # (B,) t - r of an average velocity [after the paper: MeanFlow]
@@ -328,8 +331,8 @@ class TrainState:
 
 
 def prepare_batch(config, step, positions, loaded, tokenizer, device):
-    """What the loader gave, (latents or images, labels), as a Batch. Everything random comes from (seed, step,
-    global sample index), never from the process."""
+    """What the loader gave, (latents or images, labels), as a Batch. Everything random comes from (seed,
+    step, global sample index), never from the process."""
     x, y, images, beta = loaded[0].to(device, non_blocking=True), loaded[1], None, None
     if not config.cache:
         images = to_float(x)
@@ -363,7 +366,8 @@ def predict(config, wrapped, model, x_t, batch):
 
 
 def added_losses(config, prediction, v, features, images, teacher, log):
-    """What some variants add to the velocity's loss: LightningDiT's direction, REPA's agreement. A scalar or 0."""
+    """What some variants add to the velocity's loss: LightningDiT's direction, REPA's agreement.
+    A scalar or 0."""
     loss = 0.0
     if config.direction_loss:
         loss = loss + config.direction_loss * velocity_direction_loss(prediction, v).mean()
@@ -429,7 +433,8 @@ def train(config, state, train_set, tokenizer, teacher, processes):
             sums, counts = common.all_mean(by_time).tolist()
             by_time.zero_()
             record = {"step": step, "loss": sum(sums) / sum(counts),
-                      "loss_t": [s / n if n else None for s, n in zip(sums, counts)],  # tenths of t, data first
+                      "loss_t": [s / n if n else None                                # tenths of t, data first
+                                 for s, n in zip(sums, counts)],
                       "grad_norm": float(grad_norm), "lr": lr,
                       "latents_per_second": clock.rate(step, config.batch_size)} | means
             if rank == 0:
@@ -437,7 +442,8 @@ def train(config, state, train_set, tokenizer, teacher, processes):
                 bar.set_postfix({"loss": f"{record['loss']:.4f}",
                                  "img/s": f"{record['latents_per_second']:.0f}"}, refresh=False)
         if rank == 0 and drawing:
-            save_grid(config, state.ema.on(device), tokenizer, Path(config.out) / f"grid_{step:07d}.png", device)
+            save_grid(config, state.ema.on(device), tokenizer, Path(config.out) / f"grid_{step:07d}.png",
+                      device)
         if saving:
             save(config, state, processes)
         if stop:
@@ -446,8 +452,8 @@ def train(config, state, train_set, tokenizer, teacher, processes):
 
 
 def save(config, state, processes):
-    """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file, and the
-    names of the classes."""
+    """One checkpoint, written by rank 0. The tokenizer is inside, so that sampling needs no other file, and
+    the names of the classes."""
     if processes.rank == 0:
         content = {"kind": "diffusion", "step": state.step, "config": dataclasses.asdict(config),
                    "model": state.model.state_dict(), "ema": state.ema.model.state_dict(),
@@ -479,11 +485,12 @@ def save_grid(config, model, tokenizer, path, device, columns=10, steps=50):
 
 @torch.no_grad()
 def start_from(config, model, tokenizer, path):
-    """Copy the EMA weights of another run's model into `model`: --init. With --guidance-free this fine-tunes a
-    trained SiT, as Chen et al. (2025) do for some per cent of its training.                     [rebuttal: 1.51]
+    """Copy the EMA weights of another run's model into `model`: --init. With --guidance-free this fine-tunes
+    a trained SiT, as Chen et al. (2025) do for some per cent of its training.                [rebuttal: 1.51]
 
-    What the new model has beside them, the embedder of 1 / scale or of a span, answers 0 at first: at the start
-    it is the model that was trained. Raises UserError for a run of other latents, or another path or output.
+    What the new model has beside them, the embedder of 1 / scale or of a span, answers 0 at first:
+    at the start it is the model that was trained. Raises UserError for a run of other latents, or
+    another path or output.
     """
     source, its_tokenizer, its_config = load_diffusion(path)
     if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
@@ -492,7 +499,8 @@ def start_from(config, model, tokenizer, path):
               (("model", "sit"), ("path", "linear"), ("x_prediction", False))
               if its_config.get(name, default) != getattr(config, name)]
     if differ:
-        raise UserError(f"--init {path} holds another kind of model ({'; '.join(differ)}); give the same options")
+        raise UserError(f"--init {path} holds another kind of model ({'; '.join(differ)}); "
+                        "give the same options")
     weights = source.state_dict()
     for name, new in model.state_dict().items():
         if name.startswith(("beta_embedder.", "span_embedder.")) and name not in weights:

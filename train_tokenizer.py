@@ -68,8 +68,9 @@ class Config(MAETokConfig):
     crop: str = "center"         # center [Table 7] or random, 80-100 % of the short side [released code]
     skip_corrupt: bool = False   # pass over unreadable images and count them, instead of stopping
     # ---- masked modelling ----
-    targets: str = "hog,dinov2-l,siglip-l"  # auxiliary targets [Table 1b]: hog, text, frozen teachers; empty: none
-    aux_loss: str = "mse"        # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine [released code]
+    targets: str = (             # auxiliary targets [Table 1b]: hog, text, frozen teachers; empty: none
+        "hog,dinov2-l,siglip-l")
+    aux_loss: str = "mse"      # mse [Eq. 8], cosine, or mixed: hog by mse, teachers by cosine [released code]
     aux_weight: Weight = 1.0     # of the auxiliary losses; the paper gives none, 1.0 [released code]
     hog_cell: Count = 8          # px [MaskFeat]; small images want smaller cells
     text_weight: Weight = 1.0    # of the captions' cross-entropy [ours: the paper gives none]
@@ -79,7 +80,8 @@ class Config(MAETokConfig):
     mask_high: Share = 0.6       # largest mask ratio; 0 for a plain AE
     # The released code has one ratio per batch, from normal(0.6, 0.25) cut to [low, high].
     mask_draw: str = "uniform"   # uniform, per image [ours], or normal, per step [released code]
-    teachers_as: str = "published"  # published, or released: ImageNet's mean and std, exact GELU [released code]
+    teachers_as: str = (         # published, or released: ImageNet's mean and std, exact GELU [released code]
+        "published")
     kl_weight: Weight = 1e-6     # of a KL-VAE's divergence [released code]
     # ---- perceptual and adversarial loss ----
     percep_weight: Weight = 1.0  # lambda_1 of LPIPS [Eq. 6, Table 7]; 0 needs no VGG weights
@@ -102,7 +104,8 @@ class Config(MAETokConfig):
     lr_start: Weight = 0.0       # at the first step of the warm-up; released code: 1e-5
     lr_end: Weight = 0.0         # at the end of the cosine; released code: 2e-5
     warmup: Whole = 10_000       # steps [Table 7]
-    cosine_from: str = "warmup"  # where the cosine begins: warmup, at its end, or start, step 0 [released code]
+    cosine_from: str = (      # where the cosine begins: warmup, at its end, or start, step 0 [released code]
+        "warmup")
     beta1: Decay = 0.9           # AdamW [Table 7]
     beta2: Decay = 0.95          # AdamW [Table 7]
     weight_decay: Weight = 1e-4  # on the matrices of linear layers only [Table 7]
@@ -155,7 +158,8 @@ class Config(MAETokConfig):
         if self.align and self.compile:
             raise UserError("--align asks for a gradient in the middle of the model, which --compile has not")
         if self.nested_dropout and not self.learnable_latents:
-            raise UserError("--nested-dropout orders learnable latents; image tokens have their places already")
+            raise UserError("--nested-dropout orders learnable latents; "
+                            "image tokens have their places already")
         if self.mixed_size and (self.mixed_size % self.patch_size or not self.learnable_latents):
             raise UserError(f"--mixed-size {self.mixed_size} must be a multiple of the patch, "
                             f"{self.patch_size} px, and needs learnable latents, whose number is the same "
@@ -207,7 +211,7 @@ ABLATIONS = {
     "mask-40-60": dict(mask_low=0.4, mask_high=0.6),                                        # [Table 1c]
     "latents-256": dict(num_latents=256),                                                   # [Table 13a]
     "ape": dict(rope="none", ape="both"),                                                   # [Table 13b]
-    # The paper's rival, in our architecture [Fig. 2, Table 13a].           [after the paper: VA-VAE, 2501.01423]
+    # The paper's rival, in our architecture [Fig. 2, Table 13a].        [after the paper: VA-VAE, 2501.01423]
     "va-vae": _NO_MASK | _NO_AUX | dict(variational=True, learnable_latents=False, align="dinov2-l"),
 }
 PRESETS = SCALES | ABLATIONS
@@ -218,8 +222,8 @@ SHOWN = """preset out stage init seed device dtype compile checkpointing workers
     save_every keep keep_every""".split()
 # Options that may differ when a run is resumed: they do not change what is learned.
 FREE = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "ema_device", "workers",
-        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every", "eval_images",
-        "latent_images", "weights_dir"}
+        "accumulate", "data_root", "log_every", "save_every", "keep", "keep_every", "grid_every",
+        "eval_images", "latent_images", "weights_dir"}
 
 
 # ------------------------------------------- schedules and draws -------------------------------------------
@@ -239,8 +243,8 @@ def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0, cosine_from="wa
 def mask_range(config, stage, step):
     """(low, high) mask ratio; `step` counts from the start of the stage."""
     if stage == 2:
-        # Sec. 4.1 lowers the ratio from 60 % to 0; with stage2_ramp < 1 it reaches 0 early and the stage ends on
-        # the clean images of Sec. 3.3. - 1: the ramp's last step has ratio 0.
+        # Sec. 4.1 lowers the ratio from 60 % to 0; with stage2_ramp < 1 it reaches 0 early and the stage ends
+        # on the clean images of Sec. 3.3. - 1: the ramp's last step has ratio 0.
         ramp = max(1, config.stage2_ramp * config.stage2_steps - 1)
         ratio = 0.0 if config.mask_high == 0 else config.stage2_mask * max(0.0, 1 - step / ramp)
         return ratio, ratio
@@ -263,7 +267,7 @@ def build_optimizer(config, model, device):
                              lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
 
 
-# ------------------------------------------- what a step works with -------------------------------------------
+# ------------------------------------------ what a step works with ------------------------------------------
 
 class Stage(NamedTuple):
     """One of the two stages. Steps count through both: stage 1 is [0, steps), stage 2 follows."""
@@ -281,7 +285,8 @@ class Stage(NamedTuple):
 
     def discriminator_rate(self, config, step):
         """The discriminator's, on the same schedule."""
-        return config.disc_lr * self.learning_rate(config, step) / (config.lr, config.stage2_lr)[self.number - 1]
+        return (config.disc_lr * self.learning_rate(config, step)
+                / (config.lr, config.stage2_lr)[self.number - 1])
 
 
 def stages(config):
@@ -305,20 +310,20 @@ class TrainState:
 
 class Batch(NamedTuple):
     """A micro-batch on the device, with all that is random about it."""
-    images: torch.Tensor                                  # (B, 3, H, W) in [-1, 1]
-    mask: torch.Tensor                                    # (B, N) bool, True = hidden
-    loss_mask: torch.Tensor                               # (B, N) bool: the patches of Eq. 8
-    noise: torch.Tensor | None                            # (B, L, C), of a VAE
-    targets: dict                                         # name -> (B, N, D_j), the y^j of Eq. 8
-    views: list | None                                    # of the discriminator, once it has begun
-    added: torch.Tensor | None = None                     # (B, L, C) latent noise [after the paper: DeTok]
-    lengths: torch.Tensor | None = None                   # (B,) tokens that are kept [after the paper: FlexTok]
-    align_to: torch.Tensor | None = None                  # (B, N, D) teacher's [after the paper: VA-VAE]
+    images: torch.Tensor                                # (B, 3, H, W) in [-1, 1]
+    mask: torch.Tensor                                  # (B, N) bool, True = hidden
+    loss_mask: torch.Tensor                             # (B, N) bool: the patches of Eq. 8
+    noise: torch.Tensor | None                          # (B, L, C), of a VAE
+    targets: dict                                       # name -> (B, N, D_j), the y^j of Eq. 8
+    views: list | None                                  # of the discriminator, once it has begun
+    added: torch.Tensor | None = None                   # (B, L, C) latent noise [after the paper: DeTok]
+    lengths: torch.Tensor | None = None                 # (B,) tokens that are kept [after the paper: FlexTok]
+    align_to: torch.Tensor | None = None                # (B, N, D) teacher's [after the paper: VA-VAE]
 
 
 def prepare_batch(config, stage, step, micro, positions, loaded, teachers, device):
-    """What the loader gave, (images, labels[, captions]), as a Batch. Everything random comes from (seed, step,
-    global sample index), never from the process."""
+    """What the loader gave, (images, labels[, captions]), as a Batch. Everything random comes from (seed,
+    step, global sample index), never from the process."""
     images = to_float(loaded[0].to(device, non_blocking=True))
     num_patches = (images.shape[-1] // config.patch_size) ** 2
     low, high = mask_range(config, stage.number, step - stage.first)
@@ -327,7 +332,8 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
     noise = added = lengths = None
     shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
     if config.variational and stage.number == 1:
-        draws = [rng.standard_normal(shape, np.float32) for rng in step_rngs(config, "noise", step, positions)]
+        draws = [rng.standard_normal(shape, np.float32)
+                 for rng in step_rngs(config, "noise", step, positions)]
         noise = common.to_device(torch.from_numpy(np.stack(draws)), device)
     if config.latent_noise and stage.number == 2:
         added = draw_noise(step_rngs(config, "latent-noise", step, positions), shape, config.latent_noise)
@@ -337,20 +343,21 @@ def prepare_batch(config, stage, step, micro, positions, loaded, teachers, devic
         lengths = common.to_device(lengths, device)
     targets = compute_targets(config, images, teachers, *loaded[2:]) if stage.number == 1 else {}
     align_to = teachers[config.align](images) if config.align and stage.number == 1 else None
-    loss_mask = mask if config.mask_high > 0 else torch.ones_like(mask)     # nothing hidden: Eq. 8 on all patches
+    loss_mask = (mask if config.mask_high > 0
+                 else torch.ones_like(mask))                           # nothing hidden: Eq. 8 on all patches
     adversarial = config.disc != "none" and step >= config.disc_start
     views = draw_views(config, step, micro, positions, device) if adversarial else None
     return Batch(images, mask, loss_mask, noise, targets, views, added, lengths, align_to)
 
 
-# ------------------------------------------------ the objective ------------------------------------------------
+# ---------------------------------------------- the objective ----------------------------------------------
 
 def tokenizer_objective(config, step, batch, output, networks, last_layer, autocast, latent_layer=None):
-    """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8], and for
-    a VAE its KL term [Table 1a].
+    """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8], and
+    for a VAE its KL term [Table 1a].
 
-    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight. latent_layer: the
-    encoder's, where latents are aligned (after/alignment.py).
+    output: of MAETok.forward. networks: losses.Objective. last_layer: the decoder's last weight.
+    latent_layer: the encoder's, where latents are aligned (after/alignment.py).
     Returns (loss, {name: term}): float32 scalars, the terms not weighted.
     """
     x, x_hat = batch.images, output.reconstruction.float()
@@ -362,9 +369,10 @@ def tokenizer_objective(config, step, batch, output, networks, last_layer, autoc
         loss = loss + config.percep_weight * ramp * terms["percep"]
     if batch.align_to is not None:
         terms["align"] = alignment_loss(output.aligned, batch.align_to)
-        loss = loss + config.align_weight * adaptive_weight(loss, terms["align"], latent_layer) * terms["align"]
+        loss = loss + config.align_weight * adaptive_weight(loss, terms["align"],
+                                                            latent_layer) * terms["align"]
     if batch.views:
-        networks.adversary.requires_grad_(False)                            # its own step comes after this one
+        networks.adversary.requires_grad_(False)                           # its own step comes after this one
         with autocast:
             terms["adv"] = generator_loss(networks.adversary.look(x_hat, batch.views[4]))
         # loss so far: L_recon + lambda_1 L_percep
@@ -386,8 +394,8 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
     rank, world, device = processes
     dtype = common.autocast_dtype(config.dtype, device)
     sizes = (config.image_size, config.mixed_size) if config.mixed_size else (config.image_size,)
-    batches = GlobalBatches(train_set.length, config.batch_size, state.step, stage.last, config.seed, rank, world,
-                            config.accumulate, sizes)
+    batches = GlobalBatches(train_set.length, config.batch_size, state.step, stage.last, config.seed, rank,
+                            world, config.accumulate, sizes)
     loader = common.batch_loader(train_set, batches, config.workers, device, collate)
     model, ema, adversary = state.model, state.ema, state.adversary
     if config.compile:
@@ -412,17 +420,20 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
         if adversary is not None:
             common.set_learning_rate(state.adversary_optimizer, stage.discriminator_rate(config, step))
         for micro, positions in enumerate(batches.positions()):
-            batch = prepare_batch(config, stage, step, micro, positions, next(loader), networks.teachers, device)
+            batch = prepare_batch(config, stage, step, micro, positions, next(loader), networks.teachers,
+                                  device)
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with contextlib.ExitStack() as stack:
-                if world > 1 and micro + 1 < config.accumulate:    # gradients are exchanged at the last one only
+                # Gradients are exchanged at the last one only.
+                if world > 1 and micro + 1 < config.accumulate:
                     stack.enter_context(wrapped.no_sync())
                     if batch.views:
                         stack.enter_context(wrapped_adversary.no_sync())
                 with autocast:
                     output = wrapped(batch.images, batch.mask, batch.noise, batch.added, batch.lengths)
-                loss, terms = tokenizer_objective(config, step, batch, output, networks, model.decoder.head.weight,
-                                                  autocast, model.encoder.to_latent.weight)
+                loss, terms = tokenizer_objective(config, step, batch, output, networks,
+                                                  model.decoder.head.weight, autocast,
+                                                  model.encoder.to_latent.weight)
                 (loss / config.accumulate).backward()
                 if batch.views:
                     adversary.requires_grad_(True)
@@ -446,16 +457,17 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
         drawing = config.grid_every > 0 and (step % config.grid_every == 0 or step == stage.last)
         if step % config.log_every == 0 or saving or drawing:
             low, high = mask_range(config, stage.number, step - 1 - stage.first)
-            record = {"step": step, "stage": stage.number, **log.read(step, config), "grad_norm": float(grad_norm),
-                      "lr": lr, "mask": (low + high) / 2, "images_per_second": clock.rate(step, config.batch_size)}
+            record = {"step": step, "stage": stage.number, **log.read(step, config),
+                      "grad_norm": float(grad_norm), "lr": lr, "mask": (low + high) / 2,
+                      "images_per_second": clock.rate(step, config.batch_size)}
             if rank == 0:
                 checkpoints.append_metrics(config.out, record)
                 shown = ("recon", "percep", "adv", "kl", *config.aux_targets)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in record.items() if name in shown}
                                 | {"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
         if rank == 0 and drawing:
-            save_grid(config, stage.number, ema.on(device), test_set, Path(config.out) / f"grid_{step:07d}.png",
-                      device)
+            save_grid(config, stage.number, ema.on(device), test_set,
+                      Path(config.out) / f"grid_{step:07d}.png", device)
         if saving:
             save(config, state, processes)
         if stop:
@@ -464,7 +476,8 @@ def train_stage(config, stage, state, networks, train_set, test_set, processes):
 
 
 def save(config, state, processes):
-    """One checkpoint, written by rank 0; the others wait, so that none runs ahead of a checkpoint that fails."""
+    """One checkpoint, written by rank 0; the others wait,
+    so that none runs ahead of a checkpoint that fails."""
     if processes.rank == 0:
         content = {"kind": "tokenizer", "step": state.step, "stage": state.stage, "measured": state.measured,
                    "config": dataclasses.asdict(config), "model": state.model.state_dict(),
@@ -582,7 +595,7 @@ def start_from(config, model, adversary, path):
                         "give the same preset")
     checkpoints.load_weights(model.encoder, source.encoder.state_dict(), path)
     checkpoints.load_weights(model.decoder, source.decoder.state_dict(), path)
-    model.latent_mean, model.latent_std = source.latent_mean, source.latent_std    # the unit of --latent-noise
+    model.latent_mean, model.latent_std = source.latent_mean, source.latent_std   # the unit of --latent-noise
     for name, decoder in source.aux_decoders.items():
         if name in model.aux_decoders:
             checkpoints.load_weights(model.aux_decoders[name], decoder.state_dict(), path)
@@ -613,8 +626,8 @@ def load_state(state, checkpoint, path):
 
 
 def start_stage_2(config, state, device):
-    """The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are decoded;
-    auxiliary decoders go, EMA and optimizer start anew. [Sec. 3.3]
+    """The tokenizer is the EMA model, so it is the EMA's encoder that is frozen and whose latents are
+    decoded; auxiliary decoders go, EMA and optimizer start anew. [Sec. 3.3]
 
     The loss is Eq. 6 alone, in the same loop; a discriminator and its optimizer carry on."""
     state.model.load_state_dict(state.ema.model.state_dict())

@@ -1,8 +1,9 @@
-"""Latents aligned with a frozen teacher's features.                       [after the paper: VA-VAE, 2501.01423]
+"""Latents aligned with a frozen teacher's features.                     [after the paper: VA-VAE, 2501.01423]
 
-The tokenizer that the paper compares with throughout (Fig. 2, Table 13a): a KL-VAE with one latent for each
-patch, whose linear image z' = W z shall point where the teacher's feature f of that patch does, and whose patches
-shall be as similar to one another as the teacher's. Both only up to a margin, which leaves room for the pixels:
+The tokenizer that the paper compares with throughout (Fig. 2, Table 13a): a KL-VAE with one latent for
+each patch, whose linear image z' = W z shall point where the teacher's feature f of that patch does,
+and whose patches shall be as similar to one another as the teacher's. Both only up to a margin, which
+leaves room for the pixels:
 
     mean over patches i   of  relu(1 - 0.5 - cos(z'_i, f_i))
     + mean over pairs i, j of  relu(|cos(z'_i, z'_j) - cos(f_i, f_j)| - 0.25)

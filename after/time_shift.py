@@ -1,4 +1,4 @@
-"""Times shifted by the size of the latents.                [after the paper: SD3, 2403.03206; RAE, 2510.11690]
+"""Times shifted by the size of the latents.               [after the paper: SD3, 2403.03206; RAE, 2510.11690]
 
     t' = s t / (1 + (s - 1) t)        data at t = 0, noise at t = 1: s > 1 spends more of training and of the
                                       sampler's steps near the noise

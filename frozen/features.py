@@ -276,11 +276,12 @@ def read_reference(args, network, name, size):
         m, c = stored[mean], stored[covariance]
         if (m.ndim != 1 or c.shape != 2 * m.shape or m.is_complex() or c.is_complex()
                 or not (m.isfinite().all() and c.isfinite().all())):
-            raise UserError(f"{args.reference}: {mean} and {covariance} should be finite real numbers, (d,) and "
-                            "(d, d)")
+            raise UserError(f"{args.reference}: {mean} and {covariance} should be finite real numbers, (d,) "
+                            "and (d, d)")
         scale = c.double().diagonal().abs().max().clamp(min=1e-300)
         if (c - c.T).abs().max() > 1e-4 * scale or torch.linalg.eigvalsh(c.double()).min() < -1e-4 * scale:
-            raise UserError(f"{args.reference}: {covariance} is no covariance, it is asymmetric or indefinite")
+            raise UserError(f"{args.reference}: {covariance} is no covariance, it is asymmetric "
+                            "or indefinite")
     pool = FeatureStatistics.from_covariance(stored["mu"], stored["sigma"], count)
     spatial = (FeatureStatistics.from_covariance(stored["mu_s"], stored["sigma_s"], count)
                if {"mu_s", "sigma_s"} <= set(stored) else None)

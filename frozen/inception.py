@@ -1,4 +1,4 @@
-"""The Inception-v3 that FID, Inception Score and sFID are defined by, with its public weights.        [Sec. 4.1]
+"""The Inception-v3 that FID, Inception Score and sFID are defined by, with its public weights.     [Sec. 4.1]
 
 Its file is looked for in --weights-dir, then in torch hub's cache, else downloaded (weight_files.py); under
 torchrun call load_inception inside common.rank_zero_first. Modules are named after the keys of the file.

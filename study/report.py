@@ -156,8 +156,8 @@ def markdown(rows, columns, sources):
 
 
 def ae_at_psnr(rows, name):
-    """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on straight lines between the AEs
-    of 8, 16 and 32 channels that there are, at that row's PSNR after stage 2. Empty beyond them."""
+    """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on straight lines between the
+    AEs of 8, 16 and 32 channels that there are, at that row's PSNR after stage 2. Empty beyond them."""
     widths, result = ("AE, 8 channels", "AE, 16 channels", "AE"), {}
     for seed, unit in rows[name].items():
         aes = [rows[ae][seed] for ae in widths if seed in rows.get(ae, {})]

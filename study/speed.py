@@ -296,7 +296,7 @@ def all_rows(args):
                    "EM step, 20000 x 64, K = 50": lambda: em(args)}
 
 
-# ------------------------------------------------- host work -------------------------------------------------
+# ------------------------------------------------ host work ------------------------------------------------
 
 def host_work(args):
     """What the host draws for one step of full size, in microseconds: name -> seconds."""
@@ -310,12 +310,13 @@ def host_work(args):
         drop_labels(streams, torch.zeros(32, dtype=torch.int64), 1000, 0.1)
 
     calls = {"masks, 64 images of 256 patches": lambda: random_mask(rngs("mask", 64), 256),
-             "discriminator's views, 64 images": lambda: draw_views(config, 7, 0, range(64), torch.device("cpu")),
+             "discriminator's views, 64 images": lambda: draw_views(config, 7, 0, range(64),
+                                                                    torch.device("cpu")),
              "times, noise and labels, 32 latents of 128 x 32": latents}
     return {name: seconds(call, torch.device("cpu"), 101) for name, call in calls.items()}
 
 
-# --------------------------------------- beside what one would use instead ---------------------------------------
+# ------------------------------------ beside what one would use instead ------------------------------------
 # Each function returns (ours, theirs): two calls that do the same work.
 
 def hog_beside_scikit_image(args):
@@ -336,7 +337,8 @@ def frechet_beside_sqrtm(args):
 
 
 def mixture_beside_scikit_learn(args):
-    """Five EM steps of 20 Gaussians with full covariances on 10,000 points in 32 dimensions, from one start."""
+    """Five EM steps of 20 Gaussians with full covariances on 10,000 points in 32 dimensions,
+    from one start."""
     from sklearn.mixture import GaussianMixture
     generator = torch.Generator().manual_seed(0)
     centres = 0.7 * torch.randn(20, 32, generator=generator).double()
@@ -407,8 +409,8 @@ COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
 
 
 def compare(args):
-    """{name: {ours, theirs: seconds, times: theirs / ours, median of the repeats, lowest, highest}}. The two take
-    turns, so that what else the machine does hits both. What is not installed is left out."""
+    """{name: {ours, theirs: seconds, times: theirs / ours, median of the repeats, lowest, highest}}. The two
+    take turns, so that what else the machine does hits both. What is not installed is left out."""
     result = {}
     for name, (build, package) in COMPARISONS.items():
         if importlib.util.find_spec(package) is None or package == "PIL" and not args.images:
@@ -420,8 +422,8 @@ def compare(args):
         pairs = [(once(ours, args.device), once(theirs, args.device)) for _ in range(args.repeats + 1)][1:]
         ratios = sorted(b / a for a, b in pairs)
         mine, other = (statistics.median(column) for column in zip(*pairs))
-        result[name] = {"ours": mine, "theirs": other, "times": statistics.median(ratios), "lowest": ratios[0],
-                        "highest": ratios[-1]}
+        result[name] = {"ours": mine, "theirs": other, "times": statistics.median(ratios),
+                        "lowest": ratios[0], "highest": ratios[-1]}
         print(f"{name}: {mine:.4g} s against {other:.4g} s, {statistics.median(ratios):.2f} times as fast "
               f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
     return result
@@ -444,8 +446,9 @@ def measure_speed(args):
         table += [(name, *(f"{value:.4g}" for value in row.values())) for name, row in found.items()]
         name = torch.cuda.get_device_name() if cuda else cpu_name()
         return {"ratios": found, "host_work_seconds": host_work(args),
-                "protocol": f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; the two take "
-                            f"turns, {args.repeats} times; ratio of the times, median, lowest, highest"}, table
+                "protocol": f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; the two "
+                            f"take turns, {args.repeats} times; ratio of the times, median, "
+                            "lowest, highest"}, table
     rows = {name: build for name, build in all_rows(args).items()
             if (not args.only or any(part in name for part in args.only))}
     if not rows:

@@ -255,7 +255,8 @@ def main(argv=None):
     add("--out", help="default: runs/study-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
-    add("--jobs", type=common.Whole, default=0, help="commands at a time (default: as many as cores, 4 at most)")
+    add("--jobs", type=common.Whole, default=0,
+        help="commands at a time (default: as many as cores, 4 at most)")
     add("--minutes", type=common.Weight, default=0,
         help="stop after so long; the same command resumes. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")

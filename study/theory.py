@@ -30,7 +30,8 @@ def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
 
 def fit_score(samples: Tensor, start: Tensor, t: float, steps: int = 300, batch: int = 2048, lr: float = 0.05,
               seed: int = 0) -> Tensor:
-    """Train Eq. 13's network at noise scale t on the given samples (n, d), from means `start` (K, d). [Eq. 10]
+    """Train Eq. 13's network at noise scale t on the given samples (n, d),
+    from means `start` (K, d). [Eq. 10]
 
     The oracle in Eq. 10 is not known to who has samples; as in DDPM it is replaced by the score of x_t given
     x_0, -noise / sigma, whose mean given x_t it is: the same minimiser (Vincent 2011). Fresh noise every
@@ -60,11 +61,11 @@ def score_error(means: Tensor, truth: Tensor, t: float, count: int = 20_000, see
     return (mixture_score(x, means, t) - mixture_score(x, truth, t)).square().sum(1).mean().item()
 
 
-THEOREM = ("Theorem 2.1 [A.7]: to learn a mixture of K Gaussians in d dimensions, of unit covariance and with "
-           "means of norm at most B, to an error epsilon, n' = Theta(K^4 d^5 B^6 / epsilon^2) samples are enough, "
-           "if the means lie a multiple of sqrt(log min(K, d)) apart [A.1] and training starts within a fraction "
-           "of that [A.2]")
-BOUNDS = {"K": 4, "d": 5, "B": 6}                                                       # its exponents  [Eq. 3]
+THEOREM = ("Theorem 2.1 [A.7]: to learn a mixture of K Gaussians in d dimensions, of unit covariance and "
+           "with means of norm at most B, to an error epsilon, n' = Theta(K^4 d^5 B^6 / epsilon^2) samples "
+           "are enough, if the means lie a multiple of sqrt(log min(K, d)) apart [A.1] and training starts "
+           "within a fraction of that [A.2]")
+BOUNDS = {"K": 4, "d": 5, "B": 6}                                                     # its exponents  [Eq. 3]
 
 
 def error_curve(args, K, d, B, bar):
@@ -86,12 +87,12 @@ def error_curve(args, K, d, B, bar):
 
 
 def samples_needed(args):
-    """The samples n with which Eq. 13's network reaches the error --error, for each K, d or B.    [Theorem 2.1]
+    """The samples n with which Eq. 13's network reaches the error --error, for each K, d or B.  [Theorem 2.1]
 
     For each of --components, with --panels also of --panel-dims and --panel-norms, the others fixed: draw n
     samples of a mixture, fit the network to them, measure how far its score is from the true one; repeat for
-    growing n, and read off the n at which the error falls below --error. The slope of log n over log K, d or B is
-    the exponent that the theorem bounds from above by 4, 5 or 6.
+    growing n, and read off the n at which the error falls below --error. The slope of log n over log K, d or
+    B is the exponent that the theorem bounds from above by 4, 5 or 6.
     args: the options of `evaluate.py theory`. Returns (result, table, PIL image).
     """
     K, d, B = args.fixed_components, args.dims, args.norm
@@ -112,8 +113,8 @@ def samples_needed(args):
                 rows.append({letter: setting[place], "samples_needed": needed, "errors": points})
             found = [(row[letter], row["samples_needed"]) for row in rows if row["samples_needed"]]
             if len(found) < 2:
-                raise UserError(f"--error {args.error} is crossed within --samples for fewer than two {letter}; "
-                                "choose another")
+                raise UserError(f"--error {args.error} is crossed within --samples for fewer than two "
+                                f"{letter}; choose another")
             exponent, offset = np.polyfit(*np.log(found).T, 1)
             panels[letter] = {"exponent": float(exponent), "rows": rows}
             table += [(letter, *pair) for pair in found]
@@ -128,8 +129,8 @@ def samples_needed(args):
                 f"theorem's {bounds}, a number of samples that is enough at worst, nor anything about a real "
                 "network, which is not handed the form of the solution and a start near it.")
     protocol = (f"where not varied K = {K}, d = {d}, means of norm {B:g} in random directions; noise time "
-                f"{args.time:g}, error {args.error:g} = E|s - score|^2 summed over d, {args.repeats} repeats, "
-                f"{args.steps} Adam steps, seed {args.seed}")
+                f"{args.time:g}, error {args.error:g} = E|s - score|^2 summed over d, {args.repeats} "
+                f"repeats, {args.steps} Adam steps, seed {args.seed}")
     result = {"panels": panels, "theorem": THEOREM, "what_it_shows": sentence, "protocol": protocol}
     return panels.get("K", {}) | result, table, sheet_of(charts)
 
@@ -137,18 +138,19 @@ def samples_needed(args):
 def sheet_of(charts, columns=2):
     """PIL images on one sheet, row by row."""
     width, height = (max(getattr(chart, side) for chart in charts) for side in ("width", "height"))
-    sheet = Image.new("RGB", (width * min(columns, len(charts)), height * -(-len(charts) // columns)), "white")
+    sheet = Image.new("RGB", (width * min(columns, len(charts)), height * -(-len(charts) // columns)),
+                      "white")
     for number, chart in enumerate(charts):
         sheet.paste(chart, (number % columns * width, number // columns * height))
     return sheet
 
 
 def compactness(args, count=3000):
-    """The rebuttal's toy: 30 close modes (A) and 4 distant ones (B), each seen in two dimensions.      [rebuttal]
+    """The rebuttal's toy: 30 close modes (A) and 4 distant ones (B), each seen in two dimensions.  [rebuttal]
 
-    A looks more compact than B and yet has more modes: how compact a picture of latents is (Fig. 4) says little
-    about how many modes they need (Fig. 2). Views: PCA, and UMAP where the package umap-learn is installed. The
-    rebuttal gives no sizes: here means of norm 4 and 12 [ours].
+    A looks more compact than B and yet has more modes: how compact a picture of latents is (Fig. 4) says
+    little about how many modes they need (Fig. 2). Views: PCA, and UMAP where the package umap-learn is
+    installed. The rebuttal gives no sizes: here means of norm 4 and 12 [ours].
     Returns (result, table, PIL image), as samples_needed.
     """
     views, rows, titles = {}, [], {"A, 30 close modes": (30, 4.0), "B, 4 distant modes": (4, 12.0)}
@@ -174,10 +176,12 @@ def compactness(args, count=3000):
     radii = [key for key in rows[0] if "radius" in key]
     table = [("mixture", *(f"NLL, {k} components" for k in rows[0]["nll"]), *radii)]
     table += [(row["mixture"], *row["nll"].values(), *(row[key] for key in radii)) for row in rows]
-    sentence = "; ".join(f"{row['mixture']}: radius {row['radius_pca']:.1f} in the PCA's plane, best described by "
-                         f"{min(row['nll'], key=row['nll'].get)} components of 1, 4 and 30" for row in rows)
+    sentence = "; ".join(f"{row['mixture']}: radius {row['radius_pca']:.1f} in the PCA's plane, best "
+                         f"described by {min(row['nll'], key=row['nll'].get)} components of 1, 4 and 30"
+                         for row in rows)
     protocol = (f"{count} samples each, d = {args.dims}, unit covariance, means of norm 4 and 12 in random "
-                f"directions; mixtures with diagonal covariances on standardised halves, NLL in nats on the other "
-                f"half; seed {args.seed}"
+                "directions; mixtures with diagonal covariances on standardised halves, NLL in nats on the "
+                f"other half; seed {args.seed}"
                 + ("" if args.umap else "; no UMAP: pip install umap-learn, then --umap"))
-    return {"rows": rows, "what_it_shows": sentence, "protocol": protocol}, table, scatter_chart(views, ["modes"])
+    return ({"rows": rows, "what_it_shows": sentence, "protocol": protocol}, table,
+            scatter_chart(views, ["modes"]))

@@ -1,5 +1,5 @@
-"""A CUDA device that is not there: tensors that say they are on cuda:0, hold their values on the CPU, and obey
-a GPU's rules, so that a script's own main() can be run against these rules on any machine.
+"""A CUDA device that is not there: tensors that say they are on cuda:0, hold their values on the CPU, and
+obey a GPU's rules, so that a script's own main() can be run against these rules on any machine.
 
 The rules, each broken one a RuleBroken:
     an operation's tensors are all on one device (a scalar tensor on the CPU may join, as in PyTorch)
@@ -7,7 +7,8 @@ The rules, each broken one a RuleBroken:
 What makes the host wait for the GPU is no error but counted, with the line of ours that asked for it:
 numbers read back, sizes that depend on values, copies to the host, copies from memory that is not pinned.
 
-What it cannot show: speed, memory, races between streams, and what a CUDA kernel does otherwise than the CPU's.
+What it cannot show: speed, memory, races between streams,
+and what a CUDA kernel does otherwise than the CPU's.
 """
 import contextlib
 import sys
@@ -41,8 +42,8 @@ class RuleBroken(AssertionError):
 class Pretended(torch.Tensor):
     """`inner`, a CPU tensor, that says it is on cuda:0.
 
-    To C++ it is on the meta device, since a build without CUDA has no device guard for any other; autocast and
-    autograd go by the backend's keys, which are CUDA's.
+    To C++ it is on the meta device, since a build without CUDA has no device guard for any other; autocast
+    and autograd go by the backend's keys, which are CUDA's.
     """
 
     @staticmethod
@@ -111,7 +112,7 @@ class Gpu(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.collectives, self.operations = Counter(), 0, 0
-        self.pinned = {}                                                   # id -> tensor: kept, so ids are theirs
+        self.pinned = {}                                               # id -> tensor: kept, so ids are theirs
 
     def __enter__(self):
         ACTIVE.append(self)
@@ -141,8 +142,8 @@ class Gpu(TorchDispatchMode):
             self.operations += 1
             bad = [t for t in plain if t.ndim or name in STRICT]
             if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
-                bad = plain if not isinstance(args[0], Pretended) else []   # a GPU tensor may have CPU indices
-                self.waits[our_line()] += bool(plain)                       # which are sent, unpinned
+                bad = plain if not isinstance(args[0], Pretended) else []  # a GPU tensor may have CPU indices
+                self.waits[our_line()] += bool(plain)                      # which are sent, unpinned
                 indices = [i for i in args[1] if i is not None]
                 self.waits[our_line()] += any(i.dtype == torch.bool for i in indices)
             if bad and name not in COPIES:
@@ -152,7 +153,7 @@ class Gpu(TorchDispatchMode):
         if name in COPIES:
             self.copy(name, args, kwargs, on_gpu)
         if name == "_fused_sdp_choice" and pretended:
-            return 0                                                        # attention written out: no CUDA kernel
+            return 0                                                   # attention written out: no CUDA kernel
         inner = lambda x: (x.inner if isinstance(x, Pretended) else torch.device("cpu")
                            if isinstance(x, torch.device) else x)
         before = {id(t.inner): t for t in pretended}
@@ -163,12 +164,14 @@ class Gpu(TorchDispatchMode):
             return out
         # In place: the tensor that came in goes out.
         outer = lambda x: (x if not isinstance(x, torch.Tensor) or isinstance(x, Pretended)
-                           else before.get(id(x)) if id(x) in before else x if name == "copy_" else Pretended(x))
+                           else before.get(id(x)) if id(x) in before
+                           else x if name == "copy_" else Pretended(x))
         return tree_map(outer, out)
 
     def copy(self, name, args, kwargs, on_gpu):
         """Count a copy between the devices, unless it is from pinned memory and the host need not wait."""
-        source, target_on_gpu = (args[1], isinstance(args[0], Pretended)) if name == "copy_" else (args[0], on_gpu)
+        source, target_on_gpu = ((args[1], isinstance(args[0], Pretended)) if name == "copy_"
+                                 else (args[0], on_gpu))
         if isinstance(source, Pretended) == target_on_gpu:
             return
         asynchronous = kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2]
@@ -185,7 +188,8 @@ class Gpu(TorchDispatchMode):
         self.collectives += 1
         for tensor in tensors:
             if not isinstance(tensor, Pretended):
-                raise RuleBroken(f"{our_line()}: a collective under NCCL got a CPU tensor, {tuple(tensor.shape)}")
+                raise RuleBroken(f"{our_line()}: a collective under NCCL got a CPU tensor, "
+                                 f"{tuple(tensor.shape)}")
 
 
 class DistributedDataParallel(torch.nn.Module):
@@ -220,7 +224,7 @@ def pretend_cuda(monkeypatch, world=1):
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: gpu.pinned.setdefault(id(tensor), tensor))
         # Module.to would put a GPU's data into a parameter of the CPU's class.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        torch._C._set_only_lift_cpu_tensors(True)                    # torch.tensor(x, device=) by way of the CPU
+        torch._C._set_only_lift_cpu_tensors(True)                 # torch.tensor(x, device=) by way of the CPU
         if world > 1:
             for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", world)):
                 patch.setenv(name, str(value))

@@ -1,4 +1,5 @@
-"""Extensions from after the paper (docs/after.md): each is off by default, does what its name says, and resumes.
+"""Extensions from after the paper (docs/after.md): each is off by default, does what its name says,
+and resumes.
 
 One section for each; deleting an extension deletes its section.
 """
@@ -30,10 +31,10 @@ from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
 from study import after as study
 
-TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 --aux-depth "
-             "1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 --stage2-steps 2 --warmup 2 "
-             "--stage2-warmup 1 --log-every 1 --save-every 1000 --grid-every 0 --eval-images 16 "
-             "--latent-images 64 --device cpu").split()
+TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 "
+             "--aux-depth 1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 "
+             "--stage2-steps 2 --warmup 2 --stage2-warmup 1 --log-every 1 --save-every 1000 --grid-every 0 "
+             "--eval-images 16 --latent-images 64 --device cpu").split()
 
 
 def tokenize(out, *options):
@@ -46,7 +47,8 @@ def streams(count, name="test"):
 
 
 def test_images(count=64):
-    return to_float(torch.cat([images for images, *_ in some_images(build_dataset("shapes", "test", 16), count)]))
+    return to_float(torch.cat([images for images, *_
+                               in some_images(build_dataset("shapes", "test", 16), count)]))
 
 
 test_images.__test__ = False
@@ -58,8 +60,8 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-DIFFUSION = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 6 --warmup 2 --log-every 1 "
-             "--save-every 1000 --grid-every 0 --device cpu").split()
+DIFFUSION = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 6 --warmup 2 "
+             "--log-every 1 --save-every 1000 --grid-every 0 --device cpu").split()
 
 
 def diffuse(out, tokenizer, *options):
@@ -92,15 +94,18 @@ def test_latent_noise_is_half_normal_over_images_and_an_images_own():
 def test_latent_noise_changes_stage_2_alone_and_makes_the_decoder_bear_it(tmp_path):
     options = ["--steps", 100, "--stage2-steps", 200, "--lr", 3e-3, "--stage2-lr", 3e-3]
     exact, noisy = (tokenize(tmp_path / strength, *options, "--latent-noise", strength) for strength in "01")
-    records = [[r["recon"] for r in checkpoints.read_metrics(tmp_path / name) if "recon" in r] for name in "01"]
+    records = [[r["recon"] for r in checkpoints.read_metrics(tmp_path / name) if "recon" in r]
+               for name in "01"]
     assert records[0][:100] == records[1][:100] and records[0][101] < records[1][101]
     images, errors = test_images(), {}
     noise = torch.randn(len(images), 4, 4, generator=torch.Generator().manual_seed(0))
     for name, state in (("exact", exact), ("noisy", noisy)):
         model = maetok.tokenizer_of(state, name)
-        assert all(torch.equal(w, exact["ema"][f"encoder.{k}"]) for k, w in model.encoder.state_dict().items())
+        assert all(torch.equal(w, exact["ema"][f"encoder.{k}"])
+                   for k, w in model.encoder.state_dict().items())
         z = model.encode(images, normalize=True)
-        errors[name] = [(model.decode(x, normalized=True) - images).square().mean().item() for x in (z, z + noise)]
+        errors[name] = [(model.decode(x, normalized=True) - images).square().mean().item()
+                        for x in (z, z + noise)]
     # What noise adds to the error; measured: 0.5 and 0.6 times as much, with two seeds.
     added = {name: with_noise - without for name, (without, with_noise) in errors.items()}
     assert 0 < added["noisy"] < 0.85 * added["exact"]
@@ -127,7 +132,7 @@ def test_shifted_samplers_spend_their_steps_near_the_noise_and_still_end_at_the_
     assert len(plain) == len(shifted) and shifted[0] == 1
     assert np.median(shifted) > 0.7 > np.median(plain)
     if sampler == "euler-maruyama":
-        assert shifted[-1] == pytest.approx(0.04)             # from there one step to 0 without noise: a short one
+        assert shifted[-1] == pytest.approx(0.04)        # from there one step to 0 without noise: a short one
     # Data N(0, 1/4) on the linear path: the velocity is known and leads from N(0, 1) to N(0, 1/4).
     velocity = lambda x, t, **_: (t - (1 - t) / 4) / (t * t + (1 - t) ** 2 / 4) * x
     x = torch.randn(400, 4, 2, generator=torch.Generator().manual_seed(0))
@@ -140,7 +145,7 @@ def test_time_shift_trains_on_shifted_times_and_samples_alike(tmp_path, tokenize
     state = diffuse(tmp_path / "shifted", tokenizer, "--time-shift", 8)
     counts = [[sum(n is not None for n in r["loss_t"][:5]) for r in checkpoints.read_metrics(tmp_path / name)]
               for name in ("plain", "shifted")]
-    assert sum(counts[1]) < sum(counts[0])                                   # fewer steps had a time below 1/2
+    assert sum(counts[1]) < sum(counts[0])                                  # fewer steps had a time below 1/2
     assert state["config"]["time_shift"] == 8
     own, plain, again = (draw(tmp_path / "shifted", tmp_path / f"{n}.npz", "--sampler", "euler", *options) for
                          n, options in enumerate(([], ["--time-shift", 1], ["--time-shift", 8])))
@@ -164,7 +169,8 @@ def test_x_prediction_turns_the_data_into_the_velocity_down_to_its_clip(name):
     x_t, v = flow.interpolate(x, noise, t)
     found = model(x_t, t, y)
     torch.testing.assert_close(found[:3], v[:3], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found[3], v[3] * 0.01 / 0.05, rtol=1e-3, atol=1e-4)     # not 1 / 0.01 of its errors
+    torch.testing.assert_close(found[3], v[3] * 0.01 / 0.05,                      # not 1 / 0.01 of its errors
+                               rtol=1e-3, atol=1e-4)
 
 
 def test_x_prediction_trains_samples_and_wants_the_linear_path(tmp_path, tokenizer):
@@ -173,7 +179,8 @@ def test_x_prediction_trains_samples_and_wants_the_linear_path(tmp_path, tokeniz
     assert np.mean(curve[-10:]) < 0.8 * np.mean(curve[:3])
     assert state["config"]["x_prediction"] and sit.load_diffusion(tmp_path / "run")[0].config.x_prediction
     draw(tmp_path / "run", tmp_path / "x.npz", "--cfg", 2)
-    # A new model answers 0, the mean of the data: v = x_t / t and not 0, so the first loss tells the two apart.
+    # A new model answers 0, the mean of the data: v = x_t / t and not 0,
+    # so the first loss tells the two apart.
     diffuse(tmp_path / "plain", tokenizer, "--steps", 1)
     assert losses(tmp_path / "plain")[0] != curve[0]
     with pytest.raises(UserError, match="linear path, not --path cosine"):
@@ -218,7 +225,8 @@ def test_nested_dropout_is_for_latents_without_a_place(tmp_path):
 # ------------------------------------------------ MeanFlow ------------------------------------------------
 
 class GaussianAverage(torch.nn.Module):
-    """The average velocity of data N(0, s^2), in closed form: x_t is N(0, a(t)^2), and the flow keeps x / a(t)."""
+    """The average velocity of data N(0, s^2), in closed form: x_t is N(0, a(t)^2),
+    and the flow keeps x / a(t)."""
     s = 0.5
 
     def deviation(self, t):
@@ -232,10 +240,10 @@ class GaussianAverage(torch.nn.Module):
 def test_the_mean_flow_target_of_the_true_average_velocity_is_itself():
     model, t = GaussianAverage(), torch.rand(50, dtype=torch.float64) * 0.6 + 0.4
     span, x = t * torch.rand(50, dtype=torch.float64).clamp(0.1), torch.randn(50, 3, 2, dtype=torch.float64)
-    v = ((t - model.s ** 2 * (1 - t)) / model.deviation(t) ** 2)[:, None, None] * x         # of the marginal flow
+    v = ((t - model.s ** 2 * (1 - t)) / model.deviation(t) ** 2)[:, None, None] * x     # of the marginal flow
     target = mean_flow_target(model, x, v, t, None, span).double()
-    torch.testing.assert_close(target, model(x, t, None, span), rtol=1e-4, atol=1e-5)       # it returns float32
-    assert (target - v).abs().max() > 0.1                                                   # no matter of r = t
+    torch.testing.assert_close(target, model(x, t, None, span), rtol=1e-4, atol=1e-5)     # it returns float32
+    assert (target - v).abs().max() > 0.1                                                 # no matter of r = t
 
 
 def test_the_derivative_of_a_sit_is_that_of_finite_differences():
@@ -249,7 +257,7 @@ def test_the_derivative_of_a_sit_is_that_of_finite_differences():
     slope = (ahead - behind) / 2e-2
     for i in (0, 1, 3):
         assert (found[i] - slope[i]).norm() < 0.05 * slope[i].norm()
-    assert torch.equal(mean_flow_target(model, x, v, t, y, span)[2], v[2])                  # r = t: flow matching
+    assert torch.equal(mean_flow_target(model, x, v, t, y, span)[2], v[2])              # r = t: flow matching
     assert (model(x, t, y, span=span) - model(x, t, y))[[0, 1, 3]].abs().amax((1, 2)).min() > 1e-4
 
 
@@ -268,8 +276,9 @@ def test_one_step_of_mean_flow_finds_the_modes_where_one_of_euler_finds_their_me
         torch.manual_seed(0)
         model = sit.SiT(sit.SiTConfig(num_latents=2, latent_dim=2, width=32, depth=1, heads=2, num_classes=0,
                                       mean_flow=part))
-        optimizer, y = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)), torch.zeros(64, dtype=torch.int64)
-        for step in range(250):                                              # data: all 2 or all -2, deviation 0.1
+        optimizer, y = (torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)),
+                        torch.zeros(64, dtype=torch.int64))
+        for step in range(250):                                         # data: all 2 or all -2, deviation 0.1
             common.set_learning_rate(optimizer, 5e-3 * (1 - step / 250))
             rngs = [common.sample_rng(0, "test", step, i) for i in range(64)]
             x = torch.randint(0, 2, (64, 1, 1)) * 4.0 - 2 + 0.1 * torch.randn(64, 2, 2)
@@ -307,15 +316,18 @@ def test_the_alignment_loss_is_its_formula_patch_by_patch_and_zero_within_the_ma
     towards = np.mean([max(0, 0.5 - cosine(z[b, i], f[b, i])) for b in range(2) for i in range(3)])
     among = np.mean([max(0, abs(cosine(z[b, i], z[b, j]) - cosine(f[b, i], f[b, j])) - 0.25)
                      for b in range(2) for i in range(3) for j in range(3)])
-    assert alignment_loss(z, f).item() == pytest.approx(towards + among, abs=1e-5) and towards > 0 and among > 0
+    assert (alignment_loss(z, f).item() == pytest.approx(towards + among, abs=1e-5)
+            and towards > 0 and among > 0)
     # Within the margins nothing is asked for: at 30 degrees from the teacher, all patches alike.
-    near = f + 0.1 * f.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(torch.randn(2, 3, 5), dim=-1)
+    near = f + (0.1 * f.norm(dim=-1, keepdim=True)
+                * torch.nn.functional.normalize(torch.randn(2, 3, 5), dim=-1))
     assert alignment_loss(near, f) == 0
 
 
 @pytest.mark.slow
 def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_2(tmp_path):
-    options = ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen", "--steps", 80, "--lr", 3e-3]
+    options = ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen", "--steps", 80,
+               "--lr", 3e-3]
     found = {}
     for weight in (0, 1):
         state = tokenize(tmp_path / str(weight), *options, "--align-weight", weight, "--stage", 1)
@@ -335,22 +347,22 @@ def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_
             tokenize(tmp_path / "3", *wrong)
 
 
-# ------------------------------- from the rebuttal: fine-tuning without guidance -------------------------------
+# ----------------------------- from the rebuttal: fine-tuning without guidance -----------------------------
 
 def test_guidance_free_fine_tuning_starts_from_the_trained_model(tmp_path, tokenizer):
     trained = diffuse(tmp_path / "trained", tokenizer, "--steps", 40, "--lr", 3e-3)
-    diffuse(tmp_path / "tuned", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 1, "--lr",
-            1e-9, "--warmup", 0)
+    diffuse(tmp_path / "tuned", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 1,
+            "--lr", 1e-9, "--warmup", 0)
     model, old = (sit.load_diffusion(tmp_path / name)[0] for name in ("tuned", "trained"))
     x, t, y = torch.randn(3, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 4, 10])
     for beta in (torch.ones(3), torch.full((3,), 0.3)):
         torch.testing.assert_close(model(x, t, y, beta), old(x, t, y), rtol=1e-4, atol=1e-4)
     # One step moves the new embedder: it has a gradient although it answers 0.
-    state = diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 2,
-                    "--lr", 1e-3)
+    state = diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained",
+                    "--steps", 2, "--lr", 1e-3)
     assert state["model"]["beta_embedder.mlp.2.weight"].abs().max() > 0
-    assert diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 2,
-                   "--lr", 1e-3)["step"] == 2                                                      # it resumes
+    assert diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained",
+                   "--steps", 2, "--lr", 1e-3)["step"] == 2                                       # it resumes
     before, after = (s["final_layer.linear.weight"] for s in (trained["ema"], state["model"]))
     assert not torch.equal(before, after)
     draw(tmp_path / "more", tmp_path / "x.npz", "--cfg", 2)
@@ -367,7 +379,7 @@ def test_init_refuses_other_latents_and_other_models(tmp_path, tokenizer):
             diffuse(tmp_path / "run", its, "--init", tmp_path / "trained", *options)
 
 
-# --------------------------------- REPA with the authors' recipe for 1D latents ---------------------------------
+# ------------------------------- REPA with the authors' recipe for 1D latents -------------------------------
 
 def test_repas_mlp_repeats_every_token_along_its_patches(tmp_path, tokenizer):
     model = sit.SiT(sit.SiTConfig(num_latents=4, latent_dim=4, width=32, depth=2, heads=2, num_classes=3))
@@ -393,14 +405,15 @@ def test_repa_with_the_mlp_learns_its_teacher(tmp_path, tokenizer):
         diffuse(tmp_path / "other", tokenizer, "--repa-head", "linear")
 
 
-# ------------------------------------ the theorem's other exponents, the toy ------------------------------------
+# ---------------------------------- the theorem's other exponents, the toy ----------------------------------
 
 def test_theory_measures_every_exponent_and_states_the_theorem(tmp_path):
-    evaluate.main(["theory", "--panels", "d", "B", "--fixed-components", "3", "--dims", "8", "--panel-dims", "4",
-                   "16", "--panel-norms", "4", "8", "--samples", "32", "256", "2048", "--repeats", "2",
-                   "--steps", "150", "--device", "cpu", "--out", str(tmp_path / "t")])
+    evaluate.main(["theory", "--panels", "d", "B", "--fixed-components", "3", "--dims", "8",
+                   "--panel-dims", "4", "16", "--panel-norms", "4", "8", "--samples", "32", "256", "2048",
+                   "--repeats", "2", "--steps", "150", "--device", "cpu", "--out", str(tmp_path / "t")])
     found = json.loads((tmp_path / "t.json").read_text())
-    # Modes well apart: a mean costs d K / n of error whatever its norm, so exponents near 1 and 0, below 5 and 6.
+    # Modes well apart: a mean costs d K / n of error whatever its norm, so exponents near 1 and 0,
+    # below 5 and 6.
     assert 0.5 < found["panels"]["d"]["exponent"] < 1.6 and abs(found["panels"]["B"]["exponent"]) < 0.6
     assert "K^4 d^5 B^6" in found["theorem"] and "d^5, B^6" in found["what_it_shows"]
     assert "K" not in found["panels"]
@@ -422,7 +435,7 @@ def test_umap_is_asked_for_by_name(monkeypatch, tmp_path):
         evaluate.main(["compactness", "--umap", "--device", "cpu", "--out", str(tmp_path / "c")])
 
 
-# ----------------------------------------------- the measurements -----------------------------------------------
+# --------------------------------------------- the measurements ---------------------------------------------
 
 def test_rows_share_what_they_do_not_change():
     args = argparse.Namespace(out="runs/x", plan=study.SETTINGS["smoke"], data="shapes", preset="shapes",
@@ -430,7 +443,8 @@ def test_rows_share_what_they_do_not_change():
     titles = {name: list(study.commands(args, name, 0)) for name in study.ROWS}
     assert titles["latent noise 0.8"] == ["stage2", "recon", "samples, 25 steps"]
     assert titles["time shift 3"] == ["diffusion", "samples, 25 steps"]
-    assert titles["nested dropout"] == ["stage1", "stage2", "recon", "diffusion", "samples, 25 steps", "lengths"]
+    assert titles["nested dropout"] == ["stage1", "stage2", "recon", "diffusion", "samples, 25 steps",
+                                        "lengths"]
     assert study.part(args, "8 channels, x-prediction", 1, "stage2") == Path("runs/x/8-channels_1/stage2")
     for name, row in study.ROWS.items():
         options = [str(o) for arguments in study.commands(args, name, 0).values() for o in arguments]
@@ -462,7 +476,7 @@ def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys):
     assert "| latent noise 0.8 | baseline | psnr |" in table and "| one seed |" in table
     assert (tmp_path / "latent_noise.png").exists()
     study.main(command)
-    assert (tmp_path / "latent-noise-0-8_0" / "log.txt").read_text() == log             # nothing was run twice
+    assert (tmp_path / "latent-noise-0-8_0" / "log.txt").read_text() == log            # nothing was run twice
     with pytest.raises(UserError, match="other options"):
         study.main([*command[:-1], "auto"])
 
@@ -483,8 +497,8 @@ def test_all_are_off_by_default_and_out_of_the_short_help(module):
 
 
 def test_runs_from_before_the_extensions_resume(tmp_path, tokenizer):
-    young = {"align", "latent_noise", "nested_dropout", "align_weight", "time_shift", "x_prediction", "mean_flow",
-             "repa_head"}
+    young = {"align", "latent_noise", "nested_dropout", "align_weight", "time_shift", "x_prediction",
+             "mean_flow", "repa_head"}
     tokenize(tmp_path / "tokenizer")
     diffuse(tmp_path / "sit", tokenizer)
     for run, again in (("tokenizer", lambda: tokenize(tmp_path / "tokenizer")),

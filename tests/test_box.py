@@ -24,7 +24,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("box")
     train_tokenizer.main([*TINY, "--out", str(folder / "tokenizer")])
     train_diffusion.main(["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "diffusion"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --grid-every 0 --device cpu"
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --grid-every 0 "
+        "--device cpu"
         ).split()])
     return folder
 
@@ -53,7 +54,7 @@ def test_without_a_model_the_packed_one_is_drawn_from_and_measured(run, tmp_path
     given = ["--ckpt", str(tmp_path / "small.pt"), "--cfg", "2", "--steps", "3", "--device", "cpu"]
     sample.main([*given, "--out", "given.png"])
     pixels = [np.asarray(Image.open(name)) for name in ("samples.png", "given.png")]
-    assert np.array_equal(*pixels) and pixels[0].shape[0] > 10 * 32                          # a row for each class
+    assert np.array_equal(*pixels) and pixels[0].shape[0] > 10 * 32                     # a row for each class
     evaluate.main(["recon", "--num-images", "4", "--features", "none", "--device", "cpu"])
     assert checkpoints.read_json(tmp_path / "runs/box/recon.json")["images"] == 4
     with pytest.raises(UserError, match="not both"):

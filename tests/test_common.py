@@ -1,4 +1,5 @@
-"""common.py and checkpoints.py: configuration, random streams, EMA, checkpoints that survive crashes, logs."""
+"""common.py and checkpoints.py: configuration, random streams, EMA,
+checkpoints that survive crashes, logs."""
 import copy
 import os
 import subprocess
@@ -72,7 +73,8 @@ with common.rank_zero_first(rank, world):
 out = {str(tmp_path)!r} + "/out" + ("" if len(sys.argv) < 2 or rank < 2 else "2")
 common.run(lambda: checkpoints.check_same_step(0, out, rank, world, device))
 """)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+              str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -339,8 +341,8 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_matrices_cast_once_compute_what_autocast_computes():
     """The same products of the same rounded numbers, while norms and tables keep theirs."""
-    model = MAETok(MAETokConfig(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=1,
-                                num_latents=4, latent_dim=8)).eval().requires_grad_(False)
+    model = MAETok(MAETokConfig(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2,
+                                decoder_depth=1, num_latents=4, latent_dim=8)).eval().requires_grad_(False)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     exact = model.reconstruct(images)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,5 @@
-"""A GPU's rules, held against the scripts' own main() on a machine without one (pretend_cuda.py): no operation or
-collective mixes devices, and a step makes the host wait for nothing.
+"""A GPU's rules, held against the scripts' own main() on a machine without one (pretend_cuda.py): no
+operation or collective mixes devices, and a step makes the host wait for nothing.
 
 The rank is 0 of 2 wherever the script trains, so that the collectives are there too.
 """
@@ -21,8 +21,8 @@ from frozen.pretrained import ViTConfig, VisionTransformer
 
 ON_GPU = [*TINY, "--device", "cuda", "--dtype", "bfloat16", "--workers", "0", "--log-every", "100",
           "--save-every", "100", "--data", "shapes"]
-SIT = ("--width 32 --depth 2 --heads 2 --batch-size 8 --warmup 2 --log-every 100 --save-every 100 --grid-every 0 "
-       "--workers 0 --device cuda --dtype bfloat16 --cache-images 40").split()
+SIT = ("--width 32 --depth 2 --heads 2 --batch-size 8 --warmup 2 --log-every 100 --save-every 100 "
+       "--grid-every 0 --workers 0 --device cuda --dtype bfloat16 --cache-images 40").split()
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,8 @@ GAN = "--disc-start 1 --batch-size 4 --diffaug --consistency 4 --random-frozen".
 @pytest.mark.parametrize("options", [
     [*GAN, "--disc", "dino", "--percep-weight", "1"],
     [*GAN, "--disc", "patch", "--variational", "--accumulate", "2", "--checkpointing"],
-    ["--rope", "mixed", "--mask-draw", "normal", "--crop", "random", "--mixed-size", "32", "--aux-loss", "mixed"]],
+    ["--rope", "mixed", "--mask-draw", "normal", "--crop", "random", "--mixed-size", "32",
+     "--aux-loss", "mixed"]],
     ids=["dino", "patch, KL, checkpointing", "two sizes, mixed RoPE"])
 def test_tokenizer(tmp_path, monkeypatch, options):
     """Both stages. Twice as many steps wait as often: for logging, saving and measuring, once a stage."""
@@ -72,16 +73,17 @@ def test_tokenizer(tmp_path, monkeypatch, options):
 def test_diffusion_and_sampler(tmp_path, monkeypatch, options):
     size = ["--image-size", "28", "--patch-size", "14", "--hog-cell", "7"] if "--repa" in options else []
     waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / "tokenizer", 2, *size))
-    few, more = (waits(monkeypatch, train_diffusion.main, [*SIT, "--tokenizer", tmp_path / "tokenizer", "--out",
-                                                           tmp_path / str(n), "--steps", n, *options])
+    few, more = (waits(monkeypatch, train_diffusion.main,
+                       [*SIT, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / str(n),
+                        "--steps", n, *options])
                  for n in (3, 6))
     assert few == more and few
     assert checkpoints.load_checkpoint(tmp_path / "6")["step"] == 6
     if "--repa" in options:
         return
     for sampler in flow.SAMPLERS:
-        draw = ["--ckpt", tmp_path / "6", "--sampler", sampler, "--num", "4", "--cfg", "2", "--device", "cuda",
-                "--cfg-interval", "0", "0.75"]
+        draw = ["--ckpt", tmp_path / "6", "--sampler", sampler, "--num", "4", "--cfg", "2",
+                "--device", "cuda", "--cfg-interval", "0", "0.75"]
         outs = {n: tmp_path / f"{sampler}{n}.npz" for n in (3, 6)}
         few, more = (waits(monkeypatch, sample.main, [*draw, "--steps", n, "--out", outs[n]], world=1)
                      for n in outs)
@@ -113,7 +115,8 @@ def test_a_cpu_tensor_in_a_collective_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wait", [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: x.cpu(),
                                   lambda x: x + torch.ones(len(x)).to(x.device, non_blocking=True)[:, None]],
-                         ids=["a number read back", "a size by values", "a copy to the host", "memory not pinned"])
+                         ids=["a number read back", "a size by values", "a copy to the host",
+                              "memory not pinned"])
 def test_a_wait_inside_the_step_is_found(tmp_path, monkeypatch, wait):
     update = common.EMA.update
     monkeypatch.setattr(common.EMA, "update", lambda self, model: (

@@ -1,5 +1,5 @@
-"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that the
-code is tagged with stands in docs/equations.md.
+"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that
+the code is tagged with stands in docs/equations.md.
 
 `python tests/test_docs.py` writes the line numbers anew.
 """
@@ -102,4 +102,5 @@ def test_the_readme_is_one_page():
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(SYMBOL.sub(
-            lambda match: match[0].replace(f"#L{match[3]}", f"#L{right_line(page, match)}"), page.read_text()))
+            lambda match: match[0].replace(f"#L{match[3]}", f"#L{right_line(page, match)}"),
+            page.read_text()))

@@ -93,7 +93,7 @@ def test_share_of_the_requested_class(tmp_path, cache, tokenizer, capsys):
     np.savez(tmp_path / "s.npz", images, labels)
     right = classify(tmp_path, cache, "--tokenizer", tokenizer)
     assert right["reconstructions_assigned_to_their_class"] < 0.4                # six steps of training: mush
-    assert right["precision_against_reconstructions"] < 0.5 < right["precision"]       # these samples are sharp
+    assert right["precision_against_reconstructions"] < 0.5 < right["precision"]     # these samples are sharp
     assert right["assigned_to_requested_class"] > 0.5 and right["classifier_test_accuracy"] > 0.5
     assert "protocol" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", images, (labels + 1) % 10)
@@ -210,7 +210,8 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
 
 
 def test_the_picture_has_whole_classes_however_many_there_are():
-    images = features.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000), lambda index: index)
+    images = features.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000),
+                             lambda index: index)
     chosen = evaluate.first_classes(images)
     assert 500 < len(chosen.labels) <= 1000 and chosen.labels.max() == 9
     assert all(images.labels[chosen.read(i)] == label for i, label in enumerate(chosen.labels))
@@ -222,7 +223,8 @@ def test_optional_packages_are_looked_for_before_the_run_is(tmp_path):
         measure("latents", tmp_path / "no-such-run", "--umap")
 
 
-def test_mixtures_without_full_covariances_and_curves_in_bfloat16(tmp_path, tokenizer, diffusion, monkeypatch):
+def test_mixtures_without_full_covariances_and_curves_in_bfloat16(tmp_path, tokenizer, diffusion,
+                                                                  monkeypatch):
     measure("latents", tokenizer, "--train-images", 60, "--test-images", 30, "--components", 2, "--dims", 3,
             "--no-full", "--out", tmp_path / "l")
     rows = json.loads((tmp_path / "l.json").read_text())[str(tokenizer)]["mixtures"]
@@ -232,8 +234,8 @@ def test_mixtures_without_full_covariances_and_curves_in_bfloat16(tmp_path, toke
     monkeypatch.setattr(evaluate, "sample_latents", lambda *args, **options: (
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         or draw(*args, **options)))
-    measure("curve", diffusion, "--num-images", 8, "--steps", 2, "--reference-images", 30, "--dtype", "bfloat16",
-            "--out", tmp_path / "curve")
+    measure("curve", diffusion, "--num-images", 8, "--steps", 2, "--reference-images", 30,
+            "--dtype", "bfloat16", "--out", tmp_path / "curve")
     assert set(seen) == {torch.bfloat16}
     assert "drawn in bfloat16" in json.loads((tmp_path / "curve.json").read_text())["protocol"]
 
@@ -285,12 +287,13 @@ def test_samples_without_a_class_are_the_null_class_of_the_model(tmp_path, diffu
         measure("curve", diffusion, *options, *more)
         rows.append(json.loads((tmp_path / "curve.json").read_text())["rows"][-1])
     assert "null class" in json.loads((tmp_path / "curve.json").read_text())["protocol"]
-    assert abs(rows[1]["gfid"] / rows[0]["gfid"] - 1) > 0.001                     # the class matters to this model
+    assert abs(rows[1]["gfid"] / rows[0]["gfid"] - 1) > 0.001                # the class matters to this model
     draw = ["--ckpt", str(diffusion), "--classes", "null", "--steps", "3", "--device", "cpu"]
     sample.main([*draw, "--num", "12", "--out", str(tmp_path / "s.npz")])
     assert set(np.load(tmp_path / "s.npz")["arr_1"]) == {-1}
     measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 60)
-    assert json.loads((tmp_path / "s.npz.json").read_text())["gfid"] == pytest.approx(rows[1]["gfid"], rel=1e-6)
+    assert (json.loads((tmp_path / "s.npz.json").read_text())["gfid"]
+            == pytest.approx(rows[1]["gfid"], rel=1e-6))
     for message, wrong in (("stands alone", ["--classes", "null", "3"]), ("leads away", ["--cfg", "2"])):
         with pytest.raises(UserError, match=message):
             sample.main([*draw, *wrong, "--out", str(tmp_path / "x.png")])
@@ -391,7 +394,8 @@ def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, 
     monkeypatch.setattr(speed, "host_work", lambda args: {"masks": 1e-4})
     measure("speed", "--compare", "--repeats", 3, "--out", tmp_path / "c")
     found = json.loads((tmp_path / "c.json").read_text())
-    assert found["ratios"] == {"ours / theirs": {"ours": 2, "theirs": 6, "times": 3, "lowest": 3, "highest": 3}}
+    assert found["ratios"] == {"ours / theirs": {"ours": 2, "theirs": 6, "times": 3, "lowest": 3,
+                                                 "highest": 3}}
     assert calls == ["ours", "theirs"] * 4 and found["host_work_seconds"] == {"masks": 1e-4}
     assert "absent: left out" in capsys.readouterr().out
 

@@ -86,7 +86,8 @@ def kill_at_random(script, argv, longest, seed):
 
 def records(folder):
     volatile = ("images_per_second", "latents_per_second")
-    return [{k: v for k, v in record.items() if k not in volatile} for record in checkpoints.read_metrics(folder)]
+    return [{k: v for k, v in record.items() if k not in volatile}
+            for record in checkpoints.read_metrics(folder)]
 
 
 def debris(folder):
@@ -126,8 +127,8 @@ def test_what_a_dead_process_left_beside_a_report_goes_with_the_next_write(tmp_p
     process = start("tokenizer", ["--no-such-option"])
     process.join()
     (tmp_path / f".report.json.{process.pid}.tmp").touch()
-    (tmp_path / f".report.json.{os.getpid()}0.tmp").touch()               # of a process elsewhere, or alive: maybe
-    (tmp_path / f".report.json.{os.getppid()}.tmp").touch()               # alive
+    (tmp_path / f".report.json.{os.getpid()}0.tmp").touch()          # of a process elsewhere, or alive: maybe
+    (tmp_path / f".report.json.{os.getppid()}.tmp").touch()          # alive
     checkpoints.atomic_write(tmp_path / "report.json", lambda path: path.write_text("{}"))
     assert (tmp_path / f".report.json.{os.getppid()}.tmp").exists()
     assert not (tmp_path / f".report.json.{process.pid}.tmp").exists()
@@ -216,7 +217,8 @@ def test_two_runs_in_one_folder_are_refused(name, tmp_path, tokenizer, sit):
     first = start(name, [*argv, "--out", out])
     try:
         wait_for(lambda: len(list(folder.glob("*"))) > 2)
-        with pytest.raises(UserError, match=f"process {first.pid} on .* is at work in .*choose another --out"):
+        with pytest.raises(UserError,
+                           match=f"process {first.pid} on .* is at work in .*choose another --out"):
             MODULES[name].main([str(a) for a in [*argv, "--out", out]])
     finally:
         first.kill()
@@ -267,7 +269,8 @@ def test_a_checkpoint_that_lacks_a_key_is_one_line(key, tmp_path, tokenizer):
 
 
 def test_a_config_or_optimizer_of_another_shape_is_one_line(tmp_path, tokenizer):
-    for change, message in ((dict(config=[1]), "can be read"), (dict(config={"width": "wide"}), "cannot build"),
+    for change, message in ((dict(config=[1]), "can be read"),
+                            (dict(config={"width": "wide"}), "cannot build"),
                             (dict(optimizer={"state": {}, "param_groups": []}), "optimizer's state"),
                             (dict(optimizer=3), "optimizer's state"), (dict(model=3), "another model")):
         torch.save(dict(checkpoints.load_checkpoint(tokenizer)) | change, tmp_path / "last.pt")
@@ -346,7 +349,8 @@ def test_samples_do_not_mix_with_older_ones(tmp_path, sit):
 
 
 def test_a_folder_of_samples_that_was_cut_short_is_gone_on_with(tmp_path, sit, monkeypatch):
-    argv = ["--ckpt", str(sit), "--steps", "2", "--num", "6", "--device", "cpu", "--out", str(tmp_path / "pngs")]
+    argv = ["--ckpt", str(sit), "--steps", "2", "--num", "6", "--device", "cpu",
+            "--out", str(tmp_path / "pngs")]
 
     def half(outs, *rest):
         outs[0].mkdir()
@@ -409,14 +413,14 @@ def test_pipes_broken_links_and_odd_names(tmp_path):
 def test_what_only_looks_like_an_image_is_refused(tmp_path):
     picture(tmp_path / "images/a.png")
     Image.new("F", (20, 20), 0.5).save(tmp_path / "images/b.jpg", "TIFF")
-    (tmp_path / "images/c.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-                                            b"showpage\n")
+    (tmp_path / "images/c.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+                                            b"%%EndComments\nshowpage\n")
     noise = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "images/d.png")
     content = bytearray((tmp_path / "images/d.png").read_bytes())
     at = content.find(b"IDAT")
     length = int.from_bytes(content[at - 4:at], "big")
-    content[at + 4 + length] ^= 1                                                         # the chunk's checksum
+    content[at + 4 + length] ^= 1                                                       # the chunk's checksum
     assert zlib.crc32(content[at:at + 4 + length]) != int.from_bytes(content[at + 4 + length:][:4], "big")
     (tmp_path / "images/d.png").write_bytes(content)
     folder = data.Folder(tmp_path / "images", "train")
@@ -433,7 +437,8 @@ def test_a_reference_that_is_no_covariance_is_refused(change, tmp_path):
              "indefinite": sigma - 2 * np.diag([1, 0, 0, 0])}[change]
     np.savez(tmp_path / "r.npz", mu=np.zeros(4), sigma=sigma)
     args = type("args", (), {"reference": str(tmp_path / "r.npz")})
-    with pytest.raises(UserError, match="real numbers" if change == "complex" else "asymmetric or indefinite"):
+    with pytest.raises(UserError,
+                       match="real numbers" if change == "complex" else "asymmetric or indefinite"):
         features.read_reference(args, None, "inception tf1", 16)
 
 

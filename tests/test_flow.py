@@ -72,7 +72,8 @@ def test_expected_noise_inverts_interpolation(path):
     t = torch.tensor([0.0, 0.3, 0.8, 1.0])
     state, v = interpolate(x, noise, t, path)
     torch.testing.assert_close(expected_noise(v, state, t, path), noise, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(expected_noise(v[1:2], state[1:2], 0.3, path), noise[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expected_noise(v[1:2], state[1:2], 0.3, path), noise[1:2],
+                               rtol=1e-4, atol=1e-5)
 
 
 class GaussianMixture:
@@ -168,7 +169,8 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
 
 @pytest.mark.slow
 def test_euler_maruyama_as_released_takes_2t_on_the_cosine_path_too():
-    """A naive loop by the score: drift v - t s, noise sqrt(2 t dt); on the linear path both choices are one."""
+    """A naive loop by the score: drift v - t s, noise sqrt(2 t dt);
+    on the linear path both choices are one."""
     def velocity(x, t):
         return torch.sin(3 * x) + t
 

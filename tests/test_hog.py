@@ -38,8 +38,8 @@ def naive_hog(image, patch, cell=8, bins=9):
 
 
 def test_sobel_sums_in_the_order_of_a_convolution():
-    """Kernel row by row from the left, in float32: another order turns exact zeros into +-1e-8, and bins flip.
-    Equality is by construction: each operation is rounded once, and doubling is exact."""
+    """Kernel row by row from the left, in float32: another order turns exact zeros into +-1e-8, and bins
+    flip. Equality is by construction: each operation is rounded once, and doubling is exact."""
     image = torch.rand(1, 1, 9, 11, generator=torch.Generator().manual_seed(3))
     padded = np.pad(image[0, 0].numpy(), 1, mode="reflect")
     kernel = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.float32)
@@ -108,7 +108,7 @@ def test_every_cell_has_unit_norm_and_flat_images_are_zero():
     for grey in range(0, 256, 5):
         assert (hog_features(torch.full((1, 3, 32, 32), grey / 127.5 - 1), 16) == 0).all()
     step = torch.zeros(1, 3, 32, 32)
-    step[..., 16:] = 1 / 127.5                                               # one grey level, the faintest edge
+    step[..., 16:] = 1 / 127.5                                             # one grey level, the faintest edge
     assert hog_features(step, 16).reshape(4, 3, 9, 4).norm(dim=2).max() == pytest.approx(1)
 
 

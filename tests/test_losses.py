@@ -92,7 +92,8 @@ def test_augmentation_off_is_the_image_itself():
 
 def test_translation_moves_by_whole_pixels_and_fills_with_zeros():
     image = torch.rand(1, 3, 16, 16) + 1
-    moved = diff_augment(image, view(translation=True, amounts=(0, 0, 0, 1.0, 0.25, 0, 0)))  # 2 rows, -1 column
+    moved = diff_augment(image, view(translation=True,                                   # 2 rows, -1 column
+                                     amounts=(0, 0, 0, 1.0, 0.25, 0, 0)))
     assert torch.equal(moved[..., :14, 1:], image[..., 2:, :15])
     assert moved[..., 14:, :].abs().max() == 0 and moved[..., 0].abs().max() == 0
 
@@ -216,7 +217,8 @@ def test_lecam_moves_before_its_penalty_and_is_inside_the_weight():
     adversary.lecam.decay = 0.5
     images, fakes = torch.rand(2, 4, 3, 16, 16)
     logits = []
-    adversary.discriminator.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    adversary.discriminator.register_forward_hook(
+        lambda module, inputs, output: logits.append(output.detach()))
     loss, terms = adversary(images, fakes, weight=0.4, lecam_weight=0.3)
     real, fake = logits
     moved = 0.5 + 0.5 * real.mean(), -0.5 + 0.5 * fake.mean()

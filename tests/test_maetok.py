@@ -35,8 +35,8 @@ def test_parameter_count_of_the_paper_size():
 
 
 def test_released_initialisation():
-    model = MAETok(MAETokConfig(image_size=64, width=64, heads=4, encoder_depth=2, decoder_depth=2, num_latents=64,
-                                ape="encoder", class_token=True, latent_modulation=True,
+    model = MAETok(MAETokConfig(image_size=64, width=64, heads=4, encoder_depth=2, decoder_depth=2,
+                                num_latents=64, ape="encoder", class_token=True, latent_modulation=True,
                                 initialisation="released"))
     seen = 0
     for name, p in model.named_parameters():

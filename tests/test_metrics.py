@@ -134,7 +134,8 @@ def test_inception_score_by_the_definition_in_chunks_of_file_order():
 
 
 def test_precision_and_recall_count_equal_distances():
-    """Integer features: many distances are equal. The oracle counts in whole numbers, where equal is equal."""
+    """Integer features: many distances are equal. The oracle counts in whole numbers,
+    where equal is equal."""
     rng = np.random.default_rng(0)
     real, fake = rng.integers(0, 3, (200, 6)), rng.integers(0, 3, (220, 6)) + (rng.random((220, 6)) < 0.1)
 
@@ -369,7 +370,8 @@ def test_components_that_shrink_to_a_point_stay_valid():
 
 
 def test_discriminant_axes_are_scikit_learns():
-    """Of five classes in eight dimensions with unequal spreads: the same plane, and test vectors as far apart."""
+    """Of five classes in eight dimensions with unequal spreads: the same plane,
+    and test vectors as far apart."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, 4000)
     mix = rng.standard_normal((8, 8)) * np.geomspace(3, 0.3, 8)

@@ -68,7 +68,8 @@ def test_a_tiny_model_learns_two_classes_and_samples_them(name, depth, lr):
         optimizer.step()
         losses.append(loss.item())
     y = torch.arange(60) % 2
-    distances = [(sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), 50) - centre[y]).abs().mean()
+    distances = [(sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), 50)
+                  - centre[y]).abs().mean()
                  for sampler in (euler, euler_maruyama)]
     # E|v|^2 = 5 at first. Measured: 0.37 to 0.42 at the end; distances 0.11 to 0.18, 0.08 were they perfect.
     assert losses[0] > 3 and np.mean(losses[-50:]) < 0.8 and max(distances) < 0.4

@@ -1,5 +1,5 @@
-"""Every option of every command, given what a hurried person or a script with an empty variable gives it: a clear
-refusal or a run, no traceback, and no number outside its range taken in silence."""
+"""Every option of every command, given what a hurried person or a script with an empty variable gives it: a
+clear refusal or a run, no traceback, and no number outside its range taken in silence."""
 import argparse
 import re
 
@@ -17,8 +17,8 @@ import train_tokenizer
 
 ODD_NUMBERS = ("-1", "0", "nan", "inf", "1e38", str(10 ** 20), "", "x" * 5000)
 IMPOSSIBLE = ("nan", "inf", "1e38", str(10 ** 20), "", "x" * 5000)             # for any number
-SIT = ("--width 32 --depth 2 --heads 2 --cache-images 16 --batch-size 8 --steps 1 --log-every 1 --save-every 5 "
-       "--grid-every 0 --device cpu").split()
+SIT = ("--width 32 --depth 2 --heads 2 --cache-images 16 --batch-size 8 --steps 1 --log-every 1 "
+       "--save-every 5 --grid-every 0 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,26 @@ def commands(runs, out):
         "train_tokenizer": (train_tokenizer.main, [*TINY, "--steps", "1", "--stage2-steps", "1", "--out",
                                                    out + "/t"]),
         "train_diffusion": (train_diffusion.main, [*SIT, "--tokenizer", tokenizer, "--out", out + "/d"]),
-        "sample": (sample.main, ["--ckpt", sit, "--num", "2", "--steps", "1", *small, "--out", out + "/s.npz"]),
-        "recon": (evaluate.main, ["recon", tokenizer, "--num-images", "4", *small, "--features", "none", "--out",
-                                  out + "/r"]),
-        "generation": (evaluate.main, ["generation", str(runs / "s.npz"), "--data", "shapes", *small, *features,
-                                       "--reference-images", "16", "--test-images", "8", "--json", out + "/g"]),
+        "sample": (sample.main,
+                   ["--ckpt", sit, "--num", "2", "--steps", "1", *small, "--out", out + "/s.npz"]),
+        "recon": (evaluate.main,
+                  ["recon", tokenizer, "--num-images", "4", *small, "--features", "none",
+                   "--out", out + "/r"]),
+        "generation": (evaluate.main,
+                       ["generation", str(runs / "s.npz"), "--data", "shapes", *small, *features,
+                        "--reference-images", "16", "--test-images", "8", "--json", out + "/g"]),
         "latents": (evaluate.main, ["latents", tokenizer, "--components", "1", "--train-images", "16",
-                                    "--test-images", "8", "--iterations", "1", "--starts", "1", *small, "--out",
-                                    out + "/l"]),
-        "curve": (evaluate.main, ["curve", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
-                                  *small, *features, "--out", out + "/c"]),
+                                    "--test-images", "8", "--iterations", "1", "--starts", "1", *small,
+                                    "--out", out + "/l"]),
+        "curve": (evaluate.main,
+                  ["curve", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
+                   *small, *features, "--out", out + "/c"]),
         "cfg": (evaluate.main, ["cfg", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
-                                "--scales", "2", "--intervals", "0:1", *small, *features, "--out", out + "/f"]),
-        "theory": (evaluate.main, ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512",
-                                   "4096", "--steps", "150", "--repeats", "1", "--device", "cpu", "--out",
-                                   out + "/y"]),
+                                "--scales", "2", "--intervals", "0:1", *small, *features,
+                                "--out", out + "/f"]),
+        "theory": (evaluate.main,
+                   ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512", "4096",
+                    "--steps", "150", "--repeats", "1", "--device", "cpu", "--out", out + "/y"]),
     }
 
 
@@ -127,7 +132,8 @@ def test_every_option_with_odd_values(name, runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("module, flag, value", [
     (train_tokenizer, "--clip", "-1"), (train_tokenizer, "--ema", "2"), (train_tokenizer, "--lr-end", "-1"),
     (train_tokenizer, "--stage2-ramp", "nan"), (train_diffusion, "--label-dropout", "7"),
-    (train_tokenizer, "--beta1", "1"), (train_tokenizer, "--mlp-ratio", "nan"), (train_tokenizer, "--keep", "1")])
+    (train_tokenizer, "--beta1", "1"), (train_tokenizer, "--mlp-ratio", "nan"),
+    (train_tokenizer, "--keep", "1")])
 def test_a_number_outside_its_range_is_named_with_the_range(module, flag, value):
     with pytest.raises(common.UserError, match=f"argument {flag}: must be a (whole )?number .*not '{value}'"):
         module.main([flag, value])

@@ -44,17 +44,17 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     train_tokenizer.main([*TINY, "--out", str(folder / "tokenizer")])
     train_diffusion.main(["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "diffusion"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 --log-every 2 "
-        "--grid-every 0 --device cpu").split()])
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 "
+        "--log-every 2 --grid-every 0 --device cpu").split()])
     evaluate.main(["latents", str(folder / "tokenizer"), "--names", "A <b> & c", "--train-images", "60",
-                   "--test-images", "30", "--components", "1", "2", "--dims", "3", "--starts", "1", "--no-full",
-                   "--pixels", "--out", str(folder / "latents"), "--device", "cpu"])
+                   "--test-images", "30", "--components", "1", "2", "--dims", "3", "--starts", "1",
+                   "--no-full", "--pixels", "--out", str(folder / "latents"), "--device", "cpu"])
     evaluate.main(["recon", str(folder / "tokenizer"), "--num-images", "10", "--features", "none", "--out",
                    str(folder / "recon"), "--device", "cpu"])
     (folder / "other.json").write_text('{"psnr": 77.77}')                                     # of no command
     (folder / "list.json").write_text("[1, 2")
-    sample.main(["--ckpt", str(folder / "diffusion"), "--steps", "3", "--cfg", "2", "--device", "cpu", "--report",
-                 str(folder / "report.png")])
+    sample.main(["--ckpt", str(folder / "diffusion"), "--steps", "3", "--cfg", "2", "--device", "cpu",
+                 "--report", str(folder / "report.png")])
     return folder
 
 
@@ -100,9 +100,9 @@ def test_the_page_is_made_anew_from_what_is_there(demo, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_the_page(demo, tmp_path):
-    subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-                    "--window-size=900,3000", f"--screenshot={tmp_path}/page.png",
-                    (demo / "report.html").as_uri()],
+    subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
+                    f"--user-data-dir={tmp_path}/profile", "--window-size=900,3000",
+                    f"--screenshot={tmp_path}/page.png", (demo / "report.html").as_uri()],
                    check=True, timeout=100, capture_output=True)
     pixels = Image.open(tmp_path / "page.png").convert("RGB")
     assert pixels.size == (900, 3000)

@@ -63,7 +63,7 @@ def test_a_cache_of_latents_pickles_without_its_data(tmp_path):
     cache = LatentCache(tmp_path, "key", 1000, True, 0)
     np.save(tmp_path / "latents_00000.npy", np.zeros((1000, 2, 16, 8), np.float16))
     np.save(tmp_path / "labels_00000.npy", np.arange(1000))
-    assert cache[0, 5][1] == 5                                                      # opened when it is first read
+    assert cache[0, 5][1] == 5                                                  # opened when it is first read
     packed = pickle.dumps(cache)
     assert len(packed) < 2000 and pickle.loads(packed)[0, 7][1] == 7
 
@@ -335,7 +335,7 @@ def test_the_direction_loss_changes_the_gradient(tmp_path, tokenizer):
     states = [train(tmp_path / str(weight), tokenizer, "--direction-loss", weight)["model"]
               for weight in (0, 1)]
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert losses(tmp_path / "0")[0] == losses(tmp_path / "1")[0]                   # what is logged is the MSE
+    assert losses(tmp_path / "0")[0] == losses(tmp_path / "1")[0]                  # what is logged is the MSE
 
 
 def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
@@ -351,10 +351,12 @@ def test_guidance_free_training_learns_and_resumes(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_repa_pulls_the_middle_layer_towards_the_teacher(tmp_path, tokenizer):
-    options = "--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 --seed 1".split()
+    options = ("--no-cache --repa dinov2-s --repa-block 1 --random-frozen --steps 30 --lr 3e-3 "
+               "--seed 1").split()
     state = train(tmp_path / "run", tokenizer, *options)
     agreement = [r["repa"] for r in checkpoints.read_metrics(tmp_path / "run")]
-    assert checkpoints.read_metrics(tmp_path / "run")[0]["grad_norm"] < 5     # zero tokens would make it a hundred
+    # Zero tokens would make it a hundred.
+    assert checkpoints.read_metrics(tmp_path / "run")[0]["grad_norm"] < 5
     assert agreement[-1] < agreement[0] - 0.2                                          # -cos
     assert state["repa_head"]["head.weight"].shape[0] == 384
     assert not any("head" in name or "teacher" in name for name in state["ema"])     # sampling needs neither
@@ -386,7 +388,7 @@ def test_autoguidance_from_an_earlier_checkpoint(tmp_path, diffusion, tokenizer)
                           "by itself": ["--guide-ckpt", diffusion, "--cfg", 3], "plain": []}.items():
         draw(diffusion, "--num", 4, *options, "--out", tmp_path / "x.npz")
         images[name] = np.load(tmp_path / "x.npz")["arr_0"].astype(int)
-    assert np.abs(images["by itself"] - images["plain"]).max() <= 1    # good = bad: nothing to guide away from
+    assert np.abs(images["by itself"] - images["plain"]).max() <= 1   # good = bad: nothing to guide away from
     assert np.abs(images["guided"] - images["plain"]).max() > 1
     other = tmp_path / "other tokenizer"
     train_tokenizer.main([*TOKENIZER.split(), "--seed", "1", "--out", str(other)])
@@ -443,7 +445,8 @@ def test_bad_input_is_named(tmp_path, tokenizer, diffusion):
 def test_debris_of_killed_processes_goes_at_the_next_start(tmp_path, tokenizer):
     run_folder, samples = tmp_path / "run", tmp_path / "s.npz"
     debris = [run_folder / ".step_0000005.pt.9.tmp", run_folder / ".config.json.9.tmp",
-              run_folder / "latents" / ".latents_00000.npy.9.tmp", tmp_path / "s.npz.parts" / ".0000000.npy.9.tmp"]
+              run_folder / "latents" / ".latents_00000.npy.9.tmp",
+              tmp_path / "s.npz.parts" / ".0000000.npy.9.tmp"]
     for path in debris:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half of it")

@@ -114,9 +114,10 @@ def test_views_are_the_same_for_any_number_of_processes_and_new_at_every_call_an
     for a, b in zip(whole, half, strict=True):
         assert (a.crop, a.augment) == (b.crop, b.augment) and torch.equal(a.amounts[4:], b.amounts)
     assert all(view.augment == (True, True, True) for view in whole[2:4])
-    views = [v for step in range(200) for v in losses.draw_views(config, step, 0, range(1), torch.device("cpu"))]
+    views = [v for step in range(200)
+             for v in losses.draw_views(config, step, 0, range(1), torch.device("cpu"))]
     free = [view.augment for i, view in enumerate(views) if i % 5 not in (2, 3)]
-    assert len(set(free)) == 8 and abs(np.mean(free) - 0.5) < 0.05          # each of the three by its own coin
+    assert len(set(free)) == 8 and abs(np.mean(free) - 0.5) < 0.05         # each of the three by its own coin
     assert abs(np.mean([view.crop is None for view in views]) - 0.5) < 0.07
     assert len({view.amounts.sum().item() for view in views}) == len(views)
 
@@ -419,14 +420,14 @@ def test_every_kind_of_bad_input_is_named(tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before          # nothing lost
 
 
-# -------------------------------------------- several image sizes --------------------------------------------
+# ------------------------------------------- several image sizes -------------------------------------------
 
 def test_steps_take_two_image_sizes_in_turn_and_the_tokenizer_runs_at_others(tmp_path, monkeypatch):
     seen, forward = [], MAETok.forward
     monkeypatch.setattr(MAETok, "forward", lambda self, images, *rest:
                         (seen.append(images.shape[-1]), forward(self, images, *rest))[1])
     train(tmp_path / "run", "--mixed-size", "24", "--steps", "4", "--stage2-steps", "2")
-    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]       # evaluation is at 16 px
+    trained = [size for size, before in zip(seen, [0, *seen]) if size != before]      # evaluation is at 16 px
     assert trained[:4] == [16, 24, 16, 24]
     tokenizer = maetok.load_tokenizer(tmp_path / "run")
     for size in ((16, 16), (24, 24), (32, 16)):
@@ -588,11 +589,12 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc):
     """Synchronised batch norm, one adaptive weight, one LeCAM average: 10 steps, every term to 1e-4.
 
     After the first three adversarial steps the adaptive weight to 1e-3: it divides two gradients' norms, and
-    Adam, which divides by the gradient's size, makes whole steps of rounding where gradients are next to 0. By
-    dino's step 8 the two are 2.6e-4 apart with AVX2, 0.3e-4 with AVX-512; by step 5 4e-5 at most.
+    Adam, which divides by the gradient's size, makes whole steps of rounding where gradients are next to 0.
+    By dino's step 8 the two are 2.6e-4 apart with AVX2, 0.3e-4 with AVX-512; by step 5 4e-5 at most.
 
-    With a smooth activation: now and then a value lies so near LeakyReLU's kink that float32's rounding, which
-    differs with processor and number of processes, puts it on the other side, and the gradient changes by 1e-3.
+    With a smooth activation: now and then a value lies so near LeakyReLU's kink that float32's
+    rounding, which differs with processor and number of processes, puts it on the other side, and the
+    gradient changes by 1e-3.
     """
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

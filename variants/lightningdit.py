@@ -7,8 +7,8 @@ A SiT (sit.py) with the parts of today's language models (Yao & Wang 2025, arXiv
     sine table added to tokens  -> 1D RoPE on top: positions also turn queries and keys
     squared error of v          -> the same plus 1 - cos(v^, v), `velocity_direction_loss` ["cosine loss"]
 
-and, in training, logit-normal times (flow.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K steps;
-in sampling, Euler with 250 steps (flow.euler) [Table 9].
+and, in training, logit-normal times (flow.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K
+steps; in sampling, Euler with 250 steps (flow.euler) [Table 9].
 Embedders are sit.py's; paths, losses, samplers and guidance are flow.py's; `forward` takes and returns
 what SiT's does.
 
@@ -64,7 +64,8 @@ def rotary_angles(length, head_size, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + hs/2) of x (B, nh, L, hs) by the angles; in float32, returned in x's dtype."""
+    """Turn channel pairs (i, i + hs/2) of x (B, nh, L, hs) by the angles; in float32,
+    returned in x's dtype."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 

@@ -196,7 +196,8 @@ def refuse_variants(weights, path):
          len(set(width.values())) > 1)) if there]
     if found:
         raise UserError(f"{path} is of a variant that the authors' script trains as published, not of the "
-                        f"released models: it has {'; '.join(found)}. Only the released variant can be run here")
+                        f"released models: it has {'; '.join(found)}. "
+                        "Only the released variant can be run here")
 
 
 def _released_name(name):
