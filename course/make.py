@@ -25,7 +25,8 @@ import common  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks  # noqa: E402
 
-CODE = ("*.py", "frozen/*.py", "variants/*.py", "study/*.py", "pictures/*", "requirements.txt", "pyproject.toml")
+CODE = ("*.py", "after/*.py", "frozen/*.py", "variants/*.py", "study/*.py", "pictures/*", "requirements.txt",
+        "pyproject.toml")
 READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/*")
 # What the visible tests stand in, with what those files import.
 TESTS = ("tests/conftest.py", *(f"tests/test_{name}.py" for name in

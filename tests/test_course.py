@@ -103,6 +103,17 @@ def test_a_students_folder_has_blanks_tests_and_no_solution(tmp_path):
         make.main(["--out", str(folder)])
 
 
+def test_folders_of_code_are_all_copied():
+    folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
+    assert folders - {"tests", "course"} == {pattern.split("/")[0] for pattern in make.CODE if "/" in pattern}
+
+
+def test_wrong_answers_are_edits_that_apply_once():
+    for b in BLANKS:
+        for wrong in b.wrong:
+            compile(grade.wrong_text(b, wrong), b.file, "exec")
+
+
 @pytest.mark.slow
 def test_a_folder_with_the_solutions_pasted_in_passes_its_own_tests(tmp_path):
     folder = tmp_path / "A1"
