@@ -55,7 +55,7 @@ class Config(SiTConfig):
     """Everything a run depends on. The defaults are the paper's SiT-XL [Table 8]; presets change them."""
     # ---- run ----
     preset: str = "shapes"        # names joined by commas, later ones win; see PRESETS in this file
-    tokenizer: str = ""           # run folder or checkpoint of train_tokenizer.py
+    tokenizer: str = ""           # run or checkpoint of train_tokenizer.py, or of this script: its tokenizer
     out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
     init: str = ""                # start from the EMA weights of this run or checkpoint, of the same latents
     seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
@@ -537,6 +537,7 @@ def main(argv=None):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {world} processes x "
                         f"{config.accumulate} accumulation steps")
     source = checkpoints.load_checkpoint(config.tokenizer)
+    source = source["tokenizer"] if source.get("kind") == "diffusion" else source    # it brings its own along
     tokenizer = tokenizer_of(source, config.tokenizer).to(device)
     if not source["measured"]:
         raise UserError(f"{config.tokenizer} is from the middle of a training stage: "

@@ -1,4 +1,5 @@
-"""The assignments: what is blank, what it is worth, which tests grade it, one hint, and what students get wrong.
+"""The assignments: what is blank, what it is worth, which tests grade it, one hint,
+and what students get wrong.
 
 A blank has points if *all* of its tests pass, and 0 otherwise: blanks are small. `tests` are in the
 repository's tests/ and in the student's folder; `hidden` ones, in hidden.py, run on data of the grader's
@@ -53,7 +54,8 @@ A1 = (
           "Split H into (H/P, P) and W into (W/P, P) with reshape, permute the six axes, then merge.",
           (("channels before rows and columns", "permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 1, 3, 5)"),
            ("patches column by column", "permute(0, 2, 4, 3, 5, 1)", "permute(0, 4, 2, 3, 5, 1)"),
-           ("rows and columns swapped within a patch", "permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 5, 3, 1)"),
+           ("rows and columns swapped within a patch", "permute(0, 2, 4, 3, 5, 1)",
+            "permute(0, 2, 4, 5, 3, 1)"),
            ("reshape alone", "x.permute(0, 2, 4, 3, 5, 1).reshape", "x.reshape"),
            ("refuses only if neither side fits", "if H % P or W % P", "if H % P and W % P"))),
     Blank("A1.2", "maetok.py", "rotate", "Sec. 3.1", 8,
@@ -61,7 +63,8 @@ A1 = (
           _at(_MAETOK, "test_rotation_is_multiplication_by_a_complex_number"),
           _hidden("test_rotate"),
           "The pair (a, b) is the complex number a + ib; multiply it by cos + i sin.",
-          (("the other way round", "a * cos - b * sin, a * sin + b * cos", "a * cos + b * sin, b * cos - a * sin"),
+          (("the other way round", "a * cos - b * sin, a * sin + b * cos",
+            "a * cos + b * sin, b * cos - a * sin"),
            ("neighbours as pairs", "a, b = x.float().chunk(2, dim=-1)",
             "a, b = x.float()[..., ::2], x.float()[..., 1::2]"),
            ("a sign lost", "a * sin + b * cos", "a * sin - b * cos"),
@@ -71,8 +74,8 @@ A1 = (
           "angles of each row and column for both kinds of frequencies; angle 0 for all other tokens",
           _at(_MAETOK, "test_rope_rotates_image_tokens_by_the_documented_angles_and_leaves_the_others"),
           _hidden("test_rope_angles"),
-          "Number the tokens 0 ... N-1: the column is the remainder by `columns`, the row the quotient. F.pad "
-          "puts zeros around the angles.",
+          "Number the tokens 0 ... N-1: the column is the remainder by `columns`, the row the quotient. "
+          "F.pad puts zeros around the angles.",
           (("x is the row", "(index % columns)[:, None], (index // columns)[:, None]",
             "(index // columns)[:, None], (index % columns)[:, None]"),
            ("counts by rows instead of columns", "(index % columns)[:, None], (index // columns)[:, None]",
@@ -113,7 +116,8 @@ A1 = (
            ("the angle from the other axis", "gx.atan2_(gy)", "gy.atan2_(gx)"),
            ("no Gaussian window", "magnitude *= window[:H, :W]", "pass"),
            ("cells not normalised", "histogram = F.normalize(histogram, dim=-1)", "pass"),
-           ("cells normalised to sum 1", "F.normalize(histogram, dim=-1)", "F.normalize(histogram, p=1, dim=-1)"),
+           ("cells normalised to sum 1", "F.normalize(histogram, dim=-1)",
+            "F.normalize(histogram, p=1, dim=-1)"),
            ("bins last", "permute(0, 2, 4, 1, 6, 3, 5)", "permute(0, 2, 4, 1, 3, 5, 6)"),
            ("computed in the images' dtype", "sobel(images.float())", "sobel(images)"),
            ("rounding taken for gradients", "F.threshold_(torch.hypot(gx, gy), 1e-5, 0.0)",
@@ -123,12 +127,13 @@ A1 = (
 
 A2 = (
     Blank("A2.1", "maetok.py", "random_mask", "Sec. 3.2", 8,
-          "the share of hidden patches and its range; uniform over places; a mask per image, whatever its batch",
+          "the share of hidden patches and its range; uniform over places; a mask per image, whatever its "
+          "batch",
           _at(_MAETOK, "test_random_mask_hides_the_share_it_was_asked_for",
               "test_a_mask_belongs_to_its_sample_not_to_its_batch"),
           _hidden("test_random_mask"),
-          "Draw the ratio from the image's own generator, then hide the first ceil(ratio * N) of a permutation. "
-          "0.6 * 10 is 6.000000000000001.",
+          "Draw the ratio from the image's own generator, then hide the first ceil(ratio * N) of a "
+          "permutation. 0.6 * 10 is 6.000000000000001.",
           (("inverted", "np.zeros(", "np.ones(", "= True", "= False"),
            ("rounded down", "math.ceil(rng.uniform(low, high) * num_patches - 1e-9)",
             "int(rng.uniform(low, high) * num_patches)"),
@@ -138,11 +143,13 @@ A2 = (
            ("always the first patches", "rng.permutation(num_patches)[:hidden]", ":hidden"),
            ("numpy's global generator", "rng.permutation(", "np.random.permutation("))),
     Blank("A2.2", "maetok.py", "Encoder.forward", "Eq. 4", 12,
-          "what the transformer is given, token by token, in all variants; which of its outputs become latents",
+          "what the transformer is given, token by token, in all variants; which of its outputs become "
+          "latents",
           _at(_MAETOK, "test_the_encoder_reads_its_latents_from_the_learnable_tokens"),
           _hidden("test_encoder", "test_encoder_without_a_mask"),
           "Patches -> patch_embed -> torch.where with the mask token -> positions -> class token in front -> "
-          "latent tokens behind. RoPE and the transformer want to know how many tokens stand before the image.",
+          "latent tokens behind. RoPE and the transformer want to know how many tokens stand before the "
+          "image.",
           (("visible patches replaced", "torch.where(mask[..., None], self.mask_token.to(x.dtype), x)",
             "torch.where(mask[..., None], x, self.mask_token.to(x.dtype))"),
            ("hidden patches set to 0", "torch.where(mask[..., None], self.mask_token.to(x.dtype), x)",
@@ -167,21 +174,23 @@ A2 = (
            ("takes the first token", "x.mean(1)", "x[:, 0]"),
            ("always pools", "x.mean(1) if self.pool else x", "x.mean(1)"))),
     Blank("A2.4", "maetok.py", "MAETok.forward", "Fig. 3", 10,
-          "reconstruction, latents and features of all decoders; gradients; the VAE's sample; images that are not "
-          "square",
+          "reconstruction, latents and features of all decoders; gradients; the VAE's sample; images that "
+          "are not square",
           _at(_MAETOK, "test_auxiliary_decoders_are_separate_and_as_deep_as_asked",
               "test_latents_read_from_image_tokens", "test_kl_vae_samples_with_the_given_noise",
               "test_forward_is_encode_and_decode_under_the_mask"),
           _hidden("test_forward"),
-          "self.grid, self.posterior, self.decoder.image_tokens and unpatchify are there. With aux_depth 0 an "
-          "auxiliary decoder is one linear layer on the pixel decoder's image tokens. `added`, `lengths` and "
+          "self.grid, self.posterior, self.decoder.image_tokens and unpatchify are there. With aux_depth 0 "
+          "an auxiliary decoder is one linear layer on the pixel decoder's image tokens. `added`, `lengths` and "
           "self.align belong to after/: no test of the course looks at them.",
           (("the mask not handed on", "self.encoder(images, mask)", "self.encoder(images, None)"),
            ("auxiliary decoders detached", "aux[name] = decoder(h, grid)",
             "aux[name] = decoder(h.detach(), grid)"),
            ("variance for deviation", "(0.5 * logvar).exp()", "logvar.exp()"),
-           ("noise of its own", "(0.5 * logvar).exp() * noise", "(0.5 * logvar).exp() * torch.randn_like(mean)"),
-           ("rows and columns swapped", "self.config.patch_size, grid)", "self.config.patch_size, grid[::-1])"),
+           ("noise of its own", "(0.5 * logvar).exp() * noise",
+            "(0.5 * logvar).exp() * torch.randn_like(mean)"),
+           ("rows and columns swapped", "self.config.patch_size, grid)",
+            "self.config.patch_size, grid[::-1])"),
            ("no posterior returned", "MAETokOutput(reconstruction, h, aux, posterior,",
             "MAETokOutput(reconstruction, h, aux, None,")),
           ("A2.2", "A2.3")),
@@ -189,7 +198,8 @@ A2 = (
           "both kinds as a loop over hidden patches; visible ones do not count; an image with nothing hidden",
           _at(_MAETOK, "test_auxiliary_loss_is_a_mean_over_hidden_patches"),
           _hidden("test_masked_feature_loss"),
-          "First one value a patch, (B, N); then the mean over each image's hidden patches; then over images.",
+          "First one value a patch, (B, N); then the mean over each image's hidden patches; then over "
+          "images.",
           (("of visible patches", "mask = mask.float()", "mask = 1 - mask.float()"),
            ("of all patches", "(per_patch * mask).sum(1) / mask.sum(1).clamp(min=1)", "per_patch.mean(1)"),
            ("one mean over the batch", "((per_patch * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()",
@@ -199,10 +209,11 @@ A2 = (
            ("channels summed", ".square().mean(-1)", ".square().sum(-1)"))),
     Blank("A2.6", "losses.py", "adaptive_weight", "Eq. 6", 6,
           "the ratio of the gradients' norms that backward() gives; no gradient left behind; the clamp",
-          _at("tests/test_losses.py", "test_adaptive_weight_is_the_ratio_of_the_gradients_that_backward_gives"),
+          _at("tests/test_losses.py",
+              "test_adaptive_weight_is_the_ratio_of_the_gradients_that_backward_gives"),
           _hidden("test_adaptive_weight"),
-          "torch.autograd.grad(loss, last_layer, retain_graph=True) touches no .grad. common.all_mean averages "
-          "over processes; with one it changes nothing.",
+          "torch.autograd.grad(loss, last_layer, retain_graph=True) touches no .grad. common.all_mean "
+          "averages over processes; with one it changes nothing.",
           (("upside down", "norms[0] / (norms[1] + 1e-4)", "norms[1] / (norms[0] + 1e-4)"),
            ("not detached", "retain_graph=True", "create_graph=True", ".detach()", ""),
            ("no upper bound", ".clamp(0, 1e4)", ".clamp(min=0)"),
@@ -210,7 +221,8 @@ A2 = (
             "last_layer.grad = None; loss.backward(retain_graph=True); gradient = last_layer.grad.clone()"),
            ("another epsilon", "1e-4)", "1e-6)"))),
     Blank("A2.7", "train_tokenizer.py", "tokenizer_objective", "Eq. 6", 8,
-          "each term and its weight, with stand-ins for the networks; the discriminator learns nothing from it",
+          "each term and its weight, with stand-ins for the networks; the discriminator learns nothing from "
+          "it",
           _at(_TRAIN, "test_the_objective_is_the_weighted_sum_of_its_terms"),
           _hidden("test_tokenizer_objective"),
           "auxiliary_loss, generator_loss, adaptive_weight and kl_divergence are there. The adaptive weight "
@@ -240,7 +252,8 @@ A2 = (
            ("the last step not at 0", "config.stage2_steps - 1", "config.stage2_steps"),
            ("a range from 0", "return ratio, ratio", "return 0.0, ratio"),
            ("cut off instead of drawn again",
-            "while not config.mask_low <= (rate := rng.normal(0.6, 0.25)) <= config.mask_high:\n            pass",
+            "while not config.mask_low <= (rate := rng.normal(0.6, 0.25)) <= config.mask_high:\n"
+            "            pass",
             "rate = min(max(rng.normal(0.6, 0.25), config.mask_low), config.mask_high)")),
           ("A2.1",)),
 )
@@ -250,8 +263,8 @@ A3 = (
           "both ends, the identities, and the derivatives by autograd; unknown paths are refused",
           _at(_FLOW, "test_coefficients_and_their_derivatives", "test_unknown_paths_and_times_are_refused"),
           _hidden("test_path_coefficients"),
-          "linear: alpha = 1 - t, sigma = t. cosine: cos and sin of pi t / 2. Constants have to be tensors like "
-          "t.",
+          "linear: alpha = 1 - t, sigma = t. cosine: cos and sin of pi t / 2. Constants have to be tensors "
+          "like t.",
           (("the velocity's sign", "-torch.ones_like(t), torch.ones_like(t)",
             "torch.ones_like(t), -torch.ones_like(t)"),
            ("the inner derivative forgotten", "-h * torch.sin(h * t), h * torch.cos(h * t)",
@@ -289,17 +302,19 @@ A3 = (
            ("one coin a batch", "[rng.random() < probability for rng in rngs]",
             "[rngs[0].random() < probability] * len(rngs)"),
            ("class 0 for none", "torch.where(dropped, null_class, y)", "torch.where(dropped, 0, y)"),
-           ("torch's generator", "torch.tensor([rng.random() < probability for rng in rngs], dtype=torch.bool, "
-            "device=y.device)", "torch.rand(len(rngs)) < probability"))),
+           ("torch's generator", "torch.tensor([rng.random() < probability for rng in rngs], "
+            "dtype=torch.bool, device=y.device)", "torch.rand(len(rngs)) < probability"))),
     Blank("A3.5", "flow.py", "expected_noise", "Sec. 4.1", 8,
           "the noise that `interpolate` was given; with exact velocities of mixtures, the score",
-          _at(_FLOW, "test_expected_noise_inverts_interpolation", "test_score_is_the_gradient_of_the_log_density"),
+          _at(_FLOW, "test_expected_noise_inverts_interpolation",
+              "test_score_is_the_gradient_of_the_log_density"),
           _hidden("test_expected_noise"),
-          "Eliminate x from x_t = alpha x + sigma eps and v = alpha' x + sigma' eps. A float t has to become a "
-          "tensor, a tensor t (B,) one of shape (B, 1, 1), both in x's dtype.",
+          "Eliminate x from x_t = alpha x + sigma eps and v = alpha' x + sigma' eps. A float t has to become "
+          "a tensor, a tensor t (B,) one of shape (B, 1, 1), both in x's dtype.",
           (("solved for the data", "alpha * v - d_alpha * x", "d_sigma * x - sigma * v"),
            ("not divided", " / (alpha * d_sigma - d_alpha * sigma)", ""),
-           ("the determinant's sign", "alpha * d_sigma - d_alpha * sigma", "alpha * d_sigma + d_alpha * sigma"),
+           ("the determinant's sign", "alpha * d_sigma - d_alpha * sigma",
+            "alpha * d_sigma + d_alpha * sigma"),
            ("always the linear path", "path_coefficients(t, path)", "path_coefficients(t)"),
            ("a sign lost", "alpha * v - d_alpha * x", "alpha * v + d_alpha * x")),
           ("A3.1", "A3.2")),
@@ -312,8 +327,8 @@ A3 = (
               "test_state_is_float64_and_the_result_has_the_inputs_dtype[euler]",
               "test_trajectory_holds_every_state_from_noise_to_result[euler-times0]"),
           _hidden("test_euler"),
-          "dt = t_next - t is negative. _state, _times (which takes `shift`) and _keep are there. `average` is of "
-          "after/mean_flow.py: no test of the course looks at it.",
+          "dt = t_next - t is negative. _state, _times (which takes `shift`) and _keep are there. `average` is "
+          "of after/mean_flow.py: no test of the course looks at it.",
           (("away from data", "(t_next - t) * velocity", "(t - t_next) * velocity"),
            ("the velocity of the step's end", "velocity(x, t, **", "velocity(x, t_next, **"),
            ("the state in the input's dtype", "_state(x), _times(", "x, _times("),
@@ -330,16 +345,18 @@ A3 = (
               "test_state_is_float64_and_the_result_has_the_inputs_dtype[heun]",
               "test_trajectory_holds_every_state_from_noise_to_result[heun-times1]"),
           _hidden("test_heun", "test_heun_hands_the_start_of_a_step_on"),
-          "Predict with an Euler step, correct with the mean of two velocities, but not in the step that ends at "
-          "0. With decide \"step\" the second call gets start=t.",
+          "Predict with an Euler step, correct with the mean of two velocities, but not in the step that "
+          "ends at 0. With decide \"step\" the second call gets start=t.",
           (("the mean not halved", ".to(x)) / 2", ".to(x))"),
-           ("the second velocity at the old state", "velocity(x + (t_next - t) * v, t_next", "velocity(x, t_next"),
+           ("the second velocity at the old state", "velocity(x + (t_next - t) * v, t_next",
+            "velocity(x, t_next"),
            ("the second velocity at the old time", "(t_next - t) * v, t_next, **", "(t_next - t) * v, t, **"),
            ("corrects the last step too", "if t_next > 0", "if True"),
            ("never corrects", "if t_next > 0", "if False"),
            ("`decide` ignored", '{"start": t} if decide == "step" else {}', "{}"))),
     Blank("A3.8", "flow.py", "euler_maruyama", "Table 8", 12,
-          "the recipe as a loop by the score, both diffusions; no noise at the end; times, dtypes, generators",
+          "the recipe as a loop by the score, both diffusions; no noise at the end; times, dtypes, "
+          "generators",
           _at(_FLOW, "test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times",
               "test_euler_maruyama_takes_250_steps_and_ends_without_noise",
               "test_euler_maruyama_as_released_takes_2t_on_the_cosine_path_too",
@@ -350,17 +367,19 @@ A3 = (
           "The drift is v + w / (2 sigma) E[eps|x_t], the noise sqrt(w |dt|). _times takes `last`.",
           (("noise in the last step", "if t_next > 0", "if True",
             "noise(step)", "noise(min(step, steps - 2))"),
-           ("dt for its root", "math.sqrt(2 * half_w * (t - t_next))", "math.sqrt(2 * half_w) * (t - t_next)"),
+           ("dt for its root", "math.sqrt(2 * half_w * (t - t_next))",
+            "math.sqrt(2 * half_w) * (t - t_next)"),
            ("the score's sign", "v + half_w / sigmas", "v - half_w / sigmas"),
            ("w for w/2 in the drift", "half_w / sigmas[step] *", "2 * half_w / sigmas[step] *"),
            ("w/2 for w in the noise", "math.sqrt(2 * half_w", "math.sqrt(half_w"),
            ("the ODE's drift", "v + half_w / sigmas[step] * expected_noise(v, x, t, path)", "v"),
            ("`last` ignored", "_times(steps, last, shift)", "_times(steps, shift=shift)"),
-           ("the linear path's sigma always", "dtype=torch.float64), path)", 'dtype=torch.float64), "linear")')),
+           ("the linear path's sigma always", "dtype=torch.float64), path)",
+            'dtype=torch.float64), "linear")')),
           ("A3.1", "A3.5")),
     Blank("A3.9", "flow.py", "guided_velocity", "App. C.2", 8,
-          "the formula, in one batch of 2B; both ends of the interval; no second pass where none is needed; the "
-          "other two schemes",
+          "the formula, in one batch of 2B; both ends of the interval; no second pass where none is needed; "
+          "the other two schemes",
           _at(_FLOW, "test_guidance_extrapolates_from_the_null_class_in_one_batch",
               "test_the_interval_includes_both_ends_and_saves_the_rest",
               "test_interval_ends_survive_the_rounding_of_a_samplers_times",
@@ -370,7 +389,8 @@ A3 = (
           "Return a function velocity(x, t, start=None, span=None). Concatenate states and labels, chunk the "
           "velocities. `span` is of after/mean_flow.py: no test of the course looks at it.",
           (("the wrong side of the interval", "cfg_scale != 1 and low", "cfg_scale != 1 and not low"),
-           ("started from c", "c, u = v.chunk(2)\n        return u +", "c, u = v.chunk(2)\n        return c +"),
+           ("started from c", "c, u = v.chunk(2)\n        return u +",
+            "c, u = v.chunk(2)\n        return c +"),
            ("labels and null class swapped", "torch.cat((y, null))", "torch.cat((null, y))"),
            ("guided at all times", "low - 1e-6 <= (t if start is None else start) <= high + 1e-6", "True"),
            ("two passes at scale 1 too", "cfg_scale != 1 and low", "low"),
@@ -398,8 +418,8 @@ A4 = (
           _at(_METRICS, "test_frechet_distance_of_commuting_gaussians_in_closed_form",
               "test_near_singular_covariances", "test_constant_features"),
           _hidden("test_frechet_distance", "test_frechet_distance_refuses_two_sizes"),
-          "With A A^T = C1 the eigenvalues of C1 C2 are those of the symmetric A^T C2 A. Any A will do: Cholesky "
-          "with pivoting, or eigenvectors times roots of eigenvalues.",
+          "With A A^T = C1 the eigenvalues of C1 C2 are those of the symmetric A^T C2 A. Any A will do: "
+          "Cholesky with pivoting, or eigenvectors times roots of eigenvalues.",
           (("the factor 2 forgotten", "- 2 * trace", "- trace"),
            ("the norm of the means' difference, not its square", "((mean1 - mean2) ** 2).sum()",
             "np.linalg.norm(mean1 - mean2)"),
@@ -415,8 +435,8 @@ A4 = (
           _at(_METRICS, "test_precision_and_recall_by_brute_force",
               "test_precision_and_recall_count_equal_distances"),
           _hidden("test_precision_recall"),
-          "torch.cdist or squared_distances, kthvalue, then any over the balls. Subtract a common centre first, "
-          "and let `<=` forgive rounding of about 1e-11 of the largest square.",
+          "torch.cdist or squared_distances, kthvalue, then any over the balls. Subtract a common centre "
+          "first, and let `<=` forgive rounding of about 1e-11 of the largest square.",
           (("a point is its own neighbour", "distances.diagonal(start).fill_(math.inf)", "pass"),
            ("precision and recall swapped", "return covered(fake, real), covered(real, fake)",
             "return covered(real, fake), covered(fake, real)"),
@@ -437,11 +457,12 @@ A4 = (
            ("infinity for equal images", ".clamp(min=1e-10)", ""),
            ("the natural logarithm", ".log10()", ".log()"))),
     Blank("A4.4", "metrics.py", "pca", "App. B.3", 8,
-          "numpy's singular values, for many vectors and for few; the number of axes; orthonormal, largest first",
+          "numpy's singular values, for many vectors and for few; the number of axes; orthonormal, largest "
+          "first",
           _at(_METRICS, "test_pca_is_the_singular_value_decomposition"),
           _hidden("test_pca"),
-          "eigh returns the smallest first. With n < d take eigenvectors e of X X^T: X^T e, normalised, are the "
-          "axes.",
+          "eigh returns the smallest first. With n < d take eigenvectors e of X X^T: X^T e, normalised, are "
+          "the axes.",
           (("not centred", "    x = x - mean\n", ""),
            ("smallest first", ".flip(0).clamp(min=0), axes.flip(1)", ".clamp(min=0), axes"),
            ("one axis too few", "(held < fraction).sum()) + 1", "(held < fraction).sum())"),
@@ -502,7 +523,8 @@ A4 = (
 
 ASSIGNMENTS = {"A1": A1, "A2": A2, "A3": A3, "A4": A4, "A5": ()}
 
-# A5 has no blanks. What a program can tell of it is whether the report and the runs are there; (id, points, what).
+# A5 has no blanks. What a program can tell of it is whether the report and the runs are there;
+# (id, points, what).
 A5_CHECKS = (
     ("A5.1", 4, "`report.md` or `report.pdf` is there; report.md has 1,200 words at most, two pages"),
     ("A5.2", 6, "`config.json` of two runs at least, of equal options, that differ in the seed"),

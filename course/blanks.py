@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Where a function stands in a text. `first` and `end` count lines from 0: its body without the docstring."""
+    """Where a function stands in a text. `first` and `end` count lines from 0:
+    its body without the docstring."""
     node: ast.FunctionDef
     first: int
     end: int
@@ -18,12 +19,13 @@ class Piece(NamedTuple):
 def find(source: str, name: str) -> Piece:
     """The function with this qualified name, "random_mask" or "Encoder.forward".
 
-    Of two with one name Python takes the last, and so does this. Raises KeyError where there is none, ValueError
-    for a function on one line, SyntaxError where the text does not parse.
+    Of two with one name Python takes the last, and so does this. Raises KeyError where there is none,
+    ValueError for a function on one line, SyntaxError where the text does not parse.
     """
     nodes = ast.parse(source).body
     for part in name.split("."):
-        found = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part]
+        found = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                 and node.name == part]
         if not found:
             raise KeyError(name)
         nodes = found[-1].body
@@ -68,7 +70,8 @@ def signature(source: str, name: str) -> str:
 def transplant(source: str, name: str, other: str) -> str:
     """`source` with the body that the function has in the text `other`, and nothing else of it.
 
-    The statements are written anew from their syntax tree, since `other` may be indented by tabs or by 2 spaces.
+    The statements are written anew from their syntax tree,
+    since `other` may be indented by tabs or by 2 spaces.
     Raises as `find` does, and ValueError where the signature differs.
     """
     ours, theirs = signature(source, name), signature(other, name)

@@ -3,8 +3,9 @@
     python course/check.py            # all five folders, the bank of wrong answers, three submissions of each
     python course/check.py A3 --bank  # the bank of one assignment alone
 
-The bank runs in one process an assignment, in which runner.py exchanges functions: some 350 runs of a few tests
-each. The submissions go through make.py and grade.py as a student's would, with a process for every blank.
+The bank runs in one process an assignment, in which runner.py exchanges functions: some 350 runs of
+a few tests each. The submissions go through make.py and grade.py as a student's would, with a
+process for every blank.
 """
 import argparse
 import shutil
@@ -22,7 +23,7 @@ from common import UserError  # noqa: E402
 from course import assignments, blanks, grade, make  # noqa: E402
 
 
-# --------------------------------------------- tests of the tests ---------------------------------------------
+# -------------------------------------------- tests of the tests --------------------------------------------
 
 def rounds_of(name):
     """What has to be run to prove the tests of an assignment, as runner.py's rounds: for every blank
@@ -47,8 +48,8 @@ def rounds_of(name):
 def bank(name, seed=0, seconds=600):
     """Run all rounds of an assignment on a copy of the solution.
 
-    Returns (complaints, seconds, counts): what the tests do wrong, a line each; how long each blank's tests take;
-    the numbers of wrong answers, of those rejected, and of those that visible tests alone reject.
+    Returns (complaints, seconds, counts): what the tests do wrong, a line each; how long each blank's tests
+    take; the numbers of wrong answers, of those rejected, and of those that visible tests alone reject.
     """
     with tempfile.TemporaryDirectory(prefix="bank-") as temporary:
         folder = Path(temporary, "copy")
@@ -62,7 +63,8 @@ def bank(name, seed=0, seconds=600):
         times[b.id] = sum(e["seconds"] for e in entries if e.get("round") == f"{b.id} alone")
         for test in tests:
             cases = [e for e in entries if e.get("round") == f"{b.id} empty" and e["test"] == test]
-            if not cases or not all(e["outcome"] == "failed" and f"NotImplementedError: {b.message}" in e["reason"]
+            if not cases or not all(e["outcome"] == "failed"
+                                    and f"NotImplementedError: {b.message}" in e["reason"]
                                     for e in cases):
                 complaints.append(f"{b.id} empty: {test} does not fail with its NotImplementedError")
         for test, why in grade.failures(entries, f"{b.id} alone", tests).items():
@@ -77,7 +79,7 @@ def bank(name, seed=0, seconds=600):
     return complaints, times, (wrong, rejected, by_visible)
 
 
-# ---------------------------------------------- made submissions ----------------------------------------------
+# --------------------------------------------- made submissions ---------------------------------------------
 
 def answer(name, folder, kind):
     """Fill a student's folder: "empty" as it is, "solution", or "wrong", a wrong answer in every blank."""
@@ -97,7 +99,8 @@ def answer(name, folder, kind):
 
 def expected(name, kind):
     """The points that a made submission has to get."""
-    worth = [b.points for b in assignments.ASSIGNMENTS[name]] or [points for _, points, _ in assignments.A5_CHECKS]
+    worth = ([b.points for b in assignments.ASSIGNMENTS[name]]
+             or [points for _, points, _ in assignments.A5_CHECKS])
     return sum(worth) if kind == "solution" else 0
 
 
@@ -119,7 +122,8 @@ def submissions(name, temporary):
             tests = in_folder(folder, "test")
             print(f"{name}: make test, {time.time() - begun:.0f} s: {tests.stdout.strip().splitlines()[-1]}")
             if tests.returncode:
-                complaints.append(f"{name}: the solution fails `make test`:\n{tests.stdout[-2000:]}{tests.stderr}")
+                complaints.append(f"{name}: the solution fails `make test`:\n"
+                                  f"{tests.stdout[-2000:]}{tests.stderr}")
         in_folder(folder, "submit")
         begun = time.time()
         _, marks = grade.grade(folder / "submission.zip")
@@ -150,8 +154,8 @@ def main(argv=None):
                 found, times, counts = bank(name, args.seed)
                 complaints += found
                 total = [a + b for a, b in zip(total, counts)]
-                print(f"{name} bank: {counts[1]} of {counts[0]} wrong answers rejected, {counts[2]} by visible "
-                      f"tests; {time.time() - begun:.0f} s; each blank's own tests: "
+                print(f"{name} bank: {counts[1]} of {counts[0]} wrong answers rejected, {counts[2]} by "
+                      f"visible tests; {time.time() - begun:.0f} s; each blank's own tests: "
                       + ", ".join(f"{id} {seconds:.1f} s" for id, seconds in times.items()), flush=True)
             if not args.bank:
                 complaints += submissions(name, temporary)

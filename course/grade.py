@@ -2,7 +2,8 @@
 
     python course/grade.py SUBMISSION                    # points and reasons; writes results.json as well
     python course/grade.py SUBMISSION --json             # the same as JSON, in Gradescope's form
-    python course/grade.py SUBMISSION --assignment A2 --seed 7 --results FILE --user nobody     # Gradescope's call
+    python course/grade.py SUBMISSION --assignment A2 --seed 7 --results FILE --user nobody
+                                                         # Gradescope's call
 
 Only the bodies of the blank functions are taken, by qualified name; what else was changed or added does not
 count. Each goes alone into a clean copy of the repository in which the assignment's other functions are
@@ -48,8 +49,8 @@ import common  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks, make  # noqa: E402
 
-# For one blank, start included. A loop meets the limit of processor time, a sleep the other; a solution is far
-# from both, on a busy machine too.
+# For one blank, start included. A loop meets the limit of processor time, a sleep the other; a solution is
+# far from both, on a busy machine too.
 SECONDS, PROCESSOR = 180, 60
 LIMITS = {"RLIMIT_AS": 6 << 30, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 512}
 LARGEST = 1 << 20                      # bytes of a source file, several times that of the longest here
@@ -65,11 +66,11 @@ class Mark(NamedTuple):
     reasons: list
 
 
-# ---------------------------------------------- what was handed in ----------------------------------------------
+# -------------------------------------------- what was handed in --------------------------------------------
 
 class Submission:
-    """The files of a folder or a zip, by their path from its top: only regular ones, only small ones. A link could
-    lead to the solution."""
+    """The files of a folder or a zip, by their path from its top: only regular ones, only small ones. A link
+    could lead to the solution."""
 
     def __init__(self, path):
         self.zip, self.files = None, {}
@@ -90,8 +91,8 @@ class Submission:
                     self.files[info.filename] = info, info.file_size
 
     def find(self, file):
-        """The path of `file`: where it belongs, else the least deep of those that end like it or have its name
-        (Gradescope's upload of single files forgets folders). None: not there."""
+        """The path of `file`: where it belongs, else the least deep of those that end like it or have its
+        name (Gradescope's upload of single files forgets folders). None: not there."""
         parts = PurePosixPath(file).parts
         there = sorted((PurePosixPath(p) for p in self.files), key=lambda p: (len(p.parts), str(p)))
         for tail in (parts, parts[-1:]):
@@ -137,7 +138,7 @@ def with_answer(blank, clean, submission):
     return filled
 
 
-# ------------------------------------------------ running tests ------------------------------------------------
+# ---------------------------------------------- running tests ----------------------------------------------
 
 def code_of(source, file, name):
     """The code object of a function in a source text."""
@@ -177,9 +178,9 @@ def mistaken(blank, wrong):
 def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), fenced=True, user=None):
     """Run runner.py on `rounds` in a copy of the repository.
 
-    folder: the copy. temporary: a folder of the grader's own. seconds, processor: limits, the latter of processor
-    time. Returns (lines that carry the nonce, why the process did not finish or None). Raises UserError where it
-    has not come to the first test: that is no submission's fault.
+    folder: the copy. temporary: a folder of the grader's own. seconds, processor: limits, the latter of
+    processor time. Returns (lines that carry the nonce, why the process did not finish or None). Raises
+    UserError where it has not come to the first test: that is no submission's fault.
     """
     nonce, temp = secrets.token_hex(16), folder / "tmp"
     temp.mkdir(exist_ok=True)
@@ -200,12 +201,13 @@ def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), f
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(temp), "TMPDIR": str(temp), "OMP_NUM_THREADS": "1",
                    "COURSE_SEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile(dir=temporary) as lines, tempfile.TemporaryFile(dir=temporary) as output:
-        job = dict(rounds=rounds, nonce=nonce, fd=lines.fileno(), closed=[str(c) for c in closed], temp=str(temp),
-                   fence=os.path.realpath(folder) if fenced else None)
+        job = dict(rounds=rounds, nonce=nonce, fd=lines.fileno(), closed=[str(c) for c in closed],
+                   temp=str(temp), fence=os.path.realpath(folder) if fenced else None)
         try:
             process = subprocess.Popen([sys.executable, "course/runner.py"], cwd=folder, env=environment,
                                        stdin=subprocess.PIPE, stdout=output, stderr=output,
-                                       pass_fds=[lines.fileno()], start_new_session=True, preexec_fn=limit, **who)
+                                       pass_fds=[lines.fileno()], start_new_session=True, preexec_fn=limit,
+                                       **who)
         except PermissionError as e:
             raise UserError(f"user {user} cannot run {sys.executable}: {e}") from e
         trouble = None
@@ -277,7 +279,8 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     needs = {place: code for id in blank.needs for place, code in solution(assignments.blank_of(id)).items()}
     tests = [*blank.tests, *blank.hidden]
     judged = secrets.SystemRandom().sample(blank.wrong, 2)
-    check = lambda when: [dict(name=f"{when} {i}", put=needs | mistaken(blank, wrong), tests=tests, first=False)
+    check = lambda when: [dict(name=f"{when} {i}", put=needs | mistaken(blank, wrong), tests=tests,
+                               first=False)
                           for i, wrong in enumerate(judged)]
     rounds = [*check("before"), dict(name="answer", put=needs, tests=tests, first=False), *check("after")]
     entries, trouble = run_rounds(rounds, folder, temporary, seed, SECONDS, PROCESSOR, closed, user=user)
@@ -288,15 +291,16 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
         reasons.append(trouble)
     elif not reasons:
         for i in range(len(judged)):
-            if (failures(entries, f"before {i}", tests).keys() != failures(entries, f"after {i}", tests).keys()):
-                reasons = ["after this code has run the tests judge other answers differently than before: it has "
-                           "changed the tests, pytest, torch or numpy"]
+            if (failures(entries, f"before {i}", tests).keys()
+                    != failures(entries, f"after {i}", tests).keys()):
+                reasons = ["after this code has run the tests judge other answers differently than before: "
+                           "it has changed the tests, pytest, torch or numpy"]
     if any("NameError" in reason for reason in reasons):
         reasons.append("only the body of this function is taken: put helpers and imports inside it")
     return mark(0 if reasons else blank.points, *reasons)
 
 
-# ---------------------------------------------- A5, and the report ----------------------------------------------
+# -------------------------------------------- A5, and the report --------------------------------------------
 
 def check_experiment(submission):
     """A5's marks: is a report there, are there runs of two seeds. The rest is read by people."""
@@ -328,7 +332,8 @@ def check_experiment(submission):
 
 
 def grade(path, name=None, seed=0, user=None):
-    """(assignment's name, list of Mark) of the submission at `path`. name: None, as its file ASSIGNMENT says."""
+    """(assignment's name, list of Mark) of the submission at `path`. name: None,
+    as its file ASSIGNMENT says."""
     if not path.exists():
         raise UserError(f"there is nothing at {path}")
     submission = Submission(path)
@@ -370,7 +375,8 @@ def as_text(name, marks):
     for m in marks:
         rows.append(f"{m.id:6} {m.name:28} {m.points:3} of {m.most}")
         rows += [f"       - {reason}" for reason in m.reasons]
-    return "\n".join([*rows, f"{name}: {sum(m.points for m in marks)} of {sum(m.most for m in marks)} points"])
+    return "\n".join([*rows, f"{name}: {sum(m.points for m in marks)} of "
+                             f"{sum(m.most for m in marks)} points"])
 
 
 def main(argv=None):
@@ -380,7 +386,8 @@ def main(argv=None):
     add("submission", type=Path, help="a student's folder or the zip of `make submit`")
     add("--assignment", choices=tuple(assignments.ASSIGNMENTS), help="default: what its file ASSIGNMENT says")
     add("--json", action="store_true", help="print JSON")
-    add("--results", type=Path, default=Path("results.json"), help="write Gradescope's JSON here (results.json)")
+    add("--results", type=Path, default=Path("results.json"),
+        help="write Gradescope's JSON here (results.json)")
     add("--seed", type=common.Seed, default=0, help="of the hidden tests' data (default 0)")
     add("--user", help="run the submission's code as this user; needs root")
     args = parser.parse_args(argv)

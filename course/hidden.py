@@ -43,7 +43,8 @@ def rng(request):
 
 def close(found, expected, tolerance=1e-5):
     assert found.shape == expected.shape
-    torch.testing.assert_close(found.detach().double(), expected.detach().double(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.detach().double(), expected.detach().double(),
+                               rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------- A1 -------------------------------------------------
@@ -55,7 +56,8 @@ def test_patchify(rng):
     found = maetok.patchify(images, P)
     assert found.shape == (2, h * w, P * P * c)
     for b, i, j in itertools.product(range(2), range(h), range(w)):
-        close(found[b, i * w + j], images[b, :, i * P:(i + 1) * P, j * P:(j + 1) * P].permute(1, 2, 0).flatten())
+        close(found[b, i * w + j],
+              images[b, :, i * P:(i + 1) * P, j * P:(j + 1) * P].permute(1, 2, 0).flatten())
     for size in ((h * P + 1, w * P), (h * P, w * P + 1)):
         with pytest.raises(ValueError):
             maetok.patchify(torch.zeros(1, c, *size), P)
@@ -93,7 +95,7 @@ def test_sobel(rng):
     gx, gy = (g.numpy() for g in hog.sobel(image))
     for c, y, x in itertools.product(range(2), range(6), range(9)):
         p = padded[0, c, y:y + 3, x:x + 3]
-        sides = [a[0] + 2 * a[1] + a[2] for a in (p[:, 0], p[:, 2], p[0], p[2])]       # left, right, above, below
+        sides = [a[0] + 2 * a[1] + a[2] for a in (p[:, 0], p[:, 2], p[0], p[2])]   # left, right, above, below
         assert gx[0, c, y, x] == pytest.approx(sides[0] - sides[1], abs=1e-4)
         assert gy[0, c, y, x] == pytest.approx(sides[2] - sides[3], abs=1e-4)
 
@@ -118,8 +120,9 @@ def test_hog_features(patch, cell, bins, rng):
     number = np.floor(np.arctan2(gx, gy) % np.pi / np.pi * bins).clip(max=bins - 1)
     side = patch // cell
     assert found.shape == (2, 6, 3 * bins * side ** 2) and found.dtype == torch.float32
-    found = found.reshape(2, 2, 3, 3, bins, side, side)            # image, patch row, column, colour, bin, cell
-    for b, i, j, c, u, v in itertools.product(range(2), range(2), range(3), range(3), range(side), range(side)):
+    found = found.reshape(2, 2, 3, 3, bins, side, side)          # image, patch row, column, colour, bin, cell
+    for b, i, j, c, u, v in itertools.product(range(2), range(2), range(3), range(3),
+                                              range(side), range(side)):
         top, left = i * patch + u * cell, j * patch + v * cell
         part = np.s_[top:top + cell, left:left + cell]
         strength = (np.hypot(gx[b, c], gy[b, c]) * window)[part]
@@ -146,15 +149,17 @@ def test_random_mask(rng):
     assert abs(hidden.double().mean() / N - ((low + high) / 2 + 0.5 / N)) < 0.05
     assert (mask.double().mean(0) - mask.double().mean()).abs().max() < 0.15
     assert torch.equal(maetok.random_mask(make(slice(7, 9)), N, low, high), mask[7:9])
-    count = int(rng.integers(2, N - 1))                                # a ratio just above count / N: one more
-    assert (maetok.random_mask(make(slice(5)), N, (count + 0.2) / N, (count + 0.2) / N).sum(1) == count + 1).all()
+    count = int(rng.integers(2, N - 1))                               # a ratio just above count / N: one more
+    assert (maetok.random_mask(make(slice(5)), N, (count + 0.2) / N, (count + 0.2) / N).sum(1)
+            == count + 1).all()
     for bad in ((0.5, 0.4), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ValueError):
             maetok.random_mask(make(slice(1)), N, *bad)
 
 
 def test_encoder(rng):
-    """The pixels of hidden patches are not read, those of visible ones are, and a hidden one keeps its place."""
+    """The pixels of hidden patches are not read, those of visible ones are,
+    and a hidden one keeps its place."""
     encoder = maetok.MAETok(maetok.MAETokConfig(**TINY)).encoder
     images, mask = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, dtype=torch.bool)
     mask[:, rng.permutation(16)[:7]] = True
@@ -243,8 +248,8 @@ class Critic(nn.Module):
 
 def test_tokenizer_objective(rng):
     percep, disc, aux, kl = (float(w) for w in rng.uniform(0.1, 0.9, 4))
-    config = trainer.Config(percep_weight=percep, percep_warmup=10, disc_weight=disc, aux_weight=aux, kl_weight=kl,
-                            targets="hog", variational=True)
+    config = trainer.Config(percep_weight=percep, percep_warmup=10, disc_weight=disc, aux_weight=aux,
+                            kl_weight=kl, targets="hog", variational=True)
     critic, last = Critic(), torch.randn(6, 4, requires_grad=True)
     images, features, target = torch.rand(2, 3, 4, 4), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     x = torch.randn(2, 3, 4, 6) @ last
@@ -253,7 +258,8 @@ def test_tokenizer_objective(rng):
     output = maetok.MAETokOutput(x, None, {"hog": features}, posterior)
     lpips = lambda a, b: (a - b).square().mean((1, 2, 3)) * 2
     step = int(rng.integers(1, 9))
-    batch = trainer.Batch(images, ~loss_mask, loss_mask, torch.zeros(2, 3, 4), {"hog": target}, [None] * 4 + [0.5])
+    batch = trainer.Batch(images, ~loss_mask, loss_mask, torch.zeros(2, 3, 4), {"hog": target},
+                          [None] * 4 + [0.5])
     networks = losses.Objective({}, lpips, critic)
     loss, terms = trainer.tokenizer_objective(config, step, batch, output, networks, last,
                                               torch.autocast("cpu", enabled=False))
@@ -272,13 +278,15 @@ def test_tokenizer_objective(rng):
 
 
 def test_mask_range(rng):
-    top, share, steps = float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.3, 0.9)), int(rng.integers(50, 200)) * 10
+    top, share, steps = (float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.3, 0.9)),
+                         int(rng.integers(50, 200)) * 10)
     config = trainer.Config(stage2_mask=top, stage2_ramp=share, stage2_steps=steps, steps=77, mask_low=0.1,
                             mask_high=0.3)
     last = share * steps - 1
     for part in (0.0, 0.25, 1.0):
         assert trainer.mask_range(config, 2, part * last) == pytest.approx((top * (1 - part),) * 2, abs=1e-6)
-    assert trainer.mask_range(config, 2, steps - 1) == (0, 0) and trainer.mask_range(config, 1, 5) == (0.1, 0.3)
+    assert (trainer.mask_range(config, 2, steps - 1) == (0, 0)
+            and trainer.mask_range(config, 1, 5) == (0.1, 0.3))
     config = trainer.Config(mask_draw="normal", mask_low=0.4, mask_high=0.6, seed=SEED)
     step = int(rng.integers(1000))
     numbers = sample_rng(SEED, "mask-rate", step, 0)
@@ -323,7 +331,8 @@ def test_flow_matching_loss(rng):
     prediction, target = torch.randn(4, 3, 5).bfloat16(), torch.randn(4, 3, 5)
     found = flow.flow_matching_loss(prediction, target)
     assert found.dtype == torch.float32
-    close(found, torch.stack([((p.double() - t.double()) ** 2).sum() / 15 for p, t in zip(prediction, target)]))
+    close(found,
+          torch.stack([((p.double() - t.double()) ** 2).sum() / 15 for p, t in zip(prediction, target)]))
 
 
 def test_drop_labels(rng):
@@ -333,7 +342,8 @@ def test_drop_labels(rng):
     assert found.dtype == torch.int64 and abs((found == 7).double().mean().item() - probability) < 0.05
     assert torch.equal(found[found != 7], y[found != 7])
     assert torch.equal(flow.drop_labels(make(slice(90, 99)), y[90:99], 7, probability), found[90:99])
-    assert (flow.drop_labels(make(), y, 7, 1.0) == 7).all() and torch.equal(flow.drop_labels(make(), y, 7, 0.0), y)
+    assert ((flow.drop_labels(make(), y, 7, 1.0) == 7).all()
+            and torch.equal(flow.drop_labels(make(), y, 7, 0.0), y))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -366,7 +376,8 @@ def test_euler(rng):
     x = start.double()
     for i in range(steps):
         x = x - velocity(x, 1 - i / steps) / steps
-    assert found.dtype == torch.float32 and len(states) == steps + 1 and states[0][0] == 1 and states[-1][0] == 0
+    assert (found.dtype == torch.float32 and len(states) == steps + 1
+            and states[0][0] == 1 and states[-1][0] == 0)
     close(found, x)
     with pytest.raises(ValueError):
         flow.euler(velocity, start, 0)
@@ -483,7 +494,8 @@ def test_frechet_distance(rng):
     a, b = rng.normal(size=(2, d, d + 2))
     c1, c2, m1, m2 = a @ a.T, b @ b.T, *rng.normal(size=(2, d))
     oracle = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    assert metrics.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2))) == pytest.approx(oracle, rel=1e-6)
+    assert (metrics.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2)))
+            == pytest.approx(oracle, rel=1e-6))
     # Rank 1 against any: Tr (C1 C2)^(1/2) is (u^T C2 u)^(1/2) for C1 = u u^T.
     u = rng.normal(size=d)
     c1 = np.outer(u, u)
@@ -548,8 +560,8 @@ def mixture(rng, full, K=3, d=3):
     roots = rng.normal(size=(K, d, d))
     covariances = roots @ roots.transpose(0, 2, 1) + 0.5 * np.eye(d) if full else rng.uniform(0.3, 2, (K, d))
     weights = rng.uniform(0.2, 1, K)
-    return metrics.GaussianMixture(*map(torch.from_numpy, (weights / weights.sum(), rng.normal(size=(K, d)) * 2,
-                                                           covariances)))
+    return metrics.GaussianMixture(*map(torch.from_numpy,
+                                        (weights / weights.sum(), rng.normal(size=(K, d)) * 2, covariances)))
 
 
 def log_joint(parts, x):

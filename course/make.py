@@ -106,12 +106,14 @@ def makefile(name, hidden=False):
     """The text of a folder's Makefile. hidden: with the tests that students do not see."""
     listed = {b.id: [*b.tests, *(b.hidden if hidden else ())] for b in assignments.ASSIGNMENTS[name]}
     quote = lambda tests: " ".join(f"'{t}'" if "[" in t else t for t in dict.fromkeys(tests))
-    targets = "".join(f"{id}: .venv/ready\n\t$(PY) -m pytest -q {quote(tests)}\n" for id, tests in listed.items())
+    targets = "".join(f"{id}: .venv/ready\n\t$(PY) -m pytest -q {quote(tests)}\n"
+                      for id, tests in listed.items())
     files = sorted({b.file for b in assignments.ASSIGNMENTS[name]}) or [
         "report.*", "runs/**/config.json", "runs/**/metrics.jsonl"]
     # A5 has nothing blank, so nothing of it can be tested: what is there runs a look at the small parts.
     return MAKEFILE.format(title=f"{name}: {assignments.TITLES[name]}", ids=" ".join(listed),
-                           tests=quote(t for tests in listed.values() for t in tests) or "tests/test_maetok.py",
+                           tests=(quote(t for tests in listed.values() for t in tests)
+                                  or "tests/test_maetok.py"),
                            submit=" ".join(["ASSIGNMENT", *files]), first=next(iter(listed), "test"),
                            targets=targets)
 
@@ -141,7 +143,8 @@ def student_folder(name, out, solutions=False):
 
 
 def gradescope(name, out, seed):
-    """The autograder's zip, as Gradescope wants it: setup.sh, run_autograder, and the repository to grade with."""
+    """The autograder's zip, as Gradescope wants it: setup.sh, run_autograder,
+    and the repository to grade with."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-autograder.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -169,10 +172,12 @@ def table(name):
 
 
 def with_table(text, name):
-    """The handout's text with the table of blanks between its two marks. Raises UserError where one is missing."""
+    """The handout's text with the table of blanks between its two marks.
+    Raises UserError where one is missing."""
     parts = re.split(r"(?<=<!-- blanks -->\n)(.*?)(?=<!-- /blanks -->)", text, flags=re.S)
     if len(parts) != 3:
-        raise UserError(f"course/{name}.md: the table goes between lines <!-- blanks --> and <!-- /blanks -->")
+        raise UserError(f"course/{name}.md: the table goes between lines <!-- blanks --> and "
+                        "<!-- /blanks -->")
     return parts[0] + table(name) + parts[2]
 
 
@@ -183,9 +188,11 @@ def main(argv=None):
     add("assignment", nargs="?", choices=tuple(assignments.ASSIGNMENTS))
     add("--all", action="store_true", help="every assignment, each in a folder of its name under --out")
     add("--out", type=Path, help="the folder to make; it must be empty or not there")
-    add("--solutions", action="store_true", help="the staff's copy: nothing blank, hidden tests, wrong answers")
+    add("--solutions", action="store_true",
+        help="the staff's copy: nothing blank, hidden tests, wrong answers")
     add("--gradescope", action="store_true", help="the autograder's zip instead of a folder")
-    add("--seed", type=common.Seed, default=0, help="with --gradescope: of the hidden tests' data (default 0)")
+    add("--seed", type=common.Seed, default=0,
+        help="with --gradescope: of the hidden tests' data (default 0)")
     add("--handouts", action="store_true", help="write the tables of blanks into course/A*.md")
     args = parser.parse_args(argv)
     if args.handouts:

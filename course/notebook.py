@@ -1,11 +1,12 @@
-"""Run course/walkthrough.py cell by cell and write course/walkthrough.ipynb with what the cells print and show.
+"""Run course/walkthrough.py cell by cell and write course/walkthrough.ipynb with what
+the cells print and show.
 
     python course/notebook.py               # writes the notebook
     python course/notebook.py --out FILE
 
-Cells begin with `# %%` (code) or `# %% [markdown]` (text, as comments). As in a notebook, a cell shows what it
-prints and the value of its last line, here always a PIL image. The notebook is plain JSON (format 4.5), so no
-package for notebooks is needed.
+Cells begin with `# %%` (code) or `# %% [markdown]` (text, as comments). As in a notebook, a cell shows what
+it prints and the value of its last line, here always a PIL image. The notebook is plain JSON (format 4.5), so
+no package for notebooks is needed.
 """
 import argparse
 import ast

@@ -3,11 +3,13 @@
 It reads a job from stdin (marshal, a dict) and writes a line of JSON per test to the file descriptor
 job["fd"]:
 
-    rounds   a list of dicts: `name`; `put`, {"maetok.py:random_mask": code object}, what functions are to do in
-             this round (all others do what the source says); `tests`, node ids, where that of a parametrised test
-             without [...] stands for all of its cases; `first`, stop at the first that fails
+    rounds   a list of dicts: `name`; `put`, {"maetok.py:random_mask": code object}, what functions are to do
+             in this round (all others do what the source says); `tests`, node ids, where that of a
+             parametrised test without [...] stands for all of its cases; `first`, stop at the first that
+             fails
     nonce    goes into every line; the parent believes no other line
-    fence    the only folder in which files may be changed, or None for no fence; `closed`, folders not to be read
+    fence    the only folder in which files may be changed, or None for no fence; `closed`, folders
+             not to be read
     temp     a folder for pytest's temporary files
 
 A function is exchanged by its __code__, in place: modules that imported it by name get the new one too, and
@@ -87,14 +89,14 @@ def outcome_of(reports):
 
 
 def put_up_fence(closed, fence):
-    """An audit hook, which Python code cannot take down again: no changes outside `fence`, no reading in `closed`,
-    no processes, no network."""
+    """An audit hook, which Python code cannot take down again: no changes outside `fence`, no reading in
+    `closed`, no processes, no network."""
     inside = lambda path, folder: path == folder or path.startswith(folder + os.sep)
     readable = (fence, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
     changes = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink",
                "os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.move"}
-    refused = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "pty.",
-               "socket.")
+    refused = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill",
+               "pty.", "socket.")
 
     def check(path, writing):
         if isinstance(path, int) or path is None:
@@ -133,7 +135,8 @@ def main():
     tests = dict.fromkeys(test.split("[")[0] for part in job["rounds"] for test in part["tests"])
     if job["fence"]:
         put_up_fence(job["closed"], job["fence"])
-    status = pytest.main([*tests, "-q", "-p", "no:cacheprovider", "--basetemp", str(Path(job["temp"]) / "pytest")],
+    status = pytest.main([*tests, "-q", "-p", "no:cacheprovider", "--basetemp",
+                          str(Path(job["temp"]) / "pytest")],
                          plugins=[Rounds(job["rounds"], write)])
     sys.stdout.flush()
     os._exit(int(status))               # threads that the submission has started do not hold the process up

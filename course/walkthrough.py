@@ -10,8 +10,8 @@
 # The notebook is made from `course/walkthrough.py` by `python course/notebook.py`. Change it there.
 
 # %%
-# Where the code is: beside this notebook's folder. Where notebooks are hosted it is fetched; REPOSITORY is then
-# the address of the repository that the notebook came from.
+# Where the code is: beside this notebook's folder. Where notebooks are hosted it is fetched; REPOSITORY is
+# then the address of the repository that the notebook came from.
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +22,8 @@ HERE = next((folder for folder in (Path.cwd(), Path.cwd().parent, Path("maetok")
 if HERE is None:
     assert REPOSITORY, "set REPOSITORY to the repository's address, https://..."
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "maetok"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "torch", "numpy", "pillow", "scipy", "tqdm"],
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "torch", "numpy", "pillow", "scipy",
+                    "tqdm"],
                    check=True)                                   # what is installed already stays as it is
     HERE = Path("maetok").resolve()
 sys.path.insert(0, str(HERE))
@@ -45,7 +46,8 @@ torch.manual_seed(0)
 torch.set_grad_enabled(False)                                    # nothing is trained here
 model, tokenizer, config = load_diffusion(checkpoints.BOX)       # a small MAETok and a small SiT
 c = tokenizer.config
-print(f"{c.image_size} px, {c.patch_size}-px patches, {c.num_latents} latent tokens of {c.latent_dim} channels")
+print(f"{c.image_size} px, {c.patch_size}-px patches, {c.num_latents} latent tokens of "
+      f"{c.latent_dim} channels")
 print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters, "
       f"SiT: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
 

@@ -7,8 +7,8 @@ The rules, each broken one a RuleBroken:
 What makes the host wait for the GPU is no error but counted, with the line of ours that asked for it:
 numbers read back, sizes that depend on values, copies to the host, copies from memory that is not pinned.
 
-What it cannot show: speed, memory, races between streams,
-and what a CUDA kernel does otherwise than the CPU's.
+What it cannot show: speed, memory, races between streams, what a CUDA kernel does otherwise than the CPU's,
+and bfloat16: autocast is entered but casts nothing, since these tensors are on the meta device to C++.
 """
 import contextlib
 import sys
@@ -200,8 +200,8 @@ class DistributedDataParallel(torch.nn.Module):
         self.module = module
         ACTIVE[0].collective(*module.parameters())
 
-    def forward(self, *args):
-        return self.module(*args)
+    def forward(self, *args, **options):
+        return self.module(*args, **options)
 
     def no_sync(self):
         return contextlib.nullcontext()
@@ -221,6 +221,7 @@ def pretend_cuda(monkeypatch, world=1):
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: CUDA)
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+        patch.setattr(common, "cast_matrices", lambda model, dtype: model)         # as autocast does not cast
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: gpu.pinned.setdefault(id(tensor), tensor))
         # Module.to would put a GPU's data into a parameter of the CPU's class.
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -33,7 +33,7 @@ def text_of(blank):
     return (ROOT / blank.file).read_text()
 
 
-# -------------------------------------------------- the data --------------------------------------------------
+# ------------------------------------------------- the data -------------------------------------------------
 
 def test_the_list_of_blanks_is_in_order():
     for name in NAMES:
@@ -69,13 +69,14 @@ def test_what_a_tests_line_says_exists():
 
 def test_handouts_carry_the_table_of_blanks():
     for page in sorted((ROOT / "course").glob("A?.md")):
-        assert make.with_table(page.read_text(), page.stem) == page.read_text(), "python course/make.py --handouts"
+        assert make.with_table(page.read_text(), page.stem) == page.read_text(), (
+            "python course/make.py --handouts")
     assert make.with_table("a\n<!-- blanks -->\nold\n<!-- /blanks -->\nb\n", "A3").count("| A3.") == 10
     with pytest.raises(UserError, match="goes between"):
         make.with_table("no marks", "A3")
 
 
-# --------------------------------------------- tests of the tests ---------------------------------------------
+# -------------------------------------------- tests of the tests --------------------------------------------
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +86,7 @@ def test_each_blanks_tests_fail_empty_pass_alone_and_reject_all_wrong_answers(na
     assert rejected == wrong
 
 
-# ------------------------------------------------- the folders -------------------------------------------------
+# ----------------------------------------------- the folders -----------------------------------------------
 
 def test_a_students_folder_has_blanks_tests_and_no_solution(tmp_path):
     folder = tmp_path / "A2"
@@ -136,8 +137,8 @@ def test_the_autograder_grades_from_its_zip(tmp_path):
     folder = tmp_path / "submission"
     make.student_folder("A5", folder)
     check.answer("A5", folder, "solution")
-    process = subprocess.run([sys.executable, "repository/course/grade.py", str(folder), "--json"], cwd=tmp_path,
-                             capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "repository/course/grade.py", str(folder), "--json"],
+                             cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results == json.loads(process.stdout) and results["score"] == 10
@@ -154,7 +155,7 @@ def test_an_experiment_needs_a_report_and_two_seeds(tmp_path, kind):
     assert all(m.reasons for m in marks if m.points == 0)
 
 
-# ----------------------------------------- submissions that misbehave -----------------------------------------
+# ---------------------------------------- submissions that misbehave ----------------------------------------
 
 @pytest.mark.parametrize("text, reason", [
     (None, "hog.py is not in the submission"),
@@ -179,7 +180,8 @@ def test_what_cannot_be_taken_gets_a_clear_line(tmp_path, text, reason):
 
 def test_only_the_body_of_the_function_is_taken(tmp_path):
     b = assignments.blank_of("A1.4")
-    (tmp_path / "hog.py").write_text("import nothing\n\n\ndef sobel(images: 'any') -> None:  # mine\n  'Doc.'\n"
+    (tmp_path / "hog.py").write_text("import nothing\n\n\n"
+                                     "def sobel(images: 'any') -> None:  # mine\n  'Doc.'\n"
                                      "  # a comment\n  return images, 1\n\nprint('hello')\n")
     found = grade.with_answer(b, text_of(b), grade.Submission(tmp_path))
     assert found == blanks.replace_body(text_of(b), "sobel", "    return (images, 1)")
@@ -235,8 +237,8 @@ FORGES = """
     for test in range(50):
         for fd in range(3, 40):
             try:
-                os.write(fd, json.dumps({"round": "answer", "test": "t", "outcome": "passed", "finished": True,
-                                         "nonce": "0" * 32}).encode() + b"\\n")
+                os.write(fd, json.dumps({"round": "answer", "test": "t", "outcome": "passed",
+                                         "finished": True, "nonce": "0" * 32}).encode() + b"\\n")
             except OSError:
                 pass
     print("50 passed")
@@ -261,7 +263,8 @@ def test_misbehaviour_gets_points_for_what_works_and_harms_nothing(tmp_path):
         path.write_text(blanks.replace_body(path.read_text(), name, text.strip("\n")))
     _, marks = grade.grade(folder)
     reasons = {m.id: " ".join(m.reasons) for m in marks}
-    assert {m.id: m.points for m in marks} == {"A1.1": 0, "A1.2": 0, "A1.3": 0, "A1.4": 0, "A1.5": 4, "A1.6": 0}
+    assert {m.id: m.points for m in marks} == {"A1.1": 0, "A1.2": 0, "A1.3": 0, "A1.4": 0, "A1.5": 4,
+                                               "A1.6": 0}
     assert "ended with status 0 before its tests were done" in reasons["A1.1"]
     assert "has changed the tests" in reasons["A1.2"] or "test_rot" in reasons["A1.2"]
     assert "closed while tests run" in reasons["A1.3"]
@@ -290,30 +293,33 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
             continue
 
 
-# ------------------------------------------------ the notebook ------------------------------------------------
+# ----------------------------------------------- the notebook -----------------------------------------------
 
 def test_the_notebook_is_made_of_its_script():
     page = ROOT / "course/walkthrough.ipynb"
     if not page.exists():
         pytest.skip("not made yet: python course/notebook.py")
     cells = json.loads(page.read_text())["cells"]
-    assert [(cell["cell_type"] == "markdown", "".join(cell["source"])) for cell in cells] == notebook.cells_of(
-        (ROOT / "course/walkthrough.py").read_text()), "python course/notebook.py"
-    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ())) >= 8
+    assert ([(cell["cell_type"] == "markdown", "".join(cell["source"])) for cell in cells]
+            == notebook.cells_of((ROOT / "course/walkthrough.py").read_text())), "python course/notebook.py"
+    assert sum("image/png" in output.get("data", {}) for cell in cells
+               for output in cell.get("outputs", ())) >= 8
     assert page.stat().st_size < 2_000_000
 
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_image_to_sample(tmp_path, monkeypatch):
     """With an untrained model of the small one's form; what the pictures show is not tested."""
-    tokenizer = maetok.MAETok(maetok.MAETokConfig(image_size=32, patch_size=8, width=16, heads=2, encoder_depth=1,
-                                                  decoder_depth=1, num_latents=4, latent_dim=4))
+    tokenizer = maetok.MAETok(maetok.MAETokConfig(image_size=32, patch_size=8, width=16, heads=2,
+                                                  encoder_depth=1, decoder_depth=1, num_latents=4,
+                                                  latent_dim=4))
     model = sit.SiT(sit.SiTConfig(num_latents=4, latent_dim=4, width=16, heads=2, depth=1, num_classes=10))
     as_dict = lambda part: vars(part.config)
     torch.save({"kind": "diffusion", "step": 1, "config": as_dict(model) | {"model": "sit", "path": "linear"},
                 "ema": model.state_dict(), "classes": [],
-                "tokenizer": {"kind": "tokenizer", "config": as_dict(tokenizer), "ema": tokenizer.state_dict(),
-                              "stage": 1, "measured": True}}, tmp_path / "run.pt")
+                "tokenizer": {"kind": "tokenizer", "config": as_dict(tokenizer),
+                              "ema": tokenizer.state_dict(), "stage": 1, "measured": True}},
+               tmp_path / "run.pt")
     box.pack(tmp_path / "run.pt", tmp_path / "box.pt")
     monkeypatch.setattr(checkpoints, "BOX", tmp_path / "box.pt")
     monkeypatch.chdir(tmp_path)

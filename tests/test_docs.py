@@ -65,7 +65,8 @@ def test_no_script_or_module_imports_a_script():
 
 
 # A handout may name files that students write.
-@pytest.mark.parametrize("page", [p for p in PAGES if p.parent != ROOT / "course"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent != ROOT / "course"],
+                         ids=lambda page: page.name)
 def test_every_file_that_is_named_exists(page):
     known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
     for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", page.read_text()):

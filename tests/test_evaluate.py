@@ -407,7 +407,7 @@ def test_both_sides_of_a_comparison_run(name):
     build, package = speed.COMPARISONS[name]
     pytest.importorskip(package)
     args = Namespace(device=torch.device("cpu"), dtype="float32", sit_batch=1, sample_batch=1,
-                     seed=0, checkpointing=False)
+                     seed=0, checkpointing=False, torch_dtype=torch.float32)
     for call in build(args):
         call()
 

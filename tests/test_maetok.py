@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from maetok import (MAETok, MAETokConfig, Block, Decoder, RoPE2D, kl_divergence, masked_feature_loss, patchify,
-                    random_mask, rotate, unpatchify)
+from maetok import (MAETok, MAETokConfig, Block, Decoder, RoPE2D, kl_divergence, masked_feature_loss,
+                    patchify, random_mask, rotate, unpatchify)
 
 TINY = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=2, num_latents=5,
             latent_dim=6, aux_targets={"hog": 27, "anything": 10}, aux_depth=1)
@@ -152,7 +152,8 @@ def test_a_decoder_pools_before_its_head(pool):
     assert found.shape == ((2, 7) if pool else (2, 12, 7))
     for b in range(2):
         rows = [tokens[b, n] @ decoder.head.weight.T + decoder.head.bias for n in range(12)]
-        torch.testing.assert_close(found[b], sum(rows) / 12 if pool else torch.stack(rows), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[b], sum(rows) / 12 if pool else torch.stack(rows),
+                                   rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("aux_depth", [0, 1])

@@ -206,7 +206,8 @@ def test_ssim_of_images_smaller_than_its_window_is_refused():
 
 def test_linear_probe_equals_scikit_learn():
     scale = pytest.importorskip("sklearn.preprocessing").StandardScaler()
-    regression = pytest.importorskip("sklearn.linear_model").LogisticRegression(C=1.0, tol=1e-10, max_iter=2000)
+    regression = pytest.importorskip("sklearn.linear_model").LogisticRegression(
+        C=1.0, tol=1e-10, max_iter=2000)
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 4, (300,), generator=g)
     x = torch.randn(300, 6, generator=g, dtype=torch.float64) + torch.randn(4, 6, generator=g)[y]
@@ -224,7 +225,8 @@ def test_linear_probe_is_at_the_minimum_of_its_loss(strength):
     x = torch.randn(200, 5, generator=g, dtype=torch.float64) + torch.randn(4, 5, generator=g)[y] + 0.3
     weight, bias = (p.requires_grad_() for p in metrics.linear_probe(x, y, 4, strength, iterations=1000))
     assert weight.shape == (5, 4) and bias.shape == (4,) and bias.abs().max() > 0.01
-    loss = torch.nn.functional.cross_entropy(x @ weight + bias, y) + weight.square().sum() / (2 * 200 * strength)
+    loss = (torch.nn.functional.cross_entropy(x @ weight + bias, y)
+            + weight.square().sum() / (2 * 200 * strength))
     loss.backward()
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-4
 
@@ -235,8 +237,8 @@ def test_pca_is_the_singular_value_decomposition(shape):
     x = torch.randn(*shape, generator=g, dtype=torch.float64) * torch.linspace(3, 0.1, 12) + 5
     _, s, vt = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
     held = np.cumsum(s ** 2) / np.sum(s ** 2)
-    for fraction, dims, m in ((0.9, 0, int(np.argmax(held >= 0.9)) + 1), (0.5, 0, int(np.argmax(held >= 0.5)) + 1),
-                              (0.9, 5, 5)):
+    for fraction, dims, m in ((0.9, 0, int(np.argmax(held >= 0.9)) + 1),
+                              (0.5, 0, int(np.argmax(held >= 0.5)) + 1), (0.9, 5, 5)):
         mean, axes, found = metrics.pca(x, fraction, dims)
         np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
         assert axes.shape == (12, m) and found == pytest.approx(held[m - 1])
@@ -287,8 +289,9 @@ def given_mixture(full, K=3, d=4):
     rng = np.random.default_rng(2)
     roots = rng.normal(size=(K, d, d))
     covariances = roots @ roots.transpose(0, 2, 1) + np.eye(d) if full else rng.uniform(0.5, 2, (K, d))
-    return metrics.GaussianMixture(*map(torch.from_numpy, (np.array([0.2, 0.5, 0.3]), rng.normal(size=(K, d)) * 2,
-                                                           covariances)))
+    return metrics.GaussianMixture(*map(torch.from_numpy,
+                                        (np.array([0.2, 0.5, 0.3]), rng.normal(size=(K, d)) * 2,
+                                         covariances)))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -320,7 +323,8 @@ def test_an_em_step_is_the_textbooks(full, monkeypatch):
         mean = (share[:, k:k + 1] * x).sum(0) / share[:, k].sum()
         covariance = (share[:, k:k + 1] * (x - mean)).T @ (x - mean) / share[:, k].sum()
         np.testing.assert_allclose(found.means[k], mean, atol=1e-6)
-        np.testing.assert_allclose(found.covariances[k], covariance if full else np.diag(covariance), atol=1e-5)
+        np.testing.assert_allclose(found.covariances[k], covariance if full else np.diag(covariance),
+                                   atol=1e-5)
 
 
 def test_likelihood_never_falls_over_em_steps():

@@ -483,8 +483,9 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(step, gan, vae):
     batch = trainer.Batch(images, mask, loss_mask, torch.randn(2, 3, 2) if vae else None, {"hog": target},
                           [f"view {i}" for i in range(5)] if gan else None)
     output = maetok.MAETokOutput(reconstruction, None, {"hog": features}, posterior if vae else None)
-    loss, terms = trainer.tokenizer_objective(config, step, batch, output, losses.Objective({}, lpips, critic),
-                                              last_layer, torch.autocast("cpu", enabled=False))
+    loss, terms = trainer.tokenizer_objective(config, step, batch, output,
+                                              losses.Objective({}, lpips, critic), last_layer,
+                                              torch.autocast("cpu", enabled=False))
 
     mse = (reconstruction - images).square().mean()
     percep = lpips(reconstruction, images).mean()
@@ -492,7 +493,8 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(step, gan, vae):
     by_hand = {"recon": mse, "percep": percep}
     if gan:
         adv = -(reconstruction * critic.weight.detach()).sum((1, 2, 3)).mean()
-        norms = [torch.autograd.grad(part, last_layer, retain_graph=True)[0].norm() for part in (expected, adv)]
+        norms = [torch.autograd.grad(part, last_layer, retain_graph=True)[0].norm()
+                 for part in (expected, adv)]
         by_hand |= {"adv": adv, "adaptive_weight": norms[0] / (norms[1] + 1e-4)}
         expected = expected + 0.3 * by_hand["adaptive_weight"] * adv
     hidden = (features - target).square().mean(-1)
