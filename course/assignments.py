@@ -181,8 +181,8 @@ A2 = (
               "test_forward_is_encode_and_decode_under_the_mask"),
           _hidden("test_forward"),
           "self.grid, self.posterior, self.decoder.image_tokens and unpatchify are there. With aux_depth 0 "
-          "an auxiliary decoder is one linear layer on the pixel decoder's image tokens. `added`, `lengths` and "
-          "self.align belong to after/: no test of the course looks at them.",
+          "an auxiliary decoder is one linear layer on the pixel decoder's image tokens. `added`, `lengths` "
+          "and self.align belong to after/: no test of the course looks at them.",
           (("the mask not handed on", "self.encoder(images, mask)", "self.encoder(images, None)"),
            ("auxiliary decoders detached", "aux[name] = decoder(h, grid)",
             "aux[name] = decoder(h.detach(), grid)"),
@@ -327,8 +327,8 @@ A3 = (
               "test_state_is_float64_and_the_result_has_the_inputs_dtype[euler]",
               "test_trajectory_holds_every_state_from_noise_to_result[euler-times0]"),
           _hidden("test_euler"),
-          "dt = t_next - t is negative. _state, _times (which takes `shift`) and _keep are there. `average` is "
-          "of after/mean_flow.py: no test of the course looks at it.",
+          "dt = t_next - t is negative. _state, _times (which takes `shift`) and _keep are there. `average` "
+          "is of after/mean_flow.py: no test of the course looks at it.",
           (("away from data", "(t_next - t) * velocity", "(t - t_next) * velocity"),
            ("the velocity of the step's end", "velocity(x, t, **", "velocity(x, t_next, **"),
            ("the state in the input's dtype", "_state(x), _times(", "x, _times("),

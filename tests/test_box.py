@@ -49,8 +49,8 @@ def test_a_packed_model_is_the_trained_one_in_half_precision(run, tmp_path):
 def test_another_model_trains_on_the_tokenizer_of_a_packed_one(run, tmp_path):
     box.main([str(run / "diffusion"), str(tmp_path / "small.pt")])
     train_diffusion.main(["--tokenizer", str(tmp_path / "small.pt"), "--out", str(tmp_path / "again"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 2 --grid-every 0 --device cpu"
-        ).split()])
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 2 --grid-every 0 "
+        "--device cpu").split()])
     trained, packed = (load_diffusion(path)[1] for path in (tmp_path / "again", tmp_path / "small.pt"))
     for (name, a), b in zip(trained.state_dict().items(), packed.state_dict().values()):
         assert torch.equal(a, b), name
