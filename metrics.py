@@ -169,7 +169,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) 
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
     the set (itself not counted). Precision: the fraction of fakes in the reals' manifold (<=); recall: the
-    other way. real, fake: (n, d) features. Rows are taken `block` at a time: never an n x n matrix.
+    other way. real, fake: (n, d) features. Distances that differ by rounding alone count as equal. Rows are
+    taken `block` at a time: never an n x n matrix.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
