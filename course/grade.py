@@ -15,7 +15,7 @@ start processes and to open connections.
 
 Exit status and output prove nothing. A test counts as passed if the process wrote so to a file, with a nonce
 that stands in no environment, argument or file. Before and after the submission's code has run, the same
-tests judge two wrong answers, drawn from assignments.py; a submission that weakens the tests (a patched
+tests judge the wrong answers of assignments.py; a submission that weakens the tests (a patched
 assert_close, a patched pytest) changes that verdict and gets nothing.
 
 What this does not stop: the submission's code shares a process with the tests. Made for the purpose it could
@@ -278,10 +278,9 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     (folder / blank.file).write_text(text)
     needs = {place: code for id in blank.needs for place, code in solution(assignments.blank_of(id)).items()}
     tests = [*blank.tests, *blank.hidden]
-    judged = secrets.SystemRandom().sample(blank.wrong, 2)
     check = lambda when: [dict(name=f"{when} {i}", put=needs | mistaken(blank, wrong), tests=tests,
                                first=False)
-                          for i, wrong in enumerate(judged)]
+                          for i, wrong in enumerate(blank.wrong)]
     rounds = [*check("before"), dict(name="answer", put=needs, tests=tests, first=False), *check("after")]
     entries, trouble = run_rounds(rounds, folder, temporary, seed, SECONDS, PROCESSOR, closed, user=user)
     shutil.rmtree(folder, ignore_errors=True)
@@ -290,7 +289,7 @@ def grade_blank(blank, clean, submission, temporary, seed, user, closed):
     if trouble:
         reasons.append(trouble)
     elif not reasons:
-        for i in range(len(judged)):
+        for i in range(len(blank.wrong)):
             if (failures(entries, f"before {i}", tests).keys()
                     != failures(entries, f"after {i}", tests).keys()):
                 reasons = ["after this code has run the tests judge other answers differently than before: "
