@@ -132,7 +132,7 @@ def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.
         raise ValueError(f"mask ratios must satisfy 0 <= low <= high < 1, not low={low}, high={high}")
     mask = np.zeros((len(rngs), num_patches), bool)
     for row, rng in zip(mask, rngs):
-        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)  # 1e-9: 0.6 * 10 is 6.000000000000001
+        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)   # 1e-9: 0.55 * 100 > 55 in floats
         row[rng.permutation(num_patches)[:hidden]] = True
     return torch.from_numpy(mask)
 

@@ -133,7 +133,7 @@ A2 = (
               "test_a_mask_belongs_to_its_sample_not_to_its_batch"),
           _hidden("test_random_mask"),
           "Draw the ratio from the image's own generator, then hide the first ceil(ratio * N) of a "
-          "permutation. 0.6 * 10 is 6.000000000000001.",
+          "permutation. 0.55 * 100 is 55.00000000000001.",
           (("inverted", "np.zeros(", "np.ones(", "= True", "= False"),
            ("rounded down", "math.ceil(rng.uniform(low, high) * num_patches - 1e-9)",
             "int(rng.uniform(low, high) * num_patches)"),
