@@ -174,9 +174,9 @@ def lengths(args):
         h = tokenizer.encode(to_float(x))                                                   # (B, L, C)
         for k in possible_lengths(h.shape[1]):
             kept = keep_first(h, torch.full((len(h),), k, device=h.device))
-            redrawn = to_uint8(tokenizer.decode(kept, x.shape[-2:]))
-            values.setdefault(k, []).append(metrics.psnr(x, redrawn).cpu())
-            shown.setdefault(k, redrawn[:8])
+            reconstructed = to_uint8(tokenizer.decode(kept, x.shape[-2:]))
+            values.setdefault(k, []).append(metrics.psnr(x, reconstructed).cpu())
+            shown.setdefault(k, reconstructed[:8])
         shown.setdefault("original", x[:8])
     rows = [{"tokens": k, "values": k * tokenizer.config.latent_dim,
              "psnr": gather(torch.cat(parts), args).mean().item()} for k, parts in values.items()]
@@ -496,6 +496,8 @@ def curve(args):
 
     All checkpoints start from the same noise, so that two neighbours differ by what was learned between them.
     """
+    if args.null_class and args.cfg != 1:
+        raise UserError("--null-class: guidance leads away from the null class itself; leave --cfg at 1")
     paths = checkpoints.numbered_checkpoints(args.run)[::-1]
     if not paths:
         raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
@@ -506,8 +508,6 @@ def curve(args):
         model, _, _ = load_diffusion(path, args.device)
         common.cast_matrices(model, common.autocast_dtype(args.dtype, args.device))
         check_guidance(model, args.cfg)
-        if args.null_class and args.cfg != 1:
-            raise UserError("--null-class: guidance leads away from the null class itself; leave --cfg at 1")
         rows.append({"step": int(path.stem[5:])} | score_samples(
             args, model, tokenizer, config, network, *references, args.cfg, args.cfg_interval, path.stem))
     out = args.out or str(Path(args.run) / "curve")

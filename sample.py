@@ -189,7 +189,7 @@ def main(argv=None):
     add("--seed", type=Seed, default=0, help="of all noise and of random labels")
     add("--batch-size", type=Count, default=50, help="images at a time in each process (default 50)")
     add("--compile", action="store_true",
-        help="torch.compile the diffusion model: it pays from some thousand images on, on GPUs")
+        help="torch.compile the diffusion model, which takes a minute at the start; for many images")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     args = parser.parse_args(argv)

@@ -375,7 +375,7 @@ def tokenizer_objective(config, step, batch, output, networks, last_layer, autoc
         networks.adversary.requires_grad_(False)                           # its own step comes after this one
         with autocast:
             terms["adv"] = generator_loss(networks.adversary.look(x_hat, batch.views[4]))
-        # loss so far: L_recon + lambda_1 L_percep
+        # loss so far: L_recon + lambda_1 L_percep, all of Eq. 6 but this term
         terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], last_layer)
         loss = loss + config.disc_weight * terms["adaptive_weight"] * terms["adv"]
     for name, target in batch.targets.items():

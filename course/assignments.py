@@ -384,7 +384,8 @@ A3 = (
               "test_the_interval_includes_both_ends_and_saves_the_rest",
               "test_interval_ends_survive_the_rounding_of_a_samplers_times",
               "test_scale_1_costs_one_forward_pass_of_the_batch",
-              "test_the_model_is_called_in_its_own_dtype_with_float32_times"),
+              "test_the_model_is_called_in_its_own_dtype_with_float32_times",
+              "test_the_state_is_given_in_the_widest_type_of_the_weights"),
           _hidden("test_guidance", "test_guidance_by_a_worse_model", "test_guidance_free"),
           "Return a function velocity(x, t, start=None, span=None). Concatenate states and labels, chunk the "
           "velocities. `span` is of after/mean_flow.py: no test of the course looks at it.",
@@ -398,7 +399,9 @@ A3 = (
            ("the worse model extrapolated",
             "u = guide(x.to(dtype), times, y).to(x.dtype)\n            return u + cfg",
             "u = guide(x.to(dtype), times, y).to(x.dtype)\n            return c + cfg"),
-           ("beta is the scale", "1 / cfg_scale if guided", "cfg_scale if guided")),
+           ("beta is the scale", "1 / cfg_scale if guided", "cfg_scale if guided"),
+           ("the first weight's type", "functools.reduce(torch.promote_types, {p.dtype for p in "
+            "model.parameters()})", "next(model.parameters()).dtype")),
           ("A3.6",)),
     Blank("A3.10", "sit.py", "modulate", "Table 8", 2,
           "a block of the transformer, written out",

@@ -42,6 +42,7 @@ def rng(request):
 
 
 def close(found, expected, tolerance=1e-5):
+    """Same shape, and equal within `tolerance`, in float64."""
     assert found.shape == expected.shape
     torch.testing.assert_close(found.detach().double(), expected.detach().double(),
                                rtol=tolerance, atol=tolerance)
@@ -134,6 +135,7 @@ def test_hog_features(patch, cell, bins, rng):
 # ------------------------------------------------- A2 -------------------------------------------------
 
 def generators(count, rng):
+    """A function: rows -> a new numpy Generator for each of these rows of `count`, the same at every call."""
     seeds = rng.integers(2 ** 31, size=count)
     return lambda rows=slice(None): [np.random.default_rng(seed) for seed in seeds[rows]]
 
@@ -238,6 +240,8 @@ def test_adaptive_weight(rng):
 
 
 class Critic(nn.Module):
+    """In the adversary's place: logits that depend on each pixel and on the view."""
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3, 4, 4))
@@ -301,6 +305,7 @@ PATHS = ("linear", "cosine")
 
 
 def coefficients(t, path):
+    """alpha, sigma and their derivatives at times t, by hand."""
     if path == "linear":
         return 1 - t, t, -1.0 + 0 * t, 1.0 + 0 * t
     h = math.pi / 2

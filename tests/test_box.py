@@ -19,14 +19,18 @@ from study import box
 from test_train_tokenizer import TINY
 
 
+def tiny_sit(tokenizer, out):
+    """Ten steps of a tiny SiT on a tokenizer's latents."""
+    train_diffusion.main(["--tokenizer", str(tokenizer), "--out", str(out), *(
+        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 "
+        "--log-every 2 --grid-every 0 --device cpu").split()])
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("box")
     train_tokenizer.main([*TINY, "--out", str(folder / "tokenizer")])
-    train_diffusion.main(["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "diffusion"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --grid-every 0 "
-        "--device cpu"
-        ).split()])
+    tiny_sit(folder / "tokenizer", folder / "diffusion")
     return folder
 
 
@@ -48,9 +52,7 @@ def test_a_packed_model_is_the_trained_one_in_half_precision(run, tmp_path):
 
 def test_another_model_trains_on_the_tokenizer_of_a_packed_one(run, tmp_path):
     box.main([str(run / "diffusion"), str(tmp_path / "small.pt")])
-    train_diffusion.main(["--tokenizer", str(tmp_path / "small.pt"), "--out", str(tmp_path / "again"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 2 --grid-every 0 "
-        "--device cpu").split()])
+    tiny_sit(tmp_path / "small.pt", tmp_path / "again")
     trained, packed = (load_diffusion(path)[1] for path in (tmp_path / "again", tmp_path / "small.pt"))
     for (name, a), b in zip(trained.state_dict().items(), packed.state_dict().values()):
         assert torch.equal(a, b), name

@@ -504,6 +504,28 @@ def test_guidance_of_a_real_model_agrees_with_two_separate_passes():
     torch.testing.assert_close(v, u + 1.9 * (c - u), rtol=1e-4, atol=1e-4)
 
 
+def test_the_state_is_given_in_the_widest_type_of_the_weights():
+    """bfloat16 matrices stand first, beside float32 norms: the state must not be rounded to them."""
+    seen = []
+
+    class Mixed(nn.Module):
+        config = tiny().config
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+            self.second = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, y):
+            seen.append(x.dtype)
+            return x
+
+    velocity = guided_velocity(Mixed(), torch.zeros(2, dtype=torch.int64), 2.0, (0.0, 0.5))
+    for t in (0.9, 0.2):
+        assert velocity(torch.randn(2, 5, 6, dtype=torch.float64), t).dtype == torch.float64
+    assert seen == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("sampler", [euler, heun, euler_maruyama])
 def test_sampling_times_are_those_at_which_the_model_is_called(sampler):
     called = []

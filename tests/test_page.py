@@ -11,9 +11,9 @@ from PIL import Image
 
 import evaluate
 import sample
-import train_diffusion
 import train_tokenizer
 from pictures.page import MEANINGS, SECTIONS, write_report
+from test_box import tiny_sit
 from test_train_tokenizer import TINY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,9 +43,7 @@ def demo(tmp_path_factory):
     """A folder as `make demo` leaves it, after ten steps of training."""
     folder = tmp_path_factory.mktemp("demo")
     train_tokenizer.main([*TINY, "--out", str(folder / "tokenizer")])
-    train_diffusion.main(["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "diffusion"), *(
-        "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 "
-        "--log-every 2 --grid-every 0 --device cpu").split()])
+    tiny_sit(folder / "tokenizer", folder / "diffusion")
     evaluate.main(["latents", str(folder / "tokenizer"), "--names", "A <b> & c", "--train-images", "60",
                    "--test-images", "30", "--components", "1", "2", "--dims", "3", "--starts", "1",
                    "--no-full", "--pixels", "--out", str(folder / "latents"), "--device", "cpu"])
