@@ -13,11 +13,7 @@ out where they are missing.
 import argparse
 import importlib.util
 import os
-import re
-import shlex
-import subprocess
-import sys
-import time
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +22,8 @@ import common    # before torch, see there
 import checkpoints
 from common import UserError
 from pictures.draw import line_chart
+from study.study import Study, read_done, unit_folder
 
-SCRIPTS = Path(__file__).resolve().parents[1]                      # where the scripts are
 TEACHER = "efficientnet-lite0"                                     # weights that come with a package
 
 
@@ -82,11 +78,6 @@ SETTINGS = {
 
 # ------------------------------------------------- commands -------------------------------------------------
 
-def unit_folder(args, name, seed):
-    """Where a row with a seed lives."""
-    return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
-
-
 def has_tokenizer(row):
     """Whether a row trains stage 1 of its own."""
     return not row.against or bool(row.variants or row.tokenizer)
@@ -140,47 +131,6 @@ def commands(args, name, seed):
     return result
 
 
-def run_unit(args, name, seed, deadline):
-    """What is left of a row and seed. False if time was up before all was done. Raises UserError if a command
-    fails or was run with other options."""
-    folder = unit_folder(args, name, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "done.json"
-    done = checkpoints.read_json(path) if path.exists() else {}
-    for title, arguments in commands(args, name, seed).items():
-        arguments = [str(a) for a in arguments]
-        if title in done:
-            if done[title]["arguments"] != arguments:
-                raise UserError(f"{folder} was made with other options ({title}); choose another --out")
-            continue
-        if time.time() > deadline:
-            return False
-        print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {title}", flush=True)
-        start, log = time.time(), folder / "log.txt"
-        with open(log, "a") as file:
-            file.write(f"\n$ python {shlex.join(arguments)}\n")
-            file.flush()
-            process = subprocess.Popen([sys.executable, SCRIPTS / arguments[0], *arguments[1:]], stdout=file,
-                                       stderr=file)
-            try:
-                status = process.wait(None if deadline == float("inf") else max(0.0, deadline - time.time()))
-            except subprocess.TimeoutExpired:
-                return False
-            finally:
-                process.terminate()                                        # training saves its step and ends
-                process.wait()
-        if status:
-            last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                    or [""])[-1]
-            raise UserError(f"{name}, seed {seed}: {title} ended with status {status}: {last[-300:]} "
-                            f"(all: {log})")
-        done[title] = {"arguments": arguments, "seconds": time.time() - start}
-        checkpoints.write_json(path, done)
-    result = {"row": name, "against": ROWS[name].against, "seed": seed, "data": args.data}
-    checkpoints.write_json(folder / "result.json", result | measured(args, name, seed) | {"commands": done})
-    return True
-
-
 # -------------------------------------------------- tables --------------------------------------------------
 
 def measured(args, name, seed):
@@ -209,13 +159,16 @@ def verdict(key, ours, theirs):
 
 
 def report(args):
-    """after.json, after.md and latent_noise.png from every result.json that is there."""
+    """result.json of each row and seed that is complete; after.json, after.md, latent_noise.png of all."""
     results = {}
     for name in ROWS:
         for seed in range(args.plan["seeds"]):
-            path = unit_folder(args, name, seed) / "result.json"
-            if path.exists():
-                results.setdefault(name, {})[seed] = checkpoints.read_json(path)
+            done = read_done(args, name, seed, commands)
+            if all(entry["done"] for entry in done.values()):
+                result = {"row": name, "against": ROWS[name].against, "seed": seed, "data": args.data,
+                          **measured(args, name, seed), "commands": done}
+                checkpoints.write_json(unit_folder(args, name, seed) / "result.json", result)
+                results.setdefault(name, {})[seed] = result
     lines = ["| row | against | measure | row, mean and how far seeds lie from it | baseline | verdict |",
              "|---|---|---|---|---|---|"]
     spread = lambda values: f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
@@ -269,13 +222,14 @@ def main(argv=None):
         print("rows with EfficientNet as a teacher are left out: its packages are not installed")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     checkpoints.lock(args.out)
-    deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    finished = True
-    for seed in range(args.plan["seeds"]):
-        for name in (name for name in ROWS if name in wanted):                # in order: baselines come first
-            finished = finished and run_unit(args, name, seed, deadline)
+    # One command at a time, in order: a row needs the parts of the one it is held against.
+    args.plan["rows"] = [name for name in ROWS if name in wanted]
+    args.jobs, args.threads = 1, os.cpu_count()
+    args.machine = f"{args.threads} CPU cores, {platform.machine()}"
+    finished, errors = Study(args, commands, ROWS).run()
     report(args)
+    if errors:
+        raise UserError("; ".join(map(str, errors)))
     print("done" if finished else "time is up; the same command resumes")
 
 

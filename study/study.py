@@ -142,14 +142,14 @@ def unit_folder(args, name, seed):
     return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
 
 
-def read_done(args, name, seed):
+def read_done(args, name, seed, of=None):
     """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, "done": bool,
-    "machine": of the last attempt}} for every command, in order. Raises UserError if one was
-    run with other arguments."""
+    "machine": of the last attempt}} for every command, in order, of `of`, see Study.
+    Raises UserError if one was run with other arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
     found, done = checkpoints.read_json(path) if path.exists() else {}, {}
-    for title, arguments in commands(args, name, seed).items():
+    for title, arguments in (of or commands)(args, name, seed).items():
         fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False, "machine": None}
         done[title] = found.get(title, fresh)
         if done[title]["arguments"] != fresh["arguments"]:
@@ -169,10 +169,15 @@ def complete_units(args):
 
 
 class Study:
-    """Runs the commands of all rows and seeds, --jobs at a time, until they are done or time is up."""
+    """Runs the commands of all rows and seeds, --jobs at a time, until they are done or time is up.
 
-    def __init__(self, args):
+    args: out, minutes, jobs, threads, machine, and plan with "rows" and "seeds". of: a function (args,
+    row, seed) -> {title: argument list}, names: of all rows that the tables would show; None: this study's.
+    """
+
+    def __init__(self, args, of=None, names=None):
         self.args, self.stop, self.lock, self.running = args, False, threading.Lock(), set()
+        self.of, self.names = of, names or ROWS
         self.deadline = time.time() + 60 * args.minutes if args.minutes else math.inf
 
     def run(self):
@@ -180,9 +185,9 @@ class Study:
         seeds = range(self.args.plan["seeds"])
         units = [(name, seed) for seed in seeds for name in self.args.plan["rows"]]
         # Before hours of work: were all that the tables would show run with these options?
-        for name in ROWS:
+        for name in self.names:
             for seed in seeds:
-                read_done(self.args, name, seed)
+                read_done(self.args, name, seed, self.of)
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
             try:
@@ -198,7 +203,7 @@ class Study:
 
     def run_unit(self, name, seed):
         """What is left to do for one row and seed. False if time was up before all was done."""
-        folder, done = unit_folder(self.args, name, seed), read_done(self.args, name, seed)
+        folder, done = unit_folder(self.args, name, seed), read_done(self.args, name, seed, self.of)
         folder.mkdir(parents=True, exist_ok=True)
         for title, entry in done.items():
             if entry["done"]:
