@@ -106,8 +106,9 @@ def expected(name, kind):
 
 def in_folder(folder, target):
     """`make target` in a student's folder, with this interpreter's packages. Returns its process."""
-    return subprocess.run(["make", "--no-print-directory", "-o", ".venv/ready", f"PY={sys.executable}", target],
-                          cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "--no-print-directory", "-o", ".venv/ready", f"PY={sys.executable}", target],
+        cwd=folder, capture_output=True, text=True)
 
 
 def submissions(name, temporary):
