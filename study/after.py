@@ -12,12 +12,13 @@ out where they are missing.
 """
 import argparse
 import importlib.util
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import common    # before torch, see there
+
+import torch
 
 import checkpoints
 from common import UserError
@@ -68,8 +69,8 @@ ROWS = {
                                                  "--repa-head", "mlp"]),
 }
 SETTINGS = {
-    "quick": dict(seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400, samples=1000, images=2000,
-                  classifier_steps=3000),
+    "quick": dict(seeds=2, steps=1000, stage2_steps=500, diffusion_steps=1200, samples=1000, images=2000,
+                  classifier_steps=1500),
     # For the test: every command runs, no number means anything.
     "smoke": dict(seeds=1, steps=3, stage2_steps=2, diffusion_steps=3, samples=4, images=20,
                   classifier_steps=2),
@@ -224,8 +225,8 @@ def main(argv=None):
     checkpoints.lock(args.out)
     # One command at a time, in order: a row needs the parts of the one it is held against.
     args.plan["rows"] = [name for name in ROWS if name in wanted]
-    args.jobs, args.threads = 1, os.cpu_count()
-    args.machine = f"{args.threads} CPU cores, {platform.machine()}"
+    args.jobs, args.threads = 1, torch.get_num_threads()
+    args.machine = f"{args.threads} CPU threads, {platform.machine()}, torch {torch.__version__}"
     finished, errors = Study(args, commands, ROWS).run()
     report(args)
     if errors:
