@@ -55,10 +55,10 @@ ROWS = {
     "64 channels, x-prediction": Row("64 channels", diffusion=["--x-prediction"]),
     "nested dropout": Row(tokenizer=["--nested-dropout"], lengths=True),
     "MeanFlow": Row(diffusion=["--mean-flow", 0.25], sampler_steps=FEW),
-    # One latent a patch has as many values as the baseline's tokens only at shapes:
-    # held against its own KL-VAE.
-    "KL-VAE, image tokens": Row(variants="vae,image-latents"),
-    "VA-VAE": Row("KL-VAE, image tokens", variants="va-vae", tokenizer=["--align", TEACHER]),
+    # One latent a patch, of as many values in all: {channels}, see SCALE.
+    "KL-VAE, image tokens": Row(variants="vae,image-latents", tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6]),
+    "VA-VAE": Row("KL-VAE, image tokens", variants="va-vae",
+                  tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6, "--align", TEACHER]),
     # Also of the paper and its rebuttal.
     "guidance-free": Row(diffusion=["--guidance-free"]),
     "guidance-free, fine-tuned": Row("guidance-free", diffusion=["--guidance-free", "--init", "{baseline}"]),
@@ -68,8 +68,11 @@ ROWS = {
     "REPA, MLP": Row("REPA, decoder", diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2,
                                                  "--repa-head", "mlp"]),
 }
+# Preset -> (options of every row's tokenizer, channels of an image token). CIFAR-10's are the study's.
+SCALE = {"shapes": ([], 16),
+         "cifar10": (["--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1], 8)}
 SETTINGS = {
-    "quick": dict(seeds=2, steps=1000, stage2_steps=500, diffusion_steps=1200, samples=1000, images=2000,
+    "quick": dict(seeds=2, steps=1000, stage2_steps=500, diffusion_steps=1000, samples=500, images=1000,
                   classifier_steps=1500),
     # For the test: every command runs, no number means anything.
     "smoke": dict(seeds=1, steps=3, stage2_steps=2, diffusion_steps=3, samples=4, images=20,
@@ -96,10 +99,12 @@ def commands(args, name, seed):
     """What a row with a seed takes beyond its baseline's: {title: argument list}, in order."""
     row, plan, folder = ROWS[name], args.plan, unit_folder(args, name, seed)
     everywhere, preset = ["--data", args.data, "--device", args.device], args.preset
+    scale, channels = SCALE[preset]
     classifier = [*everywhere, "--features", "classifier", "--classifier-steps", plan["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
     tokenizer = ["train_tokenizer.py", "--preset", f"{preset},{row.variants}".rstrip(","), *everywhere,
-                 "--seed", seed, *row.tokenizer, "--steps", plan["steps"],
+                 "--seed", seed, *scale, *(channels if o == "{channels}" else o for o in row.tokenizer),
+                 "--steps", plan["steps"],
                  "--stage2-steps", plan["stage2_steps"], "--grid-every", plan["steps"],
                  "--eval-images", plan["images"], "--latent-images", plan["images"]]
     stage1, stage2, diffusion = (part(args, name, seed, which) for which in ("stage1", "stage2", "diffusion"))
