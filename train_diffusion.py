@@ -142,6 +142,8 @@ PRESETS = {
                    grid_every=500),
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
                     ema=0.9995, save_every=2000, keep_every=10_000, grid_every=2000),
+    "imagenet64": SIZES["B"] | dict(steps=80_000, lr=2e-4, warmup=1000, ema=0.9995, save_every=5000,
+                                    keep_every=10_000, grid_every=5000),                              # [ours]
     "sit-s": SIZES["S"], "sit-b": SIZES["B"],
     "sit-l": SIZES["L"] | dict(steps=400_000, keep_every=50_000),            # [Sec. 4.1, ablations]
     "sit-xl": SIZES["XL"],                                                             # [Table 8]

@@ -180,6 +180,10 @@ SCALES = {
                     aux_weight=3.0, steps=60_000,
                     batch_size=32, lr=3e-3, warmup=200, ema=0.998, stage2_steps=20_000, stage2_ramp=0.3,
                     stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500),
+    # Between the two: ViT-S at 64 px, for a GPU of 24 GB and half a day, see docs/running.md. [ours]
+    "imagenet64": dict(image_size=64, patch_size=8, width=384, heads=6, num_latents=64, hog_cell=4,
+                       targets="hog", disc="patch", disc_start=20_000, percep_warmup=2000, steps=80_000,
+                       batch_size=256, lr=3e-4, warmup=2000, ema=0.9995, stage2_steps=15_000),
     "maetok-b-256": dict(),                                                            # Table 7: the defaults
     "maetok-b-512": dict(image_size=512),                                              # Table 7
     # What the released code does instead, as far as one value can say it

@@ -56,7 +56,8 @@ ROWS = {
     "nested dropout": Row(tokenizer=["--nested-dropout"], lengths=True),
     "MeanFlow": Row(diffusion=["--mean-flow", 0.25], sampler_steps=FEW),
     # One latent a patch, of as many values in all: {channels}, see SCALE.
-    "KL-VAE, image tokens": Row(variants="vae,image-latents", tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6]),
+    "KL-VAE, image tokens": Row(variants="vae,image-latents",
+                                tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6]),
     "VA-VAE": Row("KL-VAE, image tokens", variants="va-vae",
                   tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6, "--align", TEACHER]),
     # Also of the paper and its rebuttal.

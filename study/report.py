@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import checkpoints
-from pictures.draw import line_chart, plot_curves
+from pictures.draw import image_grid, line_chart, plot_curves
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 
@@ -26,6 +26,8 @@ PAPER = [
     ("MAETok (HOG, EfficientNet)", "AE", "5.78, 24.47", "Table 1a"),
     ("MAETok (HOG, EfficientNet)", "MAETok (HOG)", "5.78, 13.54", "Table 1b"),
     ("MAETok (HOG)", "AE + mask, pixels", "13.54, 17.18", "Table 1b"),
+    ("MAETok (HOG)", "AE + HOG, no mask", "5.78, 8.44", "Table 6, all targets"),
+    ("AE + HOG, no mask", "AE", "8.44, 24.47", "Table 6, all targets"),
     ("AE + mask, pixels", "AE", "17.18, 24.47", "Tables 1a, 1b"),
     ("KL-VAE", "AE", "22.17, 24.47", "Table 1a"),
     ("KL-VAE", EQUAL, "–", "as the line above"),
@@ -47,8 +49,8 @@ PAPER = [
 
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
-    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "seconds" a dict
-    by command. `done`: study.read_done's, of a unit that is complete."""
+    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "loss curve" of
+    [step, loss], "seconds" a dict by command. `done`: study.read_done's, of a unit that is complete."""
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
 
@@ -76,12 +78,16 @@ def read_unit(name, folder, done):
                    "kept imagenet": recon["share_of_feature_variance_kept"]}
         for row in read("samples_imagenet")["rows"]:
             add(row, f"imagenet cfg {row['scale']:g}", "efficientnet")
+    # The null class of the conditional model.                                       [Table 5]
+    add(read("null_class")["rows"][-1], "null class")
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
         result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
     records = checkpoints.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
+    result["loss curve"] = [[float(np.mean([r[key] for r in part])) for key in ("step", "loss")]
+                            for part in np.array_split(records, min(12, len(records)))]
     add(read("samples_unconditional")["rows"][-1], "unconditional")
     result["seconds"] = {title: round(entry["seconds"]) for title, entry in done.items()}
     return result
@@ -95,7 +101,7 @@ SUMMARY = {
     "gap": ("gap stage2 cfg 1", 2, 1), "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1),
     "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1),
-    "uncond. distance": ("distance unconditional", 2, 1),
+    "null class": ("distance null class", 2, 1), "uncond.": ("distance unconditional", 2, 1),
     "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100)}
 TOKENIZERS = {
     "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
@@ -111,7 +117,8 @@ DIFFUSION = {
     "distance, stage 1": ("distance stage1 cfg 1", 2, 1),
     "distance, stage 1, cfg 2": ("distance stage1 cfg 2", 2, 1),
     "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
-    "uncond. distance": ("distance unconditional", 2, 1), "uncond. gap": ("gap unconditional", 2, 1)}
+    "null class": ("distance null class", 2, 1), "null class, gap": ("gap null class", 2, 1),
+    "uncond.": ("distance unconditional", 2, 1), "uncond., gap": ("gap unconditional", 2, 1)}
 IMAGENET = {
     "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
     "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
@@ -121,7 +128,9 @@ READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes,
 - rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
   class, the fraction of its features' variance that they keep (blurry pictures differ less).
 - gap: the distance between samples and the same tokenizer's reconstructions. cfg 2: guidance 2. class: the
-  fraction of samples in which the classifier sees the class asked for. uncond.: of the unconditional model.
+  fraction of samples in which the classifier sees the class asked for.
+- Without classes [Table 5]: distances of the null class of the conditional model, and of a model of its own,
+  trained half as long (uncond.).
 - loss: does not compare across latent spaces. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
@@ -129,7 +138,8 @@ ORDER = {
     "distance, classifier": ("distance stage2 cfg 1", 2, 1, True),
     "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1, True),
     "gap, classifier": ("gap stage2 cfg 1", 2, 1, True),
-    "uncond. distance, classifier": ("distance unconditional", 2, 1, True),
+    "null class, classifier": ("distance null class", 2, 1, True),
+    "uncond., classifier": ("distance unconditional", 2, 1, True),
     "linear-probe accuracy, %": ("probe", 1, 100, False)}
 
 
@@ -239,7 +249,8 @@ def report(args, units, sources):
 
 
 def line_charts(rows):
-    """{"curves": over diffusion steps [Fig. 5b], "mixtures": NLL against K [Fig. 2a], "psnr": against it}."""
+    """{"curves": over diffusion steps [Fig. 5b], "loss": diffusion loss over steps [Fig. 2b], "probe": linear
+    probe against distances [Fig. 5a], "mixtures": NLL against K [Fig. 2a], "psnr": measures against it}."""
     panels = {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
                                  (2, 1, "diffusion gap, not guided"),
@@ -249,6 +260,19 @@ def line_charts(rows):
                    for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
             for name, seeds in rows.items()}
     pictures = {"curves": line_chart(panels, "diffusion step")}
+    over_seeds = lambda seeds, key: [(points[0][0], *spread([y for _, y in points]))
+                                     for points in zip(*(seed[key] for seed in seeds.values()))]
+    pictures["loss"] = line_chart(
+        {"diffusion loss": {name: over_seeds(seeds, "loss curve") for name, seeds in rows.items()}},
+        "diffusion step")
+    panels = {}
+    for title in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
+        key = ORDER[title][0]
+        panels[title] = {name: [(100 * np.mean([seed["probe"] for seed in seeds.values()]),
+                                 *spread([seed[key] for seed in seeds.values()]))]
+                         for name, seeds in rows.items() if all(key in seed for seed in seeds.values())}
+    pictures["probe"] = line_chart({title: series for title, series in panels.items() if series},
+                                   "linear-probe accuracy, %")
     panels = {}
     for kind in ("full", "diagonal"):
         first = next(iter(next(iter(rows.values())).values()))
@@ -295,14 +319,16 @@ def loss_chart(curves):
     return {"losses": plot_curves(losses)} if any(losses.values()) else {}
 
 
+SHEET = ("AE", "KL-VAE", "AE + mask, pixels", "MAETok (HOG)", "MAETok (HOG, EfficientNet)")
+
+
 def sample_sheet(units):
-    """The last picture of samples of every row's first complete seed, one below the other."""
-    sheets = [Image.open(sorted((seeds[min(seeds)][0] / "diffusion").glob("grid_*.png"))[-1])
-              for seeds in units.values()]
-    width, height = max(s.width for s in sheets), max(s.height for s in sheets) + 22
-    picture = Image.new("RGB", (width, height * len(sheets)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for number, (name, sheet) in enumerate(zip(units, sheets)):
-        draw.text((6, number * height + 3), name, fill="black", font=font)
-        picture.paste(sheet, (0, number * height + 22))
-    return picture
+    """Guided samples of the first seed of five rows at most, of SHEET where it was measured: the same classes
+    from the same noise below one another."""
+    chosen = [name for name in SHEET if name in units] or [*units][:5]
+    rows = []
+    for name in chosen:
+        with np.load(units[name][min(units[name])][0] / "sheet.npz") as file:
+            first = np.unique(file["arr_1"], return_index=True)[1][:10]              # one of each class
+            rows.append([Image.fromarray(image) for image in file["arr_0"][first]])
+    return image_grid(rows, chosen, cell=112, title_width=210)

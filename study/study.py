@@ -1,9 +1,12 @@
 """The paper's claim at a scale anyone can repeat: does masked training make latents that a diffusion model
 learns better?                                                           [Tables 1a-1c, 5, 6, Fig. 2a, 5]
 
-    python -m study.study                              # quick: seven rows, two seeds; 2 to 3 hours on 2 cores
-    python -m study.study --setting full               # all rows, longer: a night on 2 cores (not run)
-    python -m study.study --setting full --minutes 10  # one piece on a GPU; run again until it says "done"
+    python -m study.study                       # sharp: trained until reconstruction does not decide
+    python -m study.study --minutes 160         # one piece of it; run again until it says "done"
+    python -m study.study --setting quick                     # seven rows of less training: 2.4 hours
+    python -m study.study --setting imagenet64 --data FOLDER  # ViT-S at 64 px, for a GPU of 24 GB (not run)
+
+What is expected of it, written before it ran, and how long it takes: study/README.md.
 
 For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
 anyone would by hand, and gathers what they measured. All rows have the same steps, models and number of
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,60 +46,91 @@ from study.report import report
 
 SCRIPTS = Path(__file__).resolve().parents[1]                      # where the scripts are
 
-# name -> (presets of train_tokenizer.py, its other options, what the paper has it for)
+@dataclass
+class Row:
+    """A tokenizer: what joins the scale's preset, its other options, what the paper has it for."""
+    variants: str
+    source: str
+    options: list = field(default_factory=list)
+    kl: float = 1.0                                     # of a KL-VAE: factor of the scale's weight
+
+
 ROWS = {
-    "AE": ("cifar10,ae", [], "Table 1a"),
-    # A quarter of the values: an AE that draws no better than MAETok. Between it and "AE" lies equal PSNR.
-    "AE, 8 channels": ("cifar10,ae", ["--latent-dim", "8"], "ours"),
-    # The sum over 512 values weighs on each as the paper's does over 4096.
-    "KL-VAE": ("cifar10,vae", ["--kl-weight", "8e-6"], "Table 1a"),
-    "AE + mask, pixels": ("cifar10,pixel", [], "Table 1b"),
-    "MAETok (HOG)": ("cifar10", [], "Table 1b"),
-    "MAETok, mask 0-60 %": ("cifar10,mask-0-60", [], "Table 1c"),
+    "AE": Row("ae", "Table 1a"),
+    "MAETok (HOG)": Row("", "Table 1b"),
+    "KL-VAE": Row("vae", "Table 1a"),
+    "AE + mask, pixels": Row("pixel", "Table 1b"),
+    # HOG of all patches, none of which is hidden: is it the target that helps, or the mask?
+    "AE + HOG, no mask": Row("no-mask", "Table 6"),
     # In place of DINOv2: what a package brings along. Left out where the package is not installed.
-    "MAETok (HOG, EfficientNet)": ("cifar10", ["--targets", "hog,efficientnet-lite0"], "Table 1b"),
-    # Between the AEs of 8 and 32 channels, to see whether what lies there is on a straight line.
-    "AE, 16 channels": ("cifar10,ae", ["--latent-dim", "16"], "ours"),
-    "MAETok (HOG), 8 channels": ("cifar10", ["--latent-dim", "8"], "ours"),
-    "KL-VAE + mask": ("cifar10,vae-mask", ["--kl-weight", "8e-6"], "Table 1a"),
+    "MAETok (HOG, EfficientNet)": Row("", "Table 1b", ["--targets", "hog,efficientnet-lite0"]),
+    "KL-VAE, weight / 10": Row("vae", "ours", kl=0.1),
+    "KL-VAE, weight x 10": Row("vae", "ours", kl=10.0),
+    "MAETok, mask 0-60 %": Row("mask-0-60", "Table 1c"),
+    "MAETok, mask 40 %": Row("mask-40-40", "Table 1c"),
+    # AEs that draw no better than MAETok: on straight lines between their widths lies one of equal PSNR.
+    "AE, 8 channels": Row("ae", "ours", ["--latent-dim", "8"]),
+    "AE, 16 channels": Row("ae", "ours", ["--latent-dim", "16"]),
+    "MAETok (HOG), 8 channels": Row("", "ours", ["--latent-dim", "8"]),
+    "KL-VAE + mask": Row("vae-mask", "Table 1a"),
     # 64 image tokens x 8 channels: the same number of values as 16 x 32
-    "no learnable tokens": ("cifar10,image-latents", ["--latent-dim", "8"], "Table 6"),
-    "MAETok, mask 40 %": ("cifar10,mask-40-40", [], "Table 1c"),
-    "AE, no learnable tokens": ("cifar10,ae,image-latents", ["--latent-dim", "8"], "ours"),
+    "no learnable tokens": Row("image-latents", "Table 6", ["--latent-dim", "8"]),
+    "AE, no learnable tokens": Row("ae,image-latents", "ours", ["--latent-dim", "8"]),
 }
+# A scale is a preset of both trainers and what differs from it. kl: a KL-VAE's weight; the sum over 512 or
+# 2048 values is to weigh on each as the paper's 1e-6 does over 4096.
+SCALES = {
+    "cifar10": dict(size=32, kl=8e-6, tokenizer=["--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1,
+                                                 "--aux-weight", 1],
+                    diffusion=["--width", 128, "--depth", 6, "--heads", 4, "--batch-size", 64, "--lr", 1e-3,
+                               "--warmup", 100, "--ema", 0.998]),
+    "imagenet64": dict(size=64, kl=2e-6, tokenizer=[], diffusion=[]),
+}
+MAIN = list(ROWS)[:6]
+# seeds: of every row, or a number for each. By one core's times, two commands at a time (study/README.md).
 SETTINGS = {
-    "quick": dict(rows=list(ROWS)[:7], seeds=2, steps=2000, stage2_steps=1000, diffusion_steps=2400,
-                  unconditional_steps=1200, samples=1000, sampler_steps=25, classifier_steps=3000),
-    # By the times of the quick one, 11 hours on 2 cores.
-    "full": dict(rows=list(ROWS), seeds=2, steps=4000, stage2_steps=2000, diffusion_steps=6000,
-                 unconditional_steps=3000, samples=2000, sampler_steps=25, classifier_steps=3000),
+    # Some two and a half hours on two cores of AMD EPYC (Zen 5).
+    "quick": dict(scale="cifar10", seeds=2,
+                  rows=[*MAIN[:4], "MAETok, mask 0-60 %", "AE, 8 channels", "MAETok (HOG, EfficientNet)"],
+                  steps=2000, stage2_steps=1000, diffusion_steps=2400, unconditional_steps=1200,
+                  samples=1000, images=2000, sampler_steps=25, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
-    "smoke": dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2, diffusion_steps=3,
-                  unconditional_steps=3, samples=4, sampler_steps=2, classifier_steps=2),
+    "smoke": dict(scale="cifar10", rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2,
+                  diffusion_steps=3, unconditional_steps=3, samples=4, images=20, sampler_steps=2,
+                  classifier_steps=2),
 }
-# Is it for want of steps that masked tokenizers draw worse?
+# Is it for want of steps that masked tokenizers draw worse? The diffusion models' stay the same.
 SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,
                                               stage2_steps=3000)
+# Until reconstruction no longer decides: the default. One row's seed takes an hour of one core of Zen 5.
+SETTINGS["sharp"] = SETTINGS["quick"] | dict(
+    rows=[*MAIN, "KL-VAE, weight / 10", "KL-VAE, weight x 10"], steps=12_000, stage2_steps=6000,
+    seeds=dict.fromkeys(MAIN, 2) | {"AE": 3, "KL-VAE": 3, "MAETok (HOG)": 3, "KL-VAE, weight / 10": 1,
+                                    "KL-VAE, weight x 10": 1})
+# For a GPU of 24 GB, a day for each row: see docs/running.md.
+SETTINGS["imagenet64"] = SETTINGS["quick"] | dict(
+    scale="imagenet64", rows=MAIN, seeds=1, steps=80_000, stage2_steps=15_000, diffusion_steps=80_000,
+    unconditional_steps=40_000, samples=10_000, images=10_000, sampler_steps=50, classifier_steps=20_000)
 
 
 # ------------------------------------------------- commands -------------------------------------------------
 
 def commands(args, name, seed):
     """What one row with one seed takes: {title: argument list}, in order. Outputs go below its folder."""
-    s, preset, folder = args.plan, ROWS[name][0], unit_folder(args, name, seed)
+    s, row, folder = args.plan, ROWS[name], unit_folder(args, name, seed)
+    scale, images = SCALES[s["scale"]], s["images"]
     thirds = -(-s["diffusion_steps"] // 3)                      # checkpoints, for the curves over training
     tiny = s["samples"] < 100
-    images = 20 if tiny else 2000
     classifier = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
     everywhere = ["--data", args.data, "--device", args.device]
-    tokenizer = ["train_tokenizer.py", "--preset", preset, *everywhere, "--seed", seed,
-                 "--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1, *ROWS[name][1],
+    kl = ["--kl-weight", f"{row.kl * scale['kl']:g}"] if "vae" in row.variants else []
+    tokenizer = ["train_tokenizer.py", "--preset", ",".join(filter(None, (s["scale"], row.variants))),
+                 *everywhere, "--seed", seed, *scale["tokenizer"], *row.options, *kl,
                  "--steps", s["steps"], "--grid-every", s["steps"], "--eval-images", images,
                  "--latent-images", images]
-    diffusion = ["train_diffusion.py", "--preset", "cifar10", *everywhere, "--seed", seed,
-                 "--tokenizer", folder / "stage2", "--width", 128, "--depth", 6, "--heads", 4,
-                 "--batch-size", 64, "--lr", 1e-3, "--warmup", 100, "--ema", 0.998, "--no-flip",
+    diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, "--seed", seed,
+                 "--tokenizer", folder / "stage2", *scale["diffusion"], "--no-flip",
                  "--cache-images", 10 * images, "--log-every", 50]
     draw = ["--gap", "--num-images", s["samples"], "--reference-images", images,
             "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
@@ -120,6 +155,11 @@ def commands(args, name, seed):
         "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
         "guided curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--cfg", 2,
                          "--out", folder / "guided_curve"],
+        "null class": ["evaluate.py", "curve", folder / "diffusion", *samples, "--null-class",
+                       "--out", folder / "null_class"],
+        "sheet": ["sample.py", "--ckpt", folder / "diffusion", "--cfg", 2, "--sampler", "euler", "--steps",
+                  s["sampler_steps"], "--num-images", 2 if tiny else 10, "--device", args.device,
+                  "--out", folder / "sheet.npz"],
         # The last checkpoint once more, decoded by stage 1.
         "samples stage1": ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
                            folder / "stage1", *guidance, "--out", folder / "samples_stage1"],
@@ -142,6 +182,13 @@ def unit_folder(args, name, seed):
     return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
 
 
+def all_units(plan, names):
+    """[(row, seed)] of these rows, every row's first seed before any second one. plan["seeds"]: a number, or
+    {row: number}; rows that are not in it have none."""
+    number = lambda name: plan["seeds"] if isinstance(plan["seeds"], int) else plan["seeds"].get(name, 0)
+    return sorted(((name, seed) for name in names for seed in range(number(name))), key=lambda unit: unit[1])
+
+
 def read_done(args, name, seed, of=None):
     """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, "done": bool,
     "machine": of the last attempt}} for every command, in order, of `of`, see Study.
@@ -160,12 +207,11 @@ def read_done(args, name, seed, of=None):
 def complete_units(args):
     """{row: {seed: (folder, read_done's dict)}} of all rows and seeds that were measured to the end."""
     units = {}
-    for name in ROWS:
-        for seed in range(args.plan["seeds"]):
-            done = read_done(args, name, seed)
-            if all(entry["done"] for entry in done.values()):
-                units.setdefault(name, {})[seed] = unit_folder(args, name, seed), done
-    return units
+    for name, seed in all_units(args.plan, ROWS):
+        done = read_done(args, name, seed)
+        if all(entry["done"] for entry in done.values()):
+            units.setdefault(name, {})[seed] = unit_folder(args, name, seed), done
+    return {name: units[name] for name in ROWS if name in units}
 
 
 class Study:
@@ -182,12 +228,10 @@ class Study:
 
     def run(self):
         """(whether everything is done, UserErrors of the rows and seeds in which a command failed)."""
-        seeds = range(self.args.plan["seeds"])
-        units = [(name, seed) for seed in seeds for name in self.args.plan["rows"]]
+        units = all_units(self.args.plan, self.args.plan["rows"])
         # Before hours of work: were all that the tables would show run with these options?
-        for name in self.names:
-            for seed in seeds:
-                read_done(self.args, name, seed, self.of)
+        for unit in all_units(self.args.plan, self.names):
+            read_done(self.args, *unit, self.of)
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
             try:
@@ -254,7 +298,7 @@ def main(argv=None):
     """Run the command line (argv without the program's name; None: sys.argv)."""
     parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--setting", choices=tuple(SETTINGS), default="quick", help="how much (default quick)")
+    add("--setting", choices=tuple(SETTINGS), default="sharp", help="how much (default sharp)")
     add("--data", default="cifar10",
         help="labelled images: cifar10 (downloaded once), a folder or an .npz file")
     add("--out", help="default: runs/study-SETTING")
@@ -269,8 +313,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.plan = dict(SETTINGS[args.setting])
     args.plan |= {key: getattr(args, key) for key in ("rows", "seeds") if getattr(args, key) is not None}
-    if args.plan["seeds"] < 1 or args.jobs < 0 or args.minutes < 0:
-        raise UserError("--seeds must be at least 1, --jobs and --minutes cannot be negative")
+    if args.data == "cifar10" and args.setting == "imagenet64":
+        raise UserError("--setting imagenet64 needs --data FOLDER (ImageFolder layout, ImageNet-100 "
+                        "for instance)")
     args.plan["rows"] = list(dict.fromkeys(args.plan["rows"]))              # a row asked for twice is one row
     wanted = "MAETok (HOG, EfficientNet)"
     args.imagenet = all(map(importlib.util.find_spec, ("efficientnet_lite_pytorch",
@@ -291,17 +336,18 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} CPU cores"
     args.machine = f"{name}, torch {torch.__version__}, {args.jobs} commands at a time"
     torch.set_num_threads(args.threads)
-    train, test = (build_dataset(args.data, split, 32, "data") for split in ("train", "test"))
+    size = SCALES[args.plan["scale"]]["size"]
+    train, test = (build_dataset(args.data, split, size, "data") for split in ("train", "test"))
     if train.source.fingerprint() == test.source.fingerprint():
         print(f"note: --data {args.data} has no test images of its own: all is measured on training images")
     # The classifier comes first, or the first commands would all train it.
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
-                                       classifier_steps=args.plan["classifier_steps"]), args.data, 32)
+                                       classifier_steps=args.plan["classifier_steps"]), args.data, size)
     finished, errors = Study(args).run()
     units = complete_units(args)
     if units:
-        report(args, units, {name: source for name, (_, _, source) in ROWS.items()})
+        report(args, units, {name: row.source for name, row in ROWS.items()})
     if errors:
         raise UserError("; ".join(map(str, errors)))
     print("done" if finished else "time is up; the same command resumes")

@@ -45,7 +45,8 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
     assert seed["recon distance imagenet"] > 0
     assert set(seed["seconds"]) == set(result["commands"]["MAETok (HOG)"])
-    for picture in ("curves", "mixtures", "samples", "losses", "psnr"):
+    assert len(seed["loss curve"]) == 3 and seed["distance null class"] > 0
+    for picture in ("curves", "mixtures", "samples", "losses", "psnr", "loss", "probe"):
         assert (tmp_path / f"smoke_{picture}.png").exists()
     log = (folder / "log.txt").read_text()
     study.main(command)
@@ -119,7 +120,7 @@ def test_verdicts_need_every_seed_on_one_side():
     of = lambda rows: [line.split(" | ") for line in study_report.verdicts(rows).splitlines()[2:]]
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 2.9), "KL-VAE + mask": seeds(0.0)})
     assert line[:3] == ["| MAETok (HOG)", "AE", "13.54, 24.47 [Tables 1a, 1b]"]
-    assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[8] == "no: 19.5, 31.0 |"
+    assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[9] == "no: 19.5, 31.0 |"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 3.1)})
     assert line[6] == "open: 2.05, 3.10"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0)})
@@ -140,18 +141,21 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     assert "yes (1 seed): 1.40, 1.50" in table[1]
 
 
-@pytest.mark.parametrize("setting", ["quick", "full", "longer"])
+@pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "imagenet64"])
 def test_rows_differ_in_their_own_options_only(setting):
-    args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="shapes", device="cpu",
-                                    imagenet=True)
+    plan = study.SETTINGS[setting]
+    args = study.argparse.Namespace(plan=plan, out="x", data="shapes", device="cpu", imagenet=True)
     found = {}
-    for name, (preset, options, _) in study.ROWS.items():
+    for name, row in study.ROWS.items():
         for title, arguments in study.commands(args, name, 1).items():
             words = [str(a).replace(str(study.unit_folder(args, name, 1)), "FOLDER") for a in arguments]
             if words[0] == "train_tokenizer.py":
-                own = words.index("--aux-weight") + 2
-                assert words[2] == preset and words[own:own + len(options)] == options
-                del words[own:own + len(options)], words[2]
+                own = words.index("--seed") + 2 + len(study.SCALES[plan["scale"]]["tokenizer"])
+                end = words.index("--steps")
+                weight = ["--kl-weight"] if "vae" in row.variants else []
+                assert words[2] == ",".join(filter(None, (plan["scale"], row.variants)))
+                assert words[own:end - len(weight)] == row.options + weight
+                del words[own:end], words[2]
             words = tuple(word for word in words if word != name)
             found.setdefault(title, {}).setdefault(words, []).append(name)
     for title, variants in found.items():
@@ -175,13 +179,12 @@ def test_a_table_never_mixes_other_options(tmp_path, monkeypatch):
 def test_every_setting_has_rows_of_equal_latents_and_steps():
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
     from train_tokenizer import PRESETS, Config
-    args = study.argparse.Namespace(plan=study.SETTINGS["full"], out="x", data="shapes", device="cpu",
+    args = study.argparse.Namespace(plan=study.SETTINGS["sharp"], out="x", data="shapes", device="cpu",
                                     imagenet=True)
     sizes = set()
     for name in [name for name in study.ROWS if "channels" not in name]:
-        preset, options, _ = study.ROWS[name]
-        values = {k: v for part in preset.split(",") for k, v in PRESETS[part].items()}
         words = [str(a) for a in study.commands(args, name, 0)["stage1"]]
+        values = {k: v for part in words[2].split(",") for k, v in PRESETS[part].items()}
         given = lambda option: int(words[len(words) - 1 - words[::-1].index(option) + 1])
         values |= dict(num_latents=given("--num-latents"), steps=given("--steps"))
         if "--latent-dim" in words:
@@ -190,7 +193,27 @@ def test_every_setting_has_rows_of_equal_latents_and_steps():
         patches = (config.image_size // config.patch_size) ** 2
         tokens = config.num_latents if config.learnable_latents else patches
         sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
-    assert sizes == {(512, 4000, 3, 96)}
+    assert sizes == {(512, 12_000, 3, 96)}
+
+
+def test_a_setting_may_give_each_row_its_seeds_and_first_seeds_come_first():
+    plan = {"seeds": {"AE": 2, "KL-VAE": 1}}
+    assert study.all_units(plan, ["AE", "KL-VAE", "AE, 8 channels"]) == [("AE", 0), ("KL-VAE", 0), ("AE", 1)]
+    assert study.all_units({"seeds": 1}, ["AE", "KL-VAE"]) == [("AE", 0), ("KL-VAE", 0)]
+    for setting in study.SETTINGS.values():
+        assert all(any(name == row for name, _ in study.all_units(setting, study.ROWS))
+                   for row in setting["rows"])
+
+
+def test_a_kl_vaes_weight_follows_the_number_of_values():
+    weights = {}
+    for setting in ("sharp", "imagenet64"):
+        args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="d", device="cpu",
+                                        imagenet=True)
+        for name in ("KL-VAE", "KL-VAE, weight / 10", "KL-VAE, weight x 10"):
+            words = study.commands(args, name, 0)["stage1"]
+            weights[setting, name] = float(words[words.index("--kl-weight") + 1])
+    assert [*weights.values()] == [8e-6, 8e-7, 8e-5, 2e-6, 2e-7, 2e-5]
 
 
 def test_charts_show_how_far_seeds_lie():

@@ -91,6 +91,14 @@ def test_paper_preset_is_table_8():
         assert isinstance(Config(**PRESETS[name]), SiTConfig)
 
 
+def test_imagenet64_is_sit_b_on_64_tokens():
+    """docs/running.md has hours by this count: three forward passes' operations for a step."""
+    config = Config(**PRESETS["imagenet64"], num_latents=64)
+    assert (config.width, config.depth, config.heads, config.batch_size, config.steps) == (768, 12, 12, 256,
+                                                                                           80_000)
+    assert 6 * sit.sit_macs(config) == pytest.approx(33.3e9, rel=1e-2)
+
+
 # ------------------------------------------------ the cache ------------------------------------------------
 
 def open_cache(out, length, flip=False):

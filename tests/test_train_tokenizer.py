@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
@@ -98,6 +99,28 @@ def test_paper_presets_are_table_7():
         "hog,dinov2-l,siglip-l", "mse", 1.0, "dino", 0.4, 30_000, 1e-3, False, 0.0)
     assert Config(**PRESETS["maetok-b-512"]).image_size == 512
     assert ABLATIONS["mask-0-60"] == dict(mask_low=0.0, mask_high=0.6)
+
+
+def test_imagenet64_is_the_size_that_its_times_are_computed_for():
+    """docs/running.md has hours by these counts, of the model without its loss networks."""
+    config = Config(**PRESETS["imagenet64"])
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model = MAETok(config)
+        output = model(torch.empty(1, 3, 64, 64), torch.empty(1, 64, dtype=torch.bool))
+        (output.reconstruction.sum() + output.aux["hog"].sum()).backward()
+    assert sum(p.numel() for p in model.parameters()) == 48_239_564
+    assert counter.get_total_flops() == pytest.approx(38.8e9, rel=1e-2)
+    assert output.latents.shape == (1, 64, 32)
+
+
+def test_imagenet64_trains_through_both_stages_with_one_layer_of_each(tmp_path):
+    trainer.main(["--preset", "imagenet64", "--data", "shapes", "--encoder-depth", "1", "--decoder-depth",
+                  "1", "--aux-depth", "1", "--percep-weight", "0", "--disc-start", "1", "--batch-size", "2",
+                  "--steps", "2", "--stage2-steps", "1", "--log-every", "1", "--grid-every", "0",
+                  "--eval-images", "2", "--latent-images", "4", "--device", "cpu", "--out", str(tmp_path)])
+    last = checkpoints.read_metrics(tmp_path)[1]
+    assert last["step"] == 2 and np.isfinite([last["recon"], last["hog"], last["disc"]]).all()
+    assert maetok.load_tokenizer(tmp_path).config.num_latents == 64
 
 
 def test_released_learning_rate_counts_the_cosine_from_step_zero():
