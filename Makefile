@@ -37,7 +37,7 @@ course: .venv/dev
 	$(BIN)/python course/check.py
 	$(BIN)/python course/notebook.py
 
-# The paper's comparison of autoencoders on CIFAR-10, 8 to 13 hours on two cores; run again to go on.
+# The paper's comparison of autoencoders on CIFAR-10, 10 to 17 hours on two cores; run again to go on.
 # SETTING=quick: less training, two to three hours.
 study: .venv/runtime
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \

@@ -4,10 +4,12 @@
 OUT/SETTING.md (tables) and OUT/SETTING_*.png. A "unit" is one row with one seed.
 """
 import json
+import re
 import shlex
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 from PIL import Image
 
 import checkpoints
@@ -67,8 +69,12 @@ def read_unit(name, folder, done):
     result["classifier accuracy"] = recon["originals_assigned_to_their_class"]
     for row in read("samples_stage1")["rows"]:
         add(row, f"stage1 cfg {row['scale']:g}")
+    options = done["diffusion"]["arguments"]
+    every = int(options[options.index("--save-every") + 1])
     for name_of_curve, scale in (("curve", 1), ("guided_curve", 2)):
         points = read(name_of_curve)["rows"]
+        # Not the checkpoint at which a piece of the work ended.
+        points = [row for row in points if row["step"] % every == 0 or row is points[-1]]
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
@@ -80,6 +86,8 @@ def read_unit(name, folder, done):
             add(row, f"imagenet cfg {row['scale']:g}", "efficientnet")
     # The null class of the conditional model.                                       [Table 5]
     add(read("null_class")["rows"][-1], "null class")
+    if "null class, ImageNet" in done:
+        add(read("null_class_imagenet")["rows"][-1], "null class imagenet", "efficientnet")
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
@@ -122,7 +130,8 @@ DIFFUSION = {
 IMAGENET = {
     "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
     "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
-    "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1)}
+    "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1),
+    "null class": ("distance null class imagenet", 2, 1)}
 READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
@@ -138,6 +147,7 @@ ORDER = {
     "distance, classifier": ("distance stage2 cfg 1", 2, 1, True),
     "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1, True),
     "gap, classifier": ("gap stage2 cfg 1", 2, 1, True),
+    "null class, ImageNet features": ("distance null class imagenet", 2, 1, True),
     "null class, classifier": ("distance null class", 2, 1, True),
     "uncond., classifier": ("distance unconditional", 2, 1, True),
     "linear-probe accuracy, %": ("probe", 1, 100, False)}
@@ -206,6 +216,23 @@ def verdicts(rows):
     return "\n".join(lines)
 
 
+def rank_correlations(rows):
+    """Spearman's, of means over seeds: the linear probe [Fig. 5a] and the diffusion loss [Fig. 2b] against
+    distances. Over the rows of one latent shape, the KL-VAE with one weight. A Markdown list."""
+    chosen = [seeds.values() for name, seeds in rows.items()
+              if not re.search("channels|weight|learnable", name)]
+    lines = []
+    for title, key in (("Linear probe", "probe"), ("Diffusion loss", "diffusion loss")):
+        for against in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
+            other = ORDER[against][0]
+            points = [[np.mean([seed[k] for seed in seeds]) for k in (key, other)] for seeds in chosen
+                      if all(other in seed for seed in seeds)]
+            if len(points) > 2:
+                value = scipy.stats.spearmanr(*zip(*points)).statistic
+                lines.append(f"- {title} against {against}: {value:.2f}, {len(points)} rows.")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------ pictures -------------------------------------------------
 
 def spread(values):
@@ -238,7 +265,7 @@ def report(args, units, sources):
               "In EfficientNet-Lite0's features": IMAGENET}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
     tables |= {"Does the paper's order hold?": verdicts(rows), "How to read this": READING,
-               "Protocol": result["protocol"]}
+               "Rank correlations over rows": rank_correlations(rows), "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")
     checkpoints.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))

@@ -73,18 +73,19 @@ ROWS = {
     "AE, 16 channels": Row("ae", "ours", ["--latent-dim", "16"]),
     "MAETok (HOG), 8 channels": Row("", "ours", ["--latent-dim", "8"]),
     "KL-VAE + mask": Row("vae-mask", "Table 1a"),
-    # 64 image tokens x 8 channels: the same number of values as 16 x 32
-    "no learnable tokens": Row("image-latents", "Table 6", ["--latent-dim", "8"]),
-    "AE, no learnable tokens": Row("ae,image-latents", "ours", ["--latent-dim", "8"]),
+    # One latent for each patch, of the same number of values in all.
+    "no learnable tokens": Row("image-latents", "Table 6", ["--latent-dim", "{patch}"]),
+    "AE, no learnable tokens": Row("ae,image-latents", "ours", ["--latent-dim", "{patch}"]),
 }
 # A scale is a preset of both trainers and what differs from it. kl: a KL-VAE's weight; the sum over 512 or
-# 2048 values is to weigh on each as the paper's 1e-6 does over 4096.
+# 2048 values is to weigh on each as the paper's 1e-6 does over 4096. patch: channels of an image token with
+# which they are as many.
 SCALES = {
-    "cifar10": dict(size=32, kl=8e-6, tokenizer=["--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1,
-                                                 "--aux-weight", 1],
+    "cifar10": dict(size=32, kl=8e-6, patch="8",
+                    tokenizer=["--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1],
                     diffusion=["--width", 128, "--depth", 6, "--heads", 4, "--batch-size", 64, "--lr", 1e-3,
-                               "--warmup", 100, "--ema", 0.998]),
-    "imagenet64": dict(size=64, kl=2e-6, tokenizer=[], diffusion=[]),
+                               "--warmup", 100, "--ema", 0.998, "--no-flip", "--cache-images", 20_000]),
+    "imagenet64": dict(size=64, kl=2e-6, patch="32", tokenizer=[], diffusion=[]),
 }
 MAIN = list(ROWS)[:6]
 # seeds: of every row, or a number for each. By one core's times, two commands at a time (study/README.md).
@@ -102,15 +103,17 @@ SETTINGS = {
 # Is it for want of steps that masked tokenizers draw worse? The diffusion models' stay the same.
 SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,
                                               stage2_steps=3000)
-# Until reconstruction no longer decides: the default. One row's seed takes an hour of one core of Zen 5.
+# Until reconstruction no longer decides: the default. The KL-VAE's further seeds are for the weight of the
+# three that is best by itself, see study/README.md.
 SETTINGS["sharp"] = SETTINGS["quick"] | dict(
-    rows=[*MAIN, "KL-VAE, weight / 10", "KL-VAE, weight x 10"], steps=12_000, stage2_steps=6000,
-    seeds=dict.fromkeys(MAIN, 2) | {"AE": 3, "KL-VAE": 3, "MAETok (HOG)": 3, "KL-VAE, weight / 10": 1,
-                                    "KL-VAE, weight x 10": 1})
+    rows=[*MAIN, "KL-VAE, weight / 10", "KL-VAE, weight x 10", "AE, 16 channels", "AE, 8 channels"],
+    steps=12_000, stage2_steps=12_000,
+    seeds={"AE": 3, "MAETok (HOG)": 3, "KL-VAE": 3, "AE + mask, pixels": 2, "AE + HOG, no mask": 2,
+           "MAETok (HOG, EfficientNet)": 2})
 # For a GPU of 24 GB, a day for each row: see docs/running.md.
 SETTINGS["imagenet64"] = SETTINGS["quick"] | dict(
-    scale="imagenet64", rows=MAIN, seeds=1, steps=80_000, stage2_steps=15_000, diffusion_steps=80_000,
-    unconditional_steps=40_000, samples=10_000, images=10_000, sampler_steps=50, classifier_steps=20_000)
+    scale="imagenet64", rows=MAIN, seeds=1, steps=80_000, stage2_steps=15_000, diffusion_steps=40_000,
+    unconditional_steps=20_000, samples=5000, images=5000, sampler_steps=50, classifier_steps=5000)
 
 
 # ------------------------------------------------- commands -------------------------------------------------
@@ -126,12 +129,12 @@ def commands(args, name, seed):
     everywhere = ["--data", args.data, "--device", args.device]
     kl = ["--kl-weight", f"{row.kl * scale['kl']:g}"] if "vae" in row.variants else []
     tokenizer = ["train_tokenizer.py", "--preset", ",".join(filter(None, (s["scale"], row.variants))),
-                 *everywhere, "--seed", seed, *scale["tokenizer"], *row.options, *kl,
-                 "--steps", s["steps"], "--grid-every", s["steps"], "--eval-images", images,
-                 "--latent-images", images]
+                 *everywhere, "--seed", seed, *scale["tokenizer"],
+                 *(scale["patch"] if o == "{patch}" else o for o in row.options), *kl,
+                 *shlex.split(args.tokenizer_options), "--steps", s["steps"], "--grid-every", s["steps"],
+                 "--eval-images", images, "--latent-images", images]
     diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, "--seed", seed,
-                 "--tokenizer", folder / "stage2", *scale["diffusion"], "--no-flip",
-                 "--cache-images", 10 * images, "--log-every", 50]
+                 "--tokenizer", folder / "stage2", *scale["diffusion"], "--log-every", 50]
     draw = ["--gap", "--num-images", s["samples"], "--reference-images", images,
             "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
     samples, guidance = [*everywhere, *classifier, *draw], ["--scales", 1, 2, "--intervals", "0:1"]
@@ -150,8 +153,8 @@ def commands(args, name, seed):
                     "--train-images", 4 * images, "--test-images", images, "--dims", 2 if tiny else 32,
                     "--components", *((1, 2) if tiny else (1, 5, 20, 50)), "--starts", 1, "--iterations", 50,
                     "--out", folder / "latents"],
-        "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds,
-                      "--grid-every", s["diffusion_steps"], "--out", folder / "diffusion"],
+        "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds, "--keep-every",
+                      thirds, "--grid-every", s["diffusion_steps"], "--out", folder / "diffusion"],
         "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
         "guided curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--cfg", 2,
                          "--out", folder / "guided_curve"],
@@ -174,6 +177,9 @@ def commands(args, name, seed):
         result["recon, ImageNet"] = recon("stage2", efficientnet, "recon_imagenet")
         result["samples, ImageNet"] = ["evaluate.py", "cfg", folder / "diffusion", *everywhere, *efficientnet,
                                        *draw, *guidance, "--out", folder / "samples_imagenet"]
+        result["null class, ImageNet"] = ["evaluate.py", "curve", folder / "diffusion", *everywhere,
+                                          *efficientnet, *draw, "--null-class",
+                                          "--out", folder / "null_class_imagenet"]
     return result
 
 
@@ -182,11 +188,18 @@ def unit_folder(args, name, seed):
     return Path(args.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{seed}"
 
 
-def all_units(plan, names):
-    """[(row, seed)] of these rows, every row's first seed before any second one. plan["seeds"]: a number, or
-    {row: number}; rows that are not in it have none."""
-    number = lambda name: plan["seeds"] if isinstance(plan["seeds"], int) else plan["seeds"].get(name, 0)
-    return sorted(((name, seed) for name in names for seed in range(number(name))), key=lambda unit: unit[1])
+def all_units(plan):
+    """[(row, seed)] of a plan, every row's first seed before any second one. plan["seeds"]: a number, or
+    {row: number}, 1 where it names none."""
+    number = lambda name: plan["seeds"] if isinstance(plan["seeds"], int) else plan["seeds"].get(name, 1)
+    units = [(name, seed) for name in plan["rows"] for seed in range(number(name))]
+    return sorted(units, key=lambda unit: unit[1])
+
+
+def begun_units(args, names):
+    """[(row, seed)] of these rows that have a folder, whatever the plan of this call."""
+    return [(name, seed) for name in names for seed in range(20)
+            if (unit_folder(args, name, seed) / "done.json").exists()]
 
 
 def read_done(args, name, seed, of=None):
@@ -207,11 +220,11 @@ def read_done(args, name, seed, of=None):
 def complete_units(args):
     """{row: {seed: (folder, read_done's dict)}} of all rows and seeds that were measured to the end."""
     units = {}
-    for name, seed in all_units(args.plan, ROWS):
+    for name, seed in begun_units(args, ROWS):
         done = read_done(args, name, seed)
         if all(entry["done"] for entry in done.values()):
             units.setdefault(name, {})[seed] = unit_folder(args, name, seed), done
-    return {name: units[name] for name in ROWS if name in units}
+    return units
 
 
 class Study:
@@ -228,9 +241,9 @@ class Study:
 
     def run(self):
         """(whether everything is done, UserErrors of the rows and seeds in which a command failed)."""
-        units = all_units(self.args.plan, self.args.plan["rows"])
+        units = all_units(self.args.plan)
         # Before hours of work: were all that the tables would show run with these options?
-        for unit in all_units(self.args.plan, self.names):
+        for unit in begun_units(self.args, self.names):
             read_done(self.args, *unit, self.of)
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(self.run_unit, *unit) for unit in units]
@@ -305,10 +318,12 @@ def main(argv=None):
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
     add("--jobs", type=common.Whole, default=0,
-        help="commands at a time (default: as many as cores, 4 at most)")
+        help="commands at a time (default: as many as cores, 4 at most; on a GPU 1)")
     add("--minutes", type=common.Weight, default=0,
         help="stop after so long; the same command resumes. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
+    add("--tokenizer-options", default="", metavar="OPTIONS",
+        help="in quotes, for every train_tokenizer.py: \"--weights-dir FOLDER\" for instance")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
     args.plan = dict(SETTINGS[args.setting])
@@ -330,9 +345,9 @@ def main(argv=None):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     checkpoints.lock(args.out)
     cores = os.cpu_count()
-    args.jobs = args.jobs or min(4, cores)
-    args.threads = max(1, cores // args.jobs)
     _, _, device = common.start_processes(args.device)
+    args.jobs = args.jobs or (1 if device.type == "cuda" else min(4, cores))
+    args.threads = max(1, cores // args.jobs)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} CPU cores"
     args.machine = f"{name}, torch {torch.__version__}, {args.jobs} commands at a time"
     torch.set_num_threads(args.threads)

@@ -120,13 +120,23 @@ def test_verdicts_need_every_seed_on_one_side():
     of = lambda rows: [line.split(" | ") for line in study_report.verdicts(rows).splitlines()[2:]]
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 2.9), "KL-VAE + mask": seeds(0.0)})
     assert line[:3] == ["| MAETok (HOG)", "AE", "13.54, 24.47 [Tables 1a, 1b]"]
-    assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[9] == "no: 19.5, 31.0 |"
+    assert line[3:5] == ["–", "–"] and line[6] == "yes: 1.95, 3.10" and line[-1] == "no: 19.5, 31.0 |"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0, 3.1)})
     assert line[6] == "open: 2.05, 3.10"
     line, = of({"AE": seeds(3.0, 3.2), "MAETok (HOG)": seeds(1.0)})
     assert line[6] == "yes (1 seed): 1.00, 3.10"
     names = {*study.ROWS, study_report.EQUAL}
     assert all({better, worse} <= names for better, worse, *_ in study_report.PAPER)
+
+
+def test_rank_correlations_are_of_the_rows_means():
+    seeds = lambda *pairs: {i: {"probe": p, "diffusion loss": p ** 2, "distance stage2 cfg 1": d}
+                            for i, (p, d) in enumerate(pairs)}
+    rows = {"AE": seeds((0.4, 9), (0.5, 7)), "KL-VAE": seeds((0.46, 7.5)), "MAETok (HOG)": seeds((0.6, 5)),
+            "AE, 8 channels": seeds((0.9, 20.0)), "KL-VAE, weight / 10": seeds((0.9, 20.0))}
+    assert study_report.rank_correlations(rows).splitlines() == [
+        "- Linear probe against distance, classifier: -1.00, 3 rows.",
+        "- Diffusion loss against distance, classifier: -1.00, 3 rows."]
 
 
 def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
@@ -144,7 +154,8 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
 @pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "imagenet64"])
 def test_rows_differ_in_their_own_options_only(setting):
     plan = study.SETTINGS[setting]
-    args = study.argparse.Namespace(plan=plan, out="x", data="shapes", device="cpu", imagenet=True)
+    args = study.argparse.Namespace(plan=plan, out="x", data="shapes", device="cpu", imagenet=True,
+                                    tokenizer_options="")
     found = {}
     for name, row in study.ROWS.items():
         for title, arguments in study.commands(args, name, 1).items():
@@ -154,7 +165,8 @@ def test_rows_differ_in_their_own_options_only(setting):
                 end = words.index("--steps")
                 weight = ["--kl-weight"] if "vae" in row.variants else []
                 assert words[2] == ",".join(filter(None, (plan["scale"], row.variants)))
-                assert words[own:end - len(weight)] == row.options + weight
+                options = " ".join(row.options).format(patch=study.SCALES[plan["scale"]]["patch"]).split()
+                assert words[own:end - len(weight)] == options + weight
                 del words[own:end], words[2]
             words = tuple(word for word in words if word != name)
             found.setdefault(title, {}).setdefault(words, []).append(name)
@@ -176,40 +188,51 @@ def test_a_table_never_mixes_other_options(tmp_path, monkeypatch):
         other.run()
 
 
-def test_every_setting_has_rows_of_equal_latents_and_steps():
+@pytest.mark.parametrize("setting, expected", [("sharp", (512, 12_000, 3, 96)),
+                                               ("imagenet64", (2048, 80_000, 12, 384))])
+def test_every_setting_has_rows_of_equal_latents_and_steps(setting, expected):
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
     from train_tokenizer import PRESETS, Config
-    args = study.argparse.Namespace(plan=study.SETTINGS["sharp"], out="x", data="shapes", device="cpu",
-                                    imagenet=True)
+    args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="shapes", device="cpu",
+                                    imagenet=True, tokenizer_options="")
     sizes = set()
     for name in [name for name in study.ROWS if "channels" not in name]:
         words = [str(a) for a in study.commands(args, name, 0)["stage1"]]
         values = {k: v for part in words[2].split(",") for k, v in PRESETS[part].items()}
         given = lambda option: int(words[len(words) - 1 - words[::-1].index(option) + 1])
-        values |= dict(num_latents=given("--num-latents"), steps=given("--steps"))
+        values |= dict(steps=given("--steps"))
+        if "--num-latents" in words:
+            values["num_latents"] = given("--num-latents")
         if "--latent-dim" in words:
             values["latent_dim"] = given("--latent-dim")
         config = Config(**values)
         patches = (config.image_size // config.patch_size) ** 2
         tokens = config.num_latents if config.learnable_latents else patches
         sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
-    assert sizes == {(512, 12_000, 3, 96)}
+    assert sizes == {expected}
 
 
 def test_a_setting_may_give_each_row_its_seeds_and_first_seeds_come_first():
-    plan = {"seeds": {"AE": 2, "KL-VAE": 1}}
-    assert study.all_units(plan, ["AE", "KL-VAE", "AE, 8 channels"]) == [("AE", 0), ("KL-VAE", 0), ("AE", 1)]
-    assert study.all_units({"seeds": 1}, ["AE", "KL-VAE"]) == [("AE", 0), ("KL-VAE", 0)]
-    for setting in study.SETTINGS.values():
-        assert all(any(name == row for name, _ in study.all_units(setting, study.ROWS))
-                   for row in setting["rows"])
+    plan = {"rows": ["AE", "KL-VAE", "AE, 8 channels"], "seeds": {"AE": 2, "KL-VAE": 1}}
+    assert study.all_units(plan) == [("AE", 0), ("KL-VAE", 0), ("AE, 8 channels", 0), ("AE", 1)]
+    assert study.all_units(plan | {"rows": ["AE", "KL-VAE"], "seeds": 1}) == [("AE", 0), ("KL-VAE", 0)]
+
+
+def test_the_report_has_all_that_is_complete_whatever_rows_were_asked_for(tmp_path, monkeypatch):
+    scripts = {"AE": [TOUCH], "KL-VAE": [TOUCH], "MAETok (HOG)": ["sys.exit('it broke')"]}
+    a_study = fake_study(tmp_path, monkeypatch, scripts)
+    a_study.args.plan["seeds"] = {"AE": 2}
+    a_study.run()
+    a_study.args.plan |= {"rows": ["KL-VAE"], "seeds": 1}
+    units = study.complete_units(a_study.args)
+    assert {name: [*seeds] for name, seeds in units.items()} == {"AE": [0, 1], "KL-VAE": [0]}
 
 
 def test_a_kl_vaes_weight_follows_the_number_of_values():
     weights = {}
     for setting in ("sharp", "imagenet64"):
         args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="d", device="cpu",
-                                        imagenet=True)
+                                        imagenet=True, tokenizer_options="")
         for name in ("KL-VAE", "KL-VAE, weight / 10", "KL-VAE, weight x 10"):
             words = study.commands(args, name, 0)["stage1"]
             weights[setting, name] = float(words[words.index("--kl-weight") + 1])
