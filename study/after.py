@@ -143,7 +143,8 @@ def commands(args, name, seed):
 def measured(args, name, seed):
     """{measure: number} of one row and seed, from what its commands wrote."""
     recon = checkpoints.read_json(part(args, name, seed, "stage2").parent / "recon.json")
-    result = {"psnr": recon["psnr"]}
+    result = {"psnr": recon["psnr"], "distance of reconstructions": next(
+        value for key, value in recon.items() if "not_fid" in key)}
     for steps in ROWS[name].sampler_steps:
         rows = checkpoints.read_json(unit_folder(args, name, seed) / f"samples_{steps}.json")["rows"]
         for row in rows:

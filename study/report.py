@@ -49,6 +49,12 @@ PAPER = [
 
 # ------------------------------------------------- numbers -------------------------------------------------
 
+def planned(points, every):
+    """Rows of a curve without those of checkpoints at which a piece of the work ended: multiples of `every`
+    steps and the last one, so that all seeds have the same."""
+    return [row for row in points if row["step"] % every == 0 or row is points[-1]]
+
+
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
     "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "loss curve" of
@@ -72,9 +78,7 @@ def read_unit(name, folder, done):
     options = done["diffusion"]["arguments"]
     every = int(options[options.index("--save-every") + 1])
     for name_of_curve, scale in (("curve", 1), ("guided_curve", 2)):
-        points = read(name_of_curve)["rows"]
-        # Not the checkpoint at which a piece of the work ended.
-        points = [row for row in points if row["step"] % every == 0 or row is points[-1]]
+        points = planned(read(name_of_curve)["rows"], every)
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]

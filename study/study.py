@@ -84,7 +84,7 @@ SCALES = {
     "cifar10": dict(size=32, kl=8e-6, patch="8",
                     tokenizer=["--num-latents", 16, "--latent-dim", 32, "--aux-depth", 1, "--aux-weight", 1],
                     diffusion=["--width", 128, "--depth", 6, "--heads", 4, "--batch-size", 64, "--lr", 1e-3,
-                               "--warmup", 100, "--ema", 0.998, "--no-flip", "--cache-images", 20_000]),
+                               "--warmup", 100, "--ema", 0.998, "--no-flip"]),
     "imagenet64": dict(size=64, kl=2e-6, patch="32", tokenizer=[], diffusion=[]),
 }
 MAIN = list(ROWS)[:6]
@@ -94,11 +94,11 @@ SETTINGS = {
     "quick": dict(scale="cifar10", seeds=2,
                   rows=[*MAIN[:4], "MAETok, mask 0-60 %", "AE, 8 channels", "MAETok (HOG, EfficientNet)"],
                   steps=2000, stage2_steps=1000, diffusion_steps=2400, unconditional_steps=1200,
-                  samples=1000, images=2000, sampler_steps=25, classifier_steps=3000),
+                  cache_images=20_000, samples=1000, images=2000, sampler_steps=25, classifier_steps=3000),
     # For the test: every command runs, no number means anything.
     "smoke": dict(scale="cifar10", rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2,
-                  diffusion_steps=3, unconditional_steps=3, samples=4, images=20, sampler_steps=2,
-                  classifier_steps=2),
+                  diffusion_steps=3, unconditional_steps=3, cache_images=200, samples=4, images=20,
+                  sampler_steps=2, classifier_steps=2),
 }
 # Is it for want of steps that masked tokenizers draw worse? The diffusion models' stay the same.
 SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,
@@ -113,7 +113,8 @@ SETTINGS["sharp"] = SETTINGS["quick"] | dict(
 # For a GPU of 24 GB, a day for each row: see docs/running.md.
 SETTINGS["imagenet64"] = SETTINGS["quick"] | dict(
     scale="imagenet64", rows=MAIN, seeds=1, steps=80_000, stage2_steps=15_000, diffusion_steps=40_000,
-    unconditional_steps=20_000, samples=5000, images=5000, sampler_steps=50, classifier_steps=5000)
+    unconditional_steps=20_000, cache_images=0, samples=5000, images=5000, sampler_steps=50,
+    classifier_steps=5000)
 
 
 # ------------------------------------------------- commands -------------------------------------------------
@@ -134,7 +135,8 @@ def commands(args, name, seed):
                  *shlex.split(args.tokenizer_options), "--steps", s["steps"], "--grid-every", s["steps"],
                  "--eval-images", images, "--latent-images", images]
     diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, "--seed", seed,
-                 "--tokenizer", folder / "stage2", *scale["diffusion"], "--log-every", 50]
+                 "--tokenizer", folder / "stage2", *scale["diffusion"], "--cache-images", s["cache_images"],
+                 "--log-every", 50]
     draw = ["--gap", "--num-images", s["samples"], "--reference-images", images,
             "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
     samples, guidance = [*everywhere, *classifier, *draw], ["--scales", 1, 2, "--intervals", "0:1"]

@@ -129,6 +129,17 @@ def test_verdicts_need_every_seed_on_one_side():
     assert all({better, worse} <= names for better, worse, *_ in study_report.PAPER)
 
 
+def test_a_curve_leaves_out_where_a_piece_of_the_work_ended():
+    rows = [{"step": step} for step in (300, 800, 1600, 1900, 2399)]
+    assert [row["step"] for row in study_report.planned(rows, 800)] == [800, 1600, 2399]
+
+
+def test_imagenet64_asks_for_a_folder_before_it_trains_anything(tmp_path):
+    with pytest.raises(UserError, match="imagenet64 needs --data FOLDER"):
+        study.main(["--setting", "imagenet64", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
 def test_rank_correlations_are_of_the_rows_means():
     seeds = lambda *pairs: {i: {"probe": p, "diffusion loss": p ** 2, "distance stage2 cfg 1": d}
                             for i, (p, d) in enumerate(pairs)}
