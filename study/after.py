@@ -158,9 +158,12 @@ def measured(args, name, seed):
 
 
 def verdict(key, ours, theirs):
-    """better, worse or "seeds disagree" from {seed: number} of a row and of its baseline."""
+    """better, worse or "seeds disagree" from {seed: number} of a row and of its baseline; "shared" where the
+    row has its baseline's part."""
     sign = 1 if key.startswith("psnr") else -1
     gains = [sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    if ours == theirs:
+        return "shared"
     if len(gains) < 2:
         return "one seed"
     return "better" if min(gains) > 0 else "worse" if max(gains) < 0 else "seeds disagree"

@@ -458,6 +458,7 @@ def test_a_verdict_needs_every_seed():
     assert study.verdict("gap, guidance 1", {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == "worse"
     assert study.verdict("psnr", {0: 2.0, 1: 1.0}, {0: 1.0, 1: 2.0}) == "seeds disagree"
     assert study.verdict("psnr", {0: 2.0}, {0: 1.0}) == "one seed"
+    assert study.verdict("psnr", {0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0}) == "shared"
 
 
 @pytest.mark.slow
