@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import checkpoints
 from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target
+from after.muon import Muon, split_blocks
 from after.time_shift import shift_of, shift_times
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng)
@@ -98,6 +99,7 @@ class Config(SiTConfig):
     beta1: Decay = 0.9            # AdamW [Table 8]
     beta2: Decay = 0.999          # AdamW [Table 8]
     weight_decay: Weight = 0.0    # [Table 8]
+    muon: Weight = 0.0            # of the blocks' matrices: learning rate under Muon, in lr; 0: AdamW for all
     clip: Positive = 1.0          # largest gradient norm [released code]
     ema: Decay = 0.9999           # decay [SiT]
     # Without it small runs would average over their random start.
@@ -573,9 +575,14 @@ def main(argv=None):
                                    config.random_frozen)
         repa = Repa(model, config.repa_block, tokenizer, teacher.dim, config.repa_head).to(device)
     # One group: Table 8 has no weight decay, so there is nothing to exempt from it.
-    optimizer = torch.optim.AdamW((repa or model).parameters(), lr=config.lr,
-                                  betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=device.type != "mps")
+    trained = list((repa or model).named_parameters())
+    blocks, trained = split_blocks(trained) if config.muon else ([], trained)
+    groups = [dict(params=[p for _, p in trained])]
+    if blocks:
+        groups.append(dict(params=blocks, muon=config.muon))
+    optimizer = (Muon if blocks else torch.optim.AdamW)(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        fused=device.type != "mps")
     state = TrainState(model, ema, optimizer, tokenizer_state, repa, classes)
     if rank == 0:
         checkpoints.lock(out)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import checkpoints
 from after.alignment import alignment_loss
 from after.latent_noise import draw_noise
+from after.muon import Muon, split_blocks
 from after.nested_dropout import draw_lengths
 from common import (Count, Decay, Keep, Positive, Seed, Share, UserError, Weight, Whole, Workers,
                     sample_rng, step_rngs)
@@ -122,6 +123,7 @@ class Config(MAETokConfig):
     stage2_warmup: Whole = 1000  # steps [ours]
     # ---- after the paper, all off: docs/after.md ----
     latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
+    muon: Weight = 0.0           # of the blocks' matrices: learning rate under Muon, in lr; 0: AdamW for all
     nested_dropout: bool = False  # decode from the first 1, 2, 4 ... L tokens, drawn per image [FlexTok]
     align_weight: Weight = 0.1   # of the loss of --align, times its adaptive weight [VA-VAE]
     # ---- logs ----
@@ -262,13 +264,16 @@ def mask_range(config, stage, step):
 
 def build_optimizer(config, model, device):
     """AdamW with weight decay on matrices of linear layers only: not on norms, biases, tokens, positions,
-    frequencies."""
+    frequencies. With `muon` the matrices of transformer blocks go to Muon."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    blocks, trained = split_blocks(trained) if config.muon else ([], trained)
     decay = [p for name, p in trained if p.ndim >= 2 and name.endswith("weight")]
     rest = [p for name, p in trained if not (p.ndim >= 2 and name.endswith("weight"))]
-    return torch.optim.AdamW([dict(params=decay, weight_decay=config.weight_decay),
-                              dict(params=rest, weight_decay=0.0)],
-                             lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    groups = [dict(params=decay, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
+    if blocks:
+        groups.append(dict(params=blocks, weight_decay=config.weight_decay, muon=config.muon))
+    return (Muon if blocks else torch.optim.AdamW)(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type != "mps")
 
 
 # ------------------------------------------ what a step works with ------------------------------------------

@@ -25,10 +25,12 @@ import train_diffusion
 import train_tokenizer
 from after.alignment import alignment_loss
 from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target
+from after.muon import Muon, orthogonal, split_blocks
 from after.nested_dropout import draw_lengths, keep_first, possible_lengths
 from after.time_shift import shift_of, shift_times
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
+from losses import build_objective
 from study import after as study
 
 TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 "
@@ -345,6 +347,86 @@ def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_
                            ("add --no-learnable-latents", ["--align", "dinov2-s"])):
         with pytest.raises(UserError, match=message):
             tokenize(tmp_path / "3", *wrong)
+
+
+# -------------------------------------------------- Muon --------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (3, 12, 40), (40, 12)])
+def test_orthogonal_keeps_singular_vectors_and_makes_all_values_about_one(shape):
+    u = torch.randn(shape, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(u, full_matrices=False)
+    for scale in (1e-4, 1, 1e4):                                    # of gradients: it must not matter
+        inner = U.mT @ orthogonal(scale * u) @ Vh.mT
+        values = inner.diagonal(dim1=-2, dim2=-1)
+        assert 0.6 < values.min() and values.max() < 1.25
+        torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-5, rtol=0)
+
+
+def test_muon_takes_the_steps_of_pytorchs_and_adamw_those_of_the_rest():
+    shapes = [(16, 16), (48, 16), (16, 64), (16, 16)]
+    mine, theirs = ([torch.nn.Parameter(torch.ones(s) + i) for i, s in enumerate([*shapes, (7,)])]
+                    for _ in range(2))
+    ours = Muon([dict(params=mine[4:]), dict(params=mine[:4], weight_decay=0.1, muon=2.0)], lr=0.01,
+                weight_decay=0.3)
+    oracles = [torch.optim.Muon(theirs[:4], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+               torch.optim.AdamW(theirs[4:], lr=0.01, weight_decay=0.3)]
+    for _ in range(4):
+        for a, b in zip(mine, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in (ours, *oracles):
+            optimizer.step()
+    for i, (a, b) in enumerate(zip(mine, theirs)):
+        moved, expected = a.detach() - 1 - i, b.detach() - 1 - i
+        # PyTorch's products are bfloat16.
+        assert (moved - expected).norm() < (0.03 if i < 4 else 1e-6) * expected.norm() and expected.norm() > 0
+
+
+def test_muon_is_for_matrices_of_blocks_and_nothing_is_left_out():
+    tokenizer = maetok.MAETok(train_tokenizer.Config(**train_tokenizer.PRESETS["shapes"]))
+    sits = [train_diffusion.build_model(dataclasses.asdict(train_diffusion.Config(
+        model=model, num_latents=4, latent_dim=4, width=32, depth=2, heads=2, num_classes=3)))
+        for model in ("sit", "lightningdit", "usit")]
+    for model in (tokenizer, *sits):
+        named = list(model.named_parameters())
+        blocks, rest = split_blocks(named)
+        assert len(blocks) + len(rest) == len(named)
+        expected = {id(m.weight) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+                    and "block" in name and "adaLN" not in name}
+        assert {id(p) for p in blocks} == expected and len(expected) >= 8
+    for disc in ("patch", "dino"):                                      # discriminators keep AdamW
+        config = train_tokenizer.Config(**train_tokenizer.PRESETS["shapes"]
+                                        | dict(disc=disc, muon=2.0, random_frozen=True))
+        adversary = build_objective(config, torch.device("cpu")).adversary
+        optimizer = train_tokenizer.build_optimizer(config, adversary, torch.device("cpu"))
+        assert type(optimizer) is torch.optim.AdamW
+
+
+def test_muon_resumes_bit_for_bit_and_only_as_muon(tmp_path):
+    def train(out, muon=2.0, *options):
+        return tokenize(out, "--muon", muon, *options)
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", 2.0, "--save-every", 3)
+    for name in ("step_0000006.pt", "last.pt"):
+        (tmp_path / "cut" / name).unlink()
+    again = train(tmp_path / "cut", 2.0, "--save-every", 3)
+    assert all(torch.equal(w, again["model"][k]) for k, w in whole["model"].items())
+    other = train(tmp_path / "other", 0)
+    assert any(not torch.equal(w, other["model"][k]) for k, w in whole["model"].items() if "blocks" in k)
+    with pytest.raises(UserError, match="muon 2.0 -> 0.0"):
+        train(tmp_path / "whole", 0)
+
+
+def test_sit_trains_with_muon_and_resumes(tmp_path, tokenizer):
+    whole = diffuse(tmp_path / "whole", tokenizer, "--muon", 2)
+    diffuse(tmp_path / "cut", tokenizer, "--muon", 2, "--save-every", 3)
+    for name in ("step_0000006.pt", "last.pt"):
+        (tmp_path / "cut" / name).unlink()
+    again = diffuse(tmp_path / "cut", tokenizer, "--muon", 2, "--save-every", 3)
+    assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
+    adamw = diffuse(tmp_path / "adamw", tokenizer)
+    assert any(not torch.equal(w, adamw["ema"][k]) for k, w in whole["ema"].items())
 
 
 # ----------------------------- from the rebuttal: fine-tuning without guidance -----------------------------
