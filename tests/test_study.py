@@ -162,7 +162,7 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     assert "yes (1 seed): 1.40, 1.50" in table[1]
 
 
-@pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "imagenet64"])
+@pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "sharp-adamw", "imagenet64"])
 def test_rows_differ_in_their_own_options_only(setting):
     plan = study.SETTINGS[setting]
     args = study.argparse.Namespace(plan=plan, out="x", data="shapes", device="cpu", imagenet=True,
@@ -199,8 +199,9 @@ def test_a_table_never_mixes_other_options(tmp_path, monkeypatch):
         other.run()
 
 
-@pytest.mark.parametrize("setting, expected", [("sharp", (512, 12_000, 3, 96)),
-                                               ("imagenet64", (2048, 80_000, 12, 384))])
+@pytest.mark.parametrize("setting, expected", [("sharp", (512, 4000, 3, 96, 2.0)),
+                                               ("sharp-adamw", (512, 12_000, 3, 96, 0.0)),
+                                               ("imagenet64", (2048, 80_000, 12, 384, 0.0))])
 def test_every_setting_has_rows_of_equal_latents_and_steps(setting, expected):
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
     from train_tokenizer import PRESETS, Config
@@ -216,10 +217,12 @@ def test_every_setting_has_rows_of_equal_latents_and_steps(setting, expected):
             values["num_latents"] = given("--num-latents")
         if "--latent-dim" in words:
             values["latent_dim"] = given("--latent-dim")
+        if "--muon" in words:
+            values["muon"] = float(words[words.index("--muon") + 1])
         config = Config(**values)
         patches = (config.image_size // config.patch_size) ** 2
         tokens = config.num_latents if config.learnable_latents else patches
-        sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width))
+        sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width, config.muon))
     assert sizes == {expected}
 
 
