@@ -55,6 +55,8 @@ ROWS = {
     "64 channels, x-prediction": Row("64 channels", diffusion=["--x-prediction"]),
     "nested dropout": Row(tokenizer=["--nested-dropout"], lengths=True),
     "MeanFlow": Row(diffusion=["--mean-flow", 0.25], sampler_steps=FEW),
+    "Muon": Row(tokenizer=["--muon", 2]),
+    "Muon, SiT's too": Row("Muon", diffusion=["--muon", 4]),
     # One latent a patch, of as many values in all: {channels}, see SCALE.
     "KL-VAE, image tokens": Row(variants="vae,image-latents",
                                 tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6]),

@@ -572,16 +572,17 @@ def test_usit_2b_has_dc_aes_own_values():
 
 @pytest.mark.parametrize("module", [train_tokenizer, train_diffusion])
 def test_all_are_off_by_default_and_out_of_the_short_help(module):
-    off = dict(latent_noise=0, nested_dropout=False, align="", time_shift=1, x_prediction=False, mean_flow=0)
+    off = dict(latent_noise=0, nested_dropout=False, align="", time_shift=1, x_prediction=False, mean_flow=0,
+               muon=0)
     fields = {f.name: f.default for f in dataclasses.fields(module.Config)} | {"align_weight": None}
     assert all(fields[name] == value for name, value in off.items() if name in fields)
-    assert len(off.keys() & fields) == 3 and not (off.keys() | {"align_weight"}) & set(module.SHOWN)
+    assert len(off.keys() & fields) == 4 and not (off.keys() | {"align_weight"}) & set(module.SHOWN)
     assert not any(set(preset) & off.keys() for name, preset in module.PRESETS.items() if name != "va-vae")
 
 
 def test_runs_from_before_the_extensions_resume(tmp_path, tokenizer):
     young = {"align", "latent_noise", "nested_dropout", "align_weight", "time_shift", "x_prediction",
-             "mean_flow", "repa_head"}
+             "mean_flow", "repa_head", "muon"}
     tokenize(tmp_path / "tokenizer")
     diffuse(tmp_path / "sit", tokenizer)
     for run, again in (("tokenizer", lambda: tokenize(tmp_path / "tokenizer")),
