@@ -12,7 +12,7 @@ TESTS ?= tests
 .PHONY: box course demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
-# First, in some seconds, samples of the small model that comes with the code.
+# First, in some seconds, samples of the small model that comes with the code. --muon: fewer steps, see docs/speed.md.
 demo: .venv/runtime
 	$(BIN)/python sample.py --out runs/demo/first.png
 	$(BIN)/python train_tokenizer.py --muon 2 --steps 1600 --stage2-steps 1200 --out runs/demo/tokenizer

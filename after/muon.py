@@ -8,7 +8,7 @@ All directions in which a matrix acts are learnt at one pace, where AdamW's step
 them. The factor gives a step the root mean square of AdamW's, so that learning rates carry over. All else
 (embeddings, heads, biases, norms, tokens, adaLN) is left to AdamW.
 
-torch.optim.Muon rounds to bfloat16, which takes a processor without bfloat16 products twenty times as long;
+torch.optim.Muon rounds to bfloat16, which takes a processor without bfloat16 products ten times as long;
 here the products are float32, and matrices of one shape share them.
 To remove it: this file, the fields `muon`, and the lines with `muon`.
 """
