@@ -99,7 +99,7 @@ class Config(SiTConfig):
     beta1: Decay = 0.9            # AdamW [Table 8]
     beta2: Decay = 0.999          # AdamW [Table 8]
     weight_decay: Weight = 0.0    # [Table 8]
-    muon: Weight = 0.0            # of the blocks' matrices: learning rate under Muon, in lr; 0: AdamW for all
+    muon: Weight = 0.0            # > 0: the blocks' matrices train with Muon, at so many times lr
     clip: Positive = 1.0          # largest gradient norm [released code]
     ema: Decay = 0.9999           # decay [SiT]
     # Without it small runs would average over their random start.
@@ -320,6 +320,19 @@ class Batch(NamedTuple):
     beta: torch.Tensor | None          # (B,) 1 / guidance scale, of guidance-free training
     images: torch.Tensor | None        # (B, 3, H, W) in [-1, 1], where there is no cache
     span: torch.Tensor | None = None   # (B,) t - r of an average velocity [after the paper: MeanFlow]
+
+
+def build_optimizer(config, model, device):
+    """AdamW, in one group: Table 8 has no weight decay, so there is nothing to exempt from it. With `muon`
+    the matrices of transformer blocks go to Muon."""
+    trained = list(model.named_parameters())
+    blocks, trained = split_blocks(trained) if config.muon else ([], trained)
+    groups = [dict(params=[p for _, p in trained])]
+    if blocks:
+        groups.append(dict(params=blocks, muon=config.muon))
+    return (Muon if blocks else torch.optim.AdamW)(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        fused=device.type != "mps")
 
 
 @dataclass
@@ -574,15 +587,7 @@ def main(argv=None):
             teacher = load_teacher(config.repa, tokenizer.config.patch_size, config.weights_dir, device,
                                    config.random_frozen)
         repa = Repa(model, config.repa_block, tokenizer, teacher.dim, config.repa_head).to(device)
-    # One group: Table 8 has no weight decay, so there is nothing to exempt from it.
-    trained = list((repa or model).named_parameters())
-    blocks, trained = split_blocks(trained) if config.muon else ([], trained)
-    groups = [dict(params=[p for _, p in trained])]
-    if blocks:
-        groups.append(dict(params=blocks, muon=config.muon))
-    optimizer = (Muon if blocks else torch.optim.AdamW)(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        fused=device.type != "mps")
+    optimizer = build_optimizer(config, repa or model, device)
     state = TrainState(model, ema, optimizer, tokenizer_state, repa, classes)
     if rank == 0:
         checkpoints.lock(out)

@@ -123,7 +123,7 @@ class Config(MAETokConfig):
     stage2_warmup: Whole = 1000  # steps [ours]
     # ---- after the paper, all off: docs/after.md ----
     latent_noise: Weight = 0.0   # stage 2: noise on the decoder's latents, in their deviations; RAE: 0.8
-    muon: Weight = 0.0           # of the blocks' matrices: learning rate under Muon, in lr; 0: AdamW for all
+    muon: Weight = 0.0           # > 0: the blocks' matrices train with Muon, at so many times lr
     nested_dropout: bool = False  # decode from the first 1, 2, 4 ... L tokens, drawn per image [FlexTok]
     align_weight: Weight = 0.1   # of the loss of --align, times its adaptive weight [VA-VAE]
     # ---- logs ----

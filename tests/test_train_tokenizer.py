@@ -359,8 +359,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path, part):
 # ------------------------------------------------ processes ------------------------------------------------
 
 @pytest.mark.slow
-def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
-    options = ["--steps", "20", "--stage2-steps", "4", "--save-every", "10"]
+@pytest.mark.parametrize("muon", ["0", "2"])
+def test_two_processes_follow_one_and_may_change_in_number(tmp_path, muon):
+    options = ["--steps", "20", "--stage2-steps", "4", "--save-every", "10", "--muon", muon]
     train(tmp_path / "one", *options)
     two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
     assert two.returncode == 0, two.stderr
