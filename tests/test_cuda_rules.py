@@ -54,8 +54,8 @@ GAN = "--disc-start 1 --batch-size 4 --diffaug --consistency 4 --random-frozen".
     [*GAN, "--disc", "dino", "--percep-weight", "1"],
     [*GAN, "--disc", "patch", "--variational", "--accumulate", "2", "--checkpointing"],
     ["--rope", "mixed", "--mask-draw", "normal", "--crop", "random", "--mixed-size", "32",
-     "--aux-loss", "mixed"]],
-    ids=["dino", "patch, KL, checkpointing", "two sizes, mixed RoPE"])
+     "--aux-loss", "mixed", "--muon", "2"]],
+    ids=["dino", "patch, KL, checkpointing", "two sizes, mixed RoPE, Muon"])
 def test_tokenizer(tmp_path, monkeypatch, options):
     """Both stages. Twice as many steps wait as often: for logging, saving and measuring, once a stage."""
     few, more = (waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / str(n), n, *options))
@@ -67,9 +67,9 @@ def test_tokenizer(tmp_path, monkeypatch, options):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--no-cache", "--repa", "dinov2-s", "--repa-block", "1", "--random-frozen"],
+    ["--muon", "4"], ["--no-cache", "--repa", "dinov2-s", "--repa-block", "1", "--random-frozen"],
     ["--model", "lightningdit", "--direction-loss", "1", "--guidance-free"]],
-    ids=["cached latents", "REPA on images", "LightningDiT, guidance-free"])
+    ids=["cached latents, Muon", "REPA on images", "LightningDiT, guidance-free"])
 def test_diffusion_and_sampler(tmp_path, monkeypatch, options):
     size = ["--image-size", "28", "--patch-size", "14", "--hog-cell", "7"] if "--repa" in options else []
     waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / "tokenizer", 2, *size))
