@@ -28,24 +28,48 @@ def _sheet(panels, names):
     return sheet, draw, font
 
 
-def _axes(draw, font, panel, title, xlabel, low, high, unscale):
-    """Frame, title and three ticks a side; returns the function from data to pixels. low, high: (x, y)."""
-    left, right = panel * PANEL[0] + LEFT, (panel + 1) * PANEL[0] - RIGHT
-    top, bottom = TOP, PANEL[1] - BOTTOM
-    high = [h if h > l else l + 1 for l, h in zip(low, high)]                   # one value: any range will do
-    draw.rectangle((left, top, right, bottom), outline="grey")
-    draw.text((left, 8), title, fill="black", font=font)
-    draw.text(((left + right) / 2, PANEL[1] - 10), xlabel, fill="black", font=font, anchor="mm")
+def _ticks(low, high, log):
+    """Round numbers for an axis from low to high, four to nine of them where it is linear or spans less than
+    ten times: [(position, number)]. On a logarithmic axis low, high and positions are exponents of 10."""
+    if log and high - low >= 1:
+        digits = (1, 2, 5) if high - low < 2 else (1,)
+        numbers = [d * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
+        numbers = [n for n in numbers if low <= math.log10(n) <= high]
+    else:
+        first, last = (10 ** low, 10 ** high) if log else (low, high)
+        unit = 10.0 ** math.floor(math.log10(last - first))
+        count = lambda step: math.floor(last / step) - math.ceil(first / step) + 1
+        step = next(unit * d for d in (1, 0.5, 0.2, 0.1) if count(unit * d) >= 4)
+        numbers = [step * n for n in range(math.ceil(first / step), math.floor(last / step) + 1)]
+    return [(math.log10(n) if log else n, n) for n in numbers]
+
+
+def _axes(draw, font, box, title, xlabel, points, log):
+    """Frame, title and ticks in `box` (left, top, right, bottom); returns the function from data to pixels.
+    points: (n, 2), what has to lie inside; log: whether (x, y) hold logarithms to base 10."""
+    left, top, right, bottom = box
+    low, high = np.min(points, 0), np.max(points, 0)
+    room = np.where(high > low, 0.03 * (high - low), 0.5)                       # one value: any range will do
+    low, high = low - room, high + room
+    draw.rectangle(box, outline="grey")
+    draw.text((left, top - 22), title, fill="black", font=font)
+    draw.text(((left + right) / 2, bottom + 34), xlabel, fill="black", font=font, anchor="mm")
     to_pixel = lambda x, y: (left + (x - low[0]) / (high[0] - low[0]) * (right - left),
                              bottom - (y - low[1]) / (high[1] - low[1]) * (bottom - top))
-    for share in (0, 0.5, 1):
-        x, y = (l + share * (h - l) for l, h in zip(low, high))
-        px, py = to_pixel(x, y)
-        draw.line((left, py, right, py), fill="lightgrey")
-        draw.text((px, bottom + 10), f"{unscale[0](x):.5g}", fill="black", font=font,
-                  anchor={0: "lm", 0.5: "mm", 1: "rm"}[share])
-        draw.text((left - 4, py), f"{unscale[1](y):.4g}", fill="black", font=font, anchor="rm")
+    for x, number in _ticks(low[0], high[0], log[0]):
+        px = to_pixel(x, 0)[0]
+        draw.line((px, bottom, px, bottom + 4), fill="grey")
+        draw.text((px, bottom + 12), f"{number:.6g}", fill="black", font=font, anchor="mm")
+    for y, number in _ticks(low[1], high[1], log[1]):
+        py = to_pixel(0, y)[1]
+        draw.line((left + 1, py, right - 1, py), fill="lightgrey")
+        draw.text((left - 6, py), f"{number:.6g}", fill="black", font=font, anchor="rm")
     return to_pixel
+
+
+def _box(panel):
+    """Where the axes of a panel stand, (left, top, right, bottom) in px."""
+    return (panel * PANEL[0] + LEFT, TOP, (panel + 1) * PANEL[0] - RIGHT, PANEL[1] - BOTTOM)
 
 
 def line_chart(panels, xlabel, log_x=False, log_y=False):
@@ -55,12 +79,11 @@ def line_chart(panels, xlabel, log_x=False, log_y=False):
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     sheet, draw, font = _sheet(len(panels), names if len(names) > 1 else [])
     scale = [math.log10 if log else float for log in (log_x, log_y)]
-    unscale = [(lambda v: 10 ** v) if log else float for log in (log_x, log_y)]
     for panel, (title, series) in enumerate(panels.items()):
         series = {name: [(scale[0](x), *map(scale[1], ys)) for x, *ys in points]
                   for name, points in series.items()}
-        every = np.array([(x, y) for points in series.values() for x, *ys in points for y in ys])
-        to_pixel = _axes(draw, font, panel, title, xlabel, every.min(0), every.max(0), unscale)
+        every = [(x, y) for points in series.values() for x, *ys in points for y in ys]
+        to_pixel = _axes(draw, font, _box(panel), title, xlabel, every, (log_x, log_y))
         for name, points in series.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             pixels = [to_pixel(x, y) for x, y, *_ in points]
@@ -77,7 +100,7 @@ def scatter_chart(panels, names):
     below. Returns a PIL image."""
     sheet, draw, font = _sheet(len(panels), names)
     for panel, (title, (points, classes)) in enumerate(panels.items()):
-        to_pixel = _axes(draw, font, panel, title, "", points.min(0), points.max(0), (float, float))
+        to_pixel = _axes(draw, font, _box(panel), title, "", points, (False, False))
         for point, label in zip(points, classes):
             x, y = to_pixel(*point)
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=COLOURS[label % len(COLOURS)])
@@ -120,27 +143,13 @@ def plot_curves(curves, width=900, height=220):
     sheet = Image.new("RGB", (width, height * len(curves)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for panel, (title, (xs, ys)) in enumerate(curves.items()):
-        left, right, top, bottom = 70, width - 20, panel * height + 28, (panel + 1) * height - 26
         # a rate that falls to nothing reads better linearly
         log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
-        values = [math.log10(y) for y in ys] if log else list(ys)
-        low, high = min(values), max(values)
-        high += 1e-9 + (high == low)
-        first, last = min(xs), max(xs) + (max(xs) == min(xs))
-        draw.text((left, top - 22), title + (" (log scale)" if log else ""), fill="black", font=font)
-        draw.rectangle((left, top, right, bottom), outline="grey")
-        for share in (0, 0.5, 1):
-            y = bottom - share * (bottom - top)
-            value = low + share * (high - low)
-            draw.text((4, y - 8), f"{10 ** value if log else value:.4g}", fill="black", font=font)
-            draw.line((left, y, right, y), fill="lightgrey")
-            x = left + share * (right - left)
-            draw.text((x - 20 * share, bottom + 4), f"{first + share * (last - first):.0f}", fill="black",
-                      font=font)
-        points = [(left + (x - first) / (last - first) * (right - left),
-                   bottom - (v - low) / (high - low) * (bottom - top))
-                  for x, v in zip(xs, values)]
-        draw.line(points if len(points) > 1 else points * 2, fill="steelblue", width=2)
+        points = [(x, math.log10(y) if log else y) for x, y in zip(xs, ys)]
+        box = (LEFT, panel * height + TOP, width - RIGHT, (panel + 1) * height - 24)
+        to_pixel = _axes(draw, font, box, title + (" (log scale)" if log else ""), "", points, (False, log))
+        pixels = [to_pixel(*point) for point in points]
+        draw.line(pixels if len(pixels) > 1 else pixels * 2, fill="steelblue", width=2)
     return sheet
 
 

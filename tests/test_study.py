@@ -1,5 +1,6 @@
 """The study: every command runs, what is done stays done, and its tables say what was measured."""
 import json
+import math
 import time
 
 import numpy as np
@@ -260,5 +261,18 @@ def test_charts_show_how_far_seeds_lie():
     rows, columns = np.nonzero((chart != plain).any(-1))
     top, bottom = draw.TOP, draw.PANEL[1] - draw.BOTTOM
     assert (np.abs(columns - columns.mean()) < 3).all()                             # one vertical whisker
-    assert rows.min() == pytest.approx(bottom - 0.8 * (bottom - top), abs=2)
-    assert rows.max() == pytest.approx(bottom - 0.2 * (bottom - top), abs=2)
+    # The axis goes 0.3 beyond the data on either side.
+    assert rows.min() == pytest.approx(bottom - 8.3 / 10.6 * (bottom - top), abs=2)
+    assert rows.max() == pytest.approx(bottom - 2.3 / 10.6 * (bottom - top), abs=2)
+
+
+@pytest.mark.parametrize("low, high, log, numbers", [
+    (2.338, 8.85, False, [3, 4, 5, 6, 7, 8]), (-5, 5, False, [-4, -2, 0, 2, 4]),
+    (0.262, 0.584, False, [0.3, 0.35, 0.4, 0.45, 0.5, 0.55]),
+    (0, 1e-6, False, [0, 2e-7, 4e-7, 6e-7, 8e-7, 1e-6]),
+    (math.log10(3), math.log10(50), True, [5, 10, 20, 50]), (-2, 2, True, [0.01, 0.1, 1, 10, 100]),
+    (math.log10(2), math.log10(4), True, [2, 2.5, 3, 3.5, 4])])
+def test_ticks_are_round_numbers_within_the_axis(low, high, log, numbers):
+    ticks = draw._ticks(low, high, log)
+    assert [n for _, n in ticks] == pytest.approx(numbers)
+    assert [p for p, _ in ticks] == pytest.approx([math.log10(n) for n in numbers] if log else numbers)
