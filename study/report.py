@@ -220,11 +220,15 @@ def verdicts(rows):
     return "\n".join(lines)
 
 
+def of_one_shape(rows):
+    """The rows whose latents have the same shape, the KL-VAE with one weight: those to look at together."""
+    return {name: seeds for name, seeds in rows.items() if not re.search("channels|weight|learnable", name)}
+
+
 def rank_correlations(rows):
     """Spearman's, of means over seeds: the linear probe [Fig. 5a] and the diffusion loss [Fig. 2b] against
-    distances. Over the rows of one latent shape, the KL-VAE with one weight. A Markdown list."""
-    chosen = [seeds.values() for name, seeds in rows.items()
-              if not re.search("channels|weight|learnable", name)]
+    distances. Over the rows `of_one_shape`. A Markdown list."""
+    chosen = [seeds.values() for seeds in of_one_shape(rows).values()]
     lines = []
     for title, key in (("Linear probe", "probe"), ("Diffusion loss", "diffusion loss")):
         for against in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
@@ -281,27 +285,28 @@ def report(args, units, sources):
 
 def line_charts(rows):
     """{"curves": over diffusion steps [Fig. 5b], "loss": diffusion loss over steps [Fig. 2b], "probe": linear
-    probe against distances [Fig. 5a], "mixtures": NLL against K [Fig. 2a], "psnr": measures against it}."""
-    panels = {}
+    probe against distances [Fig. 5a], "mixtures": NLL against K [Fig. 2a], "psnr": measures against it}. The
+    first three of the rows `of_one_shape`, or of all where there is none of these."""
+    alike, panels = of_one_shape(rows) or rows, {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
                                  (2, 1, "diffusion gap, not guided"),
                                  (3, 2, "class accuracy, guidance 2")):
         panels[title] = {
             name: [(points[0][0], *spread([point[column] for point in points]))
                    for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
-            for name, seeds in rows.items()}
+            for name, seeds in alike.items()}
     pictures = {"curves": line_chart(panels, "diffusion step")}
     over_seeds = lambda seeds, key: [(points[0][0], *spread([y for _, y in points]))
                                      for points in zip(*(seed[key] for seed in seeds.values()))]
     pictures["loss"] = line_chart(
-        {"diffusion loss": {name: over_seeds(seeds, "loss curve") for name, seeds in rows.items()}},
+        {"diffusion loss": {name: over_seeds(seeds, "loss curve") for name, seeds in alike.items()}},
         "diffusion step")
     panels = {}
     for title in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
         key = ORDER[title][0]
         panels[title] = {name: [(100 * np.mean([seed["probe"] for seed in seeds.values()]),
                                  *spread([seed[key] for seed in seeds.values()]))]
-                         for name, seeds in rows.items() if all(key in seed for seed in seeds.values())}
+                         for name, seeds in alike.items() if all(key in seed for seed in seeds.values())}
     pictures["probe"] = line_chart({title: series for title, series in panels.items() if series},
                                    "linear-probe accuracy, %")
     panels = {}
