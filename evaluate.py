@@ -10,6 +10,7 @@ weights this project does not have.)
     python evaluate.py curve RUN                                              # over checkpoints [Fig. 5b]
     python evaluate.py cfg RUN --scales 1.5 1.9 --intervals 0:0.75 0:1        # [Table 12]
     python evaluate.py lengths RUN                # reconstruction from the first 1, 2, 4 ... tokens [FlexTok]
+    python evaluate.py gaussian RUN                # what of a diffusion run one Gaussian explains
     python evaluate.py theory                                                 # Theorem 2.1 in a toy world
     python evaluate.py speed                                                  # of every part of this code
     python evaluate.py speed --compare                                        # beside other libraries
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import checkpoints
 import metrics
 from after.nested_dropout import keep_first, possible_lengths
+from after.time_shift import shift_of
 from pictures.draw import image_grid, line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
@@ -46,6 +48,7 @@ from metrics import FeatureStatistics
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from variants.released import RELEASED, find_released, load_released_tokenizer
 from sit import load_diffusion, load_guide
+from study.gaussian import GaussianVelocity
 from study.theory import compactness as compactness_toy
 from study.theory import samples_needed
 from pictures.page import write_report
@@ -560,6 +563,37 @@ def compactness(args):
     save_picture(args, picture, f"{args.out}.png")
 
 
+@torch.no_grad()
+def gaussian(args):
+    """What of a diffusion run's loss and samples one Gaussian explains: the loss of the best affine velocity,
+    and the distances of its samples. [ours; Fig. 2b]
+
+    Both losses are means over uniform times on the linear path. Samples have no class: compare them with
+    those of the null class (curve --null-class).
+    """
+    args.null_class = True
+    (model, tokenizer, config), network, references, protocol = prepare(args, args.run)
+    if (config["path"] != "linear" or config["times"] != "uniform" or shift_of(model.config) != 1
+            or any(config.get(key) for key in ("direction_loss", "repa", "guidance_free", "mean_flow"))):
+        raise UserError(f"{args.run}: a Gaussian's loss stands beside a plain velocity loss at uniform times on "
+                        "the linear path; this run was trained with another")
+    images = open_data(args, args.data or config["data"], "train", tokenizer.config.image_size,
+                       args.latent_images)
+    encoded = [tokenizer.encode(to_float(x.to(args.device)), normalize=True).cpu()
+               for _, x in batches(images, args, "latents")]
+    affine = GaussianVelocity(gather(torch.cat(encoded), args), model.config).to(args.device)
+    losses = [record["loss"] for record in checkpoints.read_metrics(run_folder(args.run)) if "loss" in record]
+    losses = losses[-max(1, len(losses) // 10):]
+    result = {"gaussian_loss": affine.loss}
+    if losses:
+        result["diffusion_loss"] = float(np.mean(losses))
+    result |= score_samples(args, affine, tokenizer, config, network, *references, 1.0, (0.0, 1.0), "Gaussian")
+    protocol = (f"a Gaussian of the latents of {len(images.labels)} training images; the run's loss: mean of the "
+                f"last {len(losses)} records; {protocol}")
+    out = args.out or str(run_folder(args.run) / "gaussian")
+    finish(args, result | {"protocol": protocol}, f"{out}.json", [tuple(result), tuple(result.values())])
+
+
 def speed(args):
     """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios
     to other libraries. [Sec. 4.5]"""
@@ -657,9 +691,9 @@ def main(argv=None):
     add("--out", default="runs/latents",
         help="OUT.json, OUT_mixtures.png, OUT_classes.png (default runs/latents)")
 
-    for function in (curve, cfg):
+    for function in (curve, cfg, gaussian):
         add = command(function, data=of_run)
-        add("run", help="run of train_diffusion.py" + (" or a checkpoint" if function is cfg else ""))
+        add("run", help="run of train_diffusion.py" + ("" if function is curve else " or a checkpoint"))
         add("--num-images", type=Count, default=1000, help="for each point; Table 12: 10000 (default 1000)")
         add("--reference", help=".npz with images or ready statistics, as in generation")
         add("--reference-images", type=Whole, default=10_000,
@@ -673,8 +707,12 @@ def main(argv=None):
             help="of sampling, as sample.py's: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
         add("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
         add("--steps", type=Count, default=250, help="[Table 8] (default 250)")
-        add("--out", help=f"OUT.json and OUT.png are written (default: RUN/{function.__name__})")
-        if function is curve:
+        written = "OUT.json is" if function is gaussian else "OUT.json and OUT.png are"
+        add("--out", help=f"{written} written (default: RUN/{function.__name__})")
+        if function is gaussian:
+            add("--latent-images", type=Count, default=20_000,
+                help="training images whose latents the Gaussian is of (default 20000)")
+        elif function is curve:
             add("--null-class", action="store_true",
                 help="samples without a class: the model's null class, unguided [Table 5]")
             add("--cfg", type=Weight, default=1.0, help="guidance scale (default 1: off, as in Fig. 5b)")
