@@ -575,8 +575,8 @@ def gaussian(args):
     (model, tokenizer, config), network, references, protocol = prepare(args, args.run)
     if (config["path"] != "linear" or config["times"] != "uniform" or shift_of(model.config) != 1
             or any(config.get(key) for key in ("direction_loss", "repa", "guidance_free", "mean_flow"))):
-        raise UserError(f"{args.run}: a Gaussian's loss stands beside a plain velocity loss at uniform times on "
-                        "the linear path; this run was trained with another")
+        raise UserError(f"{args.run}: a Gaussian's loss stands beside a plain velocity loss at uniform times "
+                        "on the linear path; this run was trained with another")
     images = open_data(args, args.data or config["data"], "train", tokenizer.config.image_size,
                        args.latent_images)
     encoded = [tokenizer.encode(to_float(x.to(args.device)), normalize=True).cpu()
@@ -587,9 +587,10 @@ def gaussian(args):
     result = {"gaussian_loss": affine.loss}
     if losses:
         result["diffusion_loss"] = float(np.mean(losses))
-    result |= score_samples(args, affine, tokenizer, config, network, *references, 1.0, (0.0, 1.0), "Gaussian")
-    protocol = (f"a Gaussian of the latents of {len(images.labels)} training images; the run's loss: mean of the "
-                f"last {len(losses)} records; {protocol}")
+    result |= score_samples(args, affine, tokenizer, config, network, *references, 1.0, (0.0, 1.0),
+                            "samples of the Gaussian")
+    protocol = (f"a Gaussian of the latents of {len(images.labels)} training images; the run's loss: mean of "
+                f"the last {len(losses)} records; {protocol}")
     out = args.out or str(run_folder(args.run) / "gaussian")
     finish(args, result | {"protocol": protocol}, f"{out}.json", [tuple(result), tuple(result.values())])
 

@@ -55,6 +55,14 @@ MEANINGS = {
         "Accuracy of a linear classifier on the latents: how much of the class a hyperplane can read off."
         " [Sec. 4.3, Fig. 5a]",
     "pixel_probe_accuracy": "The same on raw pixels: what the encoder started from.",
+    "diffusion_gap":
+        "Fréchet distance between samples and the same tokenizer's reconstructions: what diffusion has not "
+        "learned, whatever the decoder cannot draw.",
+    "gaussian_loss":
+        "Velocity loss of the best affine prediction, which knows mean and covariance of the latents alone.",
+    "diffusion_loss":
+        "Velocity loss of the run at its end. Below the line above, it has learned more than a Gaussian; "
+        "alone it does not compare across tokenizers. [Fig. 2b]",
     "dims": "Dimensions of the latents that PCA keeps for the mixtures. [App. B.3]",
     "exponent": "Samples needed grow as K to this power in the toy world; Theorem 2.1's bound has 4.",
 }
@@ -83,6 +91,10 @@ SECTIONS = {
     "cfg": (
         "Guidance", "Table 12; App. C.2",
         "A valley: too little guidance leaves samples between classes, too much costs variety."),
+    "gaussian": (
+        "What one Gaussian explains", "ours; Fig. 2b",
+        "Distances of samples of a Gaussian that has the latents' mean and covariance. A diffusion model has "
+        "to be nearer with its null class (evaluate.py curve --null-class), or it has learned no more."),
     "theory": (
         "Theorem 2.1 in a toy world", "Sec. 2, App. A",
         "More modes need more samples for the same error: the lines lie further right as K grows."),

@@ -17,8 +17,8 @@ class GaussianVelocity(nn.Module):
     """The best affine prediction of the velocity on the linear path, called as a SiT is.
 
     Along an eigenvector of the covariance with eigenvalue l, x_t has the variance (1 - t)^2 l + t^2 and the
-    covariance t - (1 - t) l with the velocity, whose variance is 1 + l; l / ((1 - t)^2 l + t^2) of it is left,
-    and the mean of that over uniform t is pi/2 sqrt(l).
+    covariance t - (1 - t) l with the velocity, whose variance is 1 + l. Of that, l / ((1 - t)^2 l + t^2) is
+    left, pi/2 sqrt(l) in the mean over uniform t.
 
     latents: (n, L, C) float, as the diffusion model is trained on, n > 1; config: that model's.
     loss: float, the mean squared error of a latent value's velocity over uniform times.

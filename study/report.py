@@ -92,6 +92,12 @@ def read_unit(name, folder, done):
     add(read("null_class")["rows"][-1], "null class")
     if "null class, ImageNet" in done:
         add(read("null_class_imagenet")["rows"][-1], "null class imagenet", "efficientnet")
+    gaussian = read("gaussian")
+    add(gaussian, "gaussian")
+    result |= {"loss over gaussian": gaussian["diffusion_loss"] / gaussian["gaussian_loss"],
+               "gaussian loss": gaussian["gaussian_loss"]}
+    if "Gaussian, ImageNet" in done:
+        add(read("gaussian_imagenet"), "gaussian imagenet", "efficientnet")
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
@@ -123,19 +129,22 @@ TOKENIZERS = {
     # At K = 1 it is the same for any latents, d/2 (1 + ln 2 pi).
     "NLL K=5": ("nll full K 5", 2, 1), "K=20": ("nll full K 20", 2, 1), "K=50": ("nll full K 50", 2, 1)}
 DIFFUSION = {
-    "loss": ("diffusion loss", 3, 1),
+    "loss": ("diffusion loss", 3, 1), "loss / Gaussian's": ("loss over gaussian", 3, 1),
     "gap": ("gap stage2 cfg 1", 2, 1), "gap, cfg 2": ("gap stage2 cfg 2", 2, 1),
     "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
     "distance, stage 1": ("distance stage1 cfg 1", 2, 1),
     "distance, stage 1, cfg 2": ("distance stage1 cfg 2", 2, 1),
     "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
     "null class": ("distance null class", 2, 1), "null class, gap": ("gap null class", 2, 1),
+    "Gaussian": ("distance gaussian", 2, 1), "Gaussian, gap": ("gap gaussian", 2, 1),
     "uncond.": ("distance unconditional", 2, 1), "uncond., gap": ("gap unconditional", 2, 1)}
 IMAGENET = {
     "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
     "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
     "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1),
-    "null class": ("distance null class imagenet", 2, 1)}
+    "null class": ("distance null class imagenet", 2, 1),
+    "null class, gap": ("gap null class imagenet", 2, 1),
+    "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1)}
 READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
@@ -144,7 +153,9 @@ READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes,
   fraction of samples in which the classifier sees the class asked for.
 - Without classes [Table 5]: distances of the null class of the conditional model, and of a model of its own,
   trained half as long (uncond.).
-- loss: does not compare across latent spaces. NLL: nats of held-out latents after a PCA, by mixtures of K."""
+- Gaussian: samples of one Gaussian of the latents, to hold against the null class. loss: of SiT's velocity;
+  it does not compare across latent spaces, since the covariance alone decides about most of it: hence also
+  over the loss of the Gaussian's velocity. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1, True),
@@ -230,11 +241,12 @@ def rank_correlations(rows):
     distances. Over the rows `of_one_shape`. A Markdown list."""
     chosen = [seeds.values() for seeds in of_one_shape(rows).values()]
     lines = []
-    for title, key in (("Linear probe", "probe"), ("Diffusion loss", "diffusion loss")):
+    for title, key in (("Linear probe", "probe"), ("Diffusion loss", "diffusion loss"),
+                       ("Diffusion loss over the Gaussian's", "loss over gaussian")):
         for against in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
             other = ORDER[against][0]
             points = [[np.mean([seed[k] for seed in seeds]) for k in (key, other)] for seeds in chosen
-                      if all(other in seed for seed in seeds)]
+                      if all(key in seed and other in seed for seed in seeds)]
             if len(points) > 2:
                 value = scipy.stats.spearmanr(*zip(*points)).statistic
                 lines.append(f"- {title} against {against}: {value:.2f}, {len(points)} rows.")
@@ -284,9 +296,10 @@ def report(args, units, sources):
 
 
 def line_charts(rows):
-    """{"curves": over diffusion steps [Fig. 5b], "loss": diffusion loss over steps [Fig. 2b], "probe": linear
-    probe against distances [Fig. 5a], "mixtures": NLL against K [Fig. 2a], "psnr": measures against it}. The
-    first three of the rows `of_one_shape`, or of all where there is none of these."""
+    """{"curves": over diffusion steps [Fig. 5b], "loss": diffusion loss over steps [Fig. 2b], its second half
+    over the Gaussian's, "probe": linear probe against distances [Fig. 5a], "mixtures": NLL against K
+    [Fig. 2a], "psnr": measures against it}. The first three of the rows `of_one_shape`, or of all where there
+    is none of these."""
     alike, panels = of_one_shape(rows) or rows, {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
                                  (2, 1, "diffusion gap, not guided"),
@@ -296,11 +309,14 @@ def line_charts(rows):
                    for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
             for name, seeds in alike.items()}
     pictures = {"curves": line_chart(panels, "diffusion step")}
-    over_seeds = lambda seeds, key: [(points[0][0], *spread([y for _, y in points]))
-                                     for points in zip(*(seed[key] for seed in seeds.values()))]
+    over_seeds = lambda curves: [(points[0][0], *spread([y for _, y in points])) for points in zip(*curves)]
+    late = lambda curve: curve[len(curve) // 2:]
+    loss = {"diffusion loss": lambda seed: seed["loss curve"],
+            "over the loss of a Gaussian": lambda seed: [(step, y / seed["gaussian loss"])
+                                                         for step, y in late(seed["loss curve"])]}
     pictures["loss"] = line_chart(
-        {"diffusion loss": {name: over_seeds(seeds, "loss curve") for name, seeds in alike.items()}},
-        "diffusion step")
+        {title: {name: over_seeds(map(curve_of, seeds.values())) for name, seeds in alike.items()}
+         for title, curve_of in loss.items()}, "diffusion step")
     panels = {}
     for title in ("distance, classifier", "distance, ImageNet features", "gap, classifier"):
         key = ORDER[title][0]

@@ -166,6 +166,8 @@ def commands(args, name, seed):
                          "--out", folder / "guided_curve"],
         "null class": ["evaluate.py", "curve", folder / "diffusion", *samples, "--null-class",
                        "--out", folder / "null_class"],
+        "Gaussian": ["evaluate.py", "gaussian", folder / "diffusion", *samples, "--latent-images",
+                     s["cache_images"] or 20_000, "--out", folder / "gaussian"],
         "sheet": ["sample.py", "--ckpt", folder / "diffusion", "--cfg", 2, "--sampler", "euler", "--steps",
                   s["sampler_steps"], "--num-images", 2 if tiny else 10, "--device", args.device,
                   "--out", folder / "sheet.npz"],
@@ -186,6 +188,9 @@ def commands(args, name, seed):
         result["null class, ImageNet"] = ["evaluate.py", "curve", folder / "diffusion", *everywhere,
                                           *efficientnet, *draw, "--null-class",
                                           "--out", folder / "null_class_imagenet"]
+        result["Gaussian, ImageNet"] = ["evaluate.py", "gaussian", folder / "diffusion", *everywhere,
+                                        *efficientnet, *draw, "--latent-images", s["cache_images"] or 20_000,
+                                        "--out", folder / "gaussian_imagenet"]
     return result
 
 

@@ -301,6 +301,41 @@ def test_samples_without_a_class_are_the_null_class_of_the_model(tmp_path, diffu
         measure("curve", diffusion, *options, "--null-class", "--cfg", 2)
 
 
+def test_a_gaussian_of_the_latents_is_measured_as_the_null_class_is(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    options = ("--num-images", 40, "--steps", 100, "--sampler", "euler", "--reference-images", 60)
+    measure("gaussian", diffusion, *options, "--latent-images", 200, "--gap", "--out", tmp_path / "g")
+    found = json.loads((tmp_path / "g.json").read_text())
+    # By hand: draws from the latents' mean and covariance, decoded.
+    model, tokenizer, config = evaluate.load_diffusion(diffusion)
+    images = features.open_data(Namespace(data_root="data"), config["data"], "train", 16, 200)
+    z = tokenizer.encode(to_float(torch.stack([images.read(i) for i in range(200)])), normalize=True)
+    flat = z.flatten(1).double()
+    roots = torch.linalg.eigvalsh(torch.cov(flat.T)).clamp(min=0).sqrt()
+    assert found["gaussian_loss"] == pytest.approx(np.pi / 2 * roots.mean().item(), rel=0.01)
+    records = [json.loads(line) for line in (diffusion / "metrics.jsonl").read_text().splitlines()]
+    assert found["diffusion_loss"] == pytest.approx([r["loss"] for r in records if "loss" in r][-1])
+    assert found["gfid"] > 0 and "diffusion_gap" in found and "null class" in found["protocol"]
+    seen, score = [], evaluate.score_samples
+    monkeypatch.setattr(evaluate, "score_samples", lambda args, model, *rest: seen.append(model) or score(
+        args, model, *rest))
+    measure("gaussian", diffusion, *options, "--latent-images", 200, "--out", tmp_path / "g")
+    drawn = flow.sample_latents(seen[0], np.arange(2000), np.zeros(2000), 0, sampler="euler", steps=100)
+    assert (drawn.flatten(1).mean(0) - flat.mean(0)).abs().max() < 0.1
+    spread = [torch.cov(vectors.T.double()).trace().item() for vectors in (drawn.flatten(1), flat)]
+    assert spread[0] == pytest.approx(spread[1], rel=0.1)
+
+
+def test_a_gaussian_stands_beside_plain_velocity_losses_alone(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    for key, value in (("path", "cosine"), ("times", "logit-normal"), ("direction_loss", 1.0)):
+        state = torch.load(diffusion / "last.pt", weights_only=True)
+        state["config"][key] = value
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(UserError, match="was trained with another"):
+            measure("gaussian", tmp_path / "other.pt", "--num-images", 4, "--reference-images", 8)
+
+
 def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw(
         tmp_path, diffusion, tokenizer, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)

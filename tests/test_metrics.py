@@ -10,7 +10,9 @@ import torch
 import metrics
 from common import UserError
 from metrics import FeatureStatistics
+from sit import SiTConfig
 from study import theory
+from study.gaussian import GaussianVelocity
 
 
 def statistics(x):
@@ -409,3 +411,26 @@ def test_the_learnt_score_of_one_mode_is_as_good_as_the_sample_mean():
     assert (found - x.mean(0)).abs().max() < 0.03
     expected = math.exp(-1) * (found - truth).square().sum().item()
     assert theory.score_error(found, truth, 0.5) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_affine_velocity_and_its_loss():
+    """Against least squares on draws of x_t, and against the loss that these leave."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 6)) ** 3 @ rng.standard_normal((6, 6)) / 4 + 0.5        # not a Gaussian
+    config = SiTConfig(num_latents=3, latent_dim=2, width=8, depth=1, heads=1, num_classes=10)
+    model, losses = GaussianVelocity(torch.from_numpy(x).reshape(-1, 3, 2), config), []
+    every = (np.arange(40) + 0.5) / 40
+    for t in every:
+        # Moments exactly as those of the 4,000 vectors, and noise independent of them.
+        noise = rng.standard_normal(x.shape)
+        noise -= noise.mean(0)
+        noise -= (x - x.mean(0)) @ np.linalg.lstsq(x - x.mean(0), noise, rcond=None)[0]
+        noise = noise @ np.linalg.inv(np.linalg.cholesky(np.cov(noise.T, bias=True))).T
+        state, target = (1 - t) * x + t * noise, noise - x
+        affine = np.column_stack((state, np.ones(len(x))))
+        fitted = affine @ np.linalg.lstsq(affine, target, rcond=None)[0]
+        ours = model(torch.from_numpy(state).float().reshape(-1, 3, 2), torch.full((len(x),), t).float())
+        np.testing.assert_allclose(ours.flatten(1).numpy(), fitted, atol=2e-3)
+        losses.append(((fitted - target) ** 2).mean())
+    assert model.loss == pytest.approx(np.mean(losses), rel=0.01)
+    assert model.config.num_classes == 0 and config.num_classes == 10

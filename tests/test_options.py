@@ -55,6 +55,9 @@ def commands(runs, out):
         "cfg": (evaluate.main, ["cfg", sit, "--num-images", "8", "--reference-images", "16", "--steps", "1",
                                 "--scales", "2", "--intervals", "0:1", *small, *features,
                                 "--out", out + "/f"]),
+        "gaussian": (evaluate.main, ["gaussian", sit, "--num-images", "8", "--reference-images", "16",
+                                     "--steps", "1", "--latent-images", "16", *small, *features,
+                                     "--out", out + "/u"]),
         "theory": (evaluate.main,
                    ["theory", "--components", "2", "8", "--dims", "8", "--samples", "64", "512", "4096",
                     "--steps", "150", "--repeats", "1", "--device", "cpu", "--out", out + "/y"]),
@@ -86,7 +89,7 @@ def options(name):
 
 
 NAMES = ("train_tokenizer", "train_diffusion", "sample", "recon", "generation", "latents", "curve", "cfg",
-         "theory")
+         "gaussian", "theory")
 
 
 @pytest.mark.slow
