@@ -22,6 +22,7 @@ processes share the images.
 import argparse
 import contextlib
 import importlib.util
+import math
 from pathlib import Path
 
 import common    # before torch, see there
@@ -34,7 +35,6 @@ from tqdm import tqdm
 import checkpoints
 import metrics
 from after.nested_dropout import keep_first, possible_lengths
-from after.time_shift import shift_of
 from pictures.draw import image_grid, line_chart, recon_picture, scatter_chart
 from common import Count, Number, Positive, Seed, UserError, Weight, Whole
 from data import build_dataset, to_float, to_uint8
@@ -463,9 +463,9 @@ def score_samples(args, model, tokenizer, config, network, real, reconstructed, 
     return result
 
 
-def prepare(args, path):
-    """For curve and cfg: (model, tokenizer, config) of one checkpoint, the network, the references (real
-    images and, with --gap, reconstructions; else None), the protocol."""
+def prepare(args, path, source=""):
+    """For curve, cfg and gaussian: (model, tokenizer, config) of one checkpoint, the network, the references
+    (real images and, with --gap, reconstructions; else None), the protocol. source: what draws, for it."""
     model, tokenizer, config = load_diffusion(path, args.device)
     data, size = args.data or config["data"], tokenizer.config.image_size
     if args.tokenizer:
@@ -483,9 +483,9 @@ def prepare(args, path):
         images = open_data(args, data, "train", size, args.reference_images)
         reconstructed = collect(args, network, reconstructions(args, tokenizer, images))
     dtype = str(common.autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
-    labels = "null class" if args.null_class else "balanced labels"
+    source = source or f"EMA weights; {'null class' if args.null_class else 'balanced labels'}"
     protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features "
-                f"{name} in float32; EMA weights; {labels}; {args.sampler}, {args.steps} steps; "
+                f"{name} in float32; {source}; {args.sampler}, {args.steps} steps; "
                 f"seed {args.seed}"
                 + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
                 + (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
@@ -565,32 +565,43 @@ def compactness(args):
 
 @torch.no_grad()
 def gaussian(args):
-    """What of a diffusion run's loss and samples one Gaussian explains: the loss of the best affine velocity,
-    and the distances of its samples. [ours; Fig. 2b]
+    """What of a diffusion run's loss and samples one Gaussian of its latents explains: the loss of the best
+    affine velocity, and the distances of its samples. [ours; Fig. 2b]
 
-    Both losses are means over uniform times on the linear path. Samples have no class: compare them with
-    those of the null class (curve --null-class).
+    Losses are means over uniform times on the linear path; the run's is that of training, where it is told
+    the class, which the Gaussian is not. Nor have its samples one: compare them with those of the null class
+    (curve --null-class).
     """
-    args.null_class = True
-    (model, tokenizer, config), network, references, protocol = prepare(args, args.run)
-    if (config["path"] != "linear" or config["times"] != "uniform" or shift_of(model.config) != 1
-            or any(config.get(key) for key in ("direction_loss", "repa", "guidance_free", "mean_flow"))):
-        raise UserError(f"{args.run}: a Gaussian's loss stands beside a plain velocity loss at uniform times "
-                        "on the linear path; this run was trained with another")
+    state = checkpoints.load_checkpoint(args.run)
+    plain = dict(path="linear", times="uniform", time_shift=1.0, guidance_free=False, mean_flow=0.0)
+    other = [f"--{key.replace('_', '-')}" for key, value in plain.items()
+             if state["config"].get(key, value) != value]
+    if other and state.get("kind") == "diffusion":
+        raise UserError(f"{args.run} was trained with {', '.join(other)}: a Gaussian's loss is known for "
+                        "plain velocities at uniform times on the linear path")
+    (model, tokenizer, config), network, references, protocol = prepare(args, args.run, "no classes")
     images = open_data(args, args.data or config["data"], "train", tokenizer.config.image_size,
                        args.latent_images)
-    encoded = [tokenizer.encode(to_float(x.to(args.device)), normalize=True).cpu()
-               for _, x in batches(images, args, "latents")]
-    affine = GaussianVelocity(gather(torch.cat(encoded), args), model.config).to(args.device)
-    losses = [record["loss"] for record in checkpoints.read_metrics(run_folder(args.run)) if "loss" in record]
-    losses = losses[-max(1, len(losses) // 10):]
+    shape, encoded = (model.config.num_latents, model.config.latent_dim), []
+    for _, x in batches(images, args, "latents"):
+        x = to_float(x.to(args.device))
+        views = (x, x.flip(-1)) if config["flip"] else (x,)                       # what the model has learned
+        encoded += [tokenizer.encode(view, normalize=True).cpu() for view in views]
+    latents = gather(torch.cat(encoded) if encoded else torch.empty(0, *shape), args)
+    if not latents.isfinite().all():
+        raise UserError(f"the latents of {args.run} hold NaN or infinite values: its tokenizer has failed")
+    affine = GaussianVelocity(latents, model.config).to(args.device)
     result = {"gaussian_loss": affine.loss}
+    losses = [record["loss"] for record in checkpoints.read_metrics(run_folder(args.run))
+              if "loss" in record and record["step"] <= state["step"]]
     if losses:
-        result["diffusion_loss"] = float(np.mean(losses))
+        result["diffusion_loss"] = float(np.mean(losses[-max(1, len(losses) // 10):]))
     result |= score_samples(args, affine, tokenizer, config, network, *references, 1.0, (0.0, 1.0),
                             "samples of the Gaussian")
-    protocol = (f"a Gaussian of the latents of {len(images.labels)} training images; the run's loss: mean of "
-                f"the last {len(losses)} records; {protocol}")
+    few = len(images.labels) < 20 * math.prod(shape)
+    protocol = (f"a Gaussian of the latents of {len(images.labels)} training images of {images.name}; "
+                + f"too few for {math.prod(shape)} values: its loss is biased downwards; " * few
+                + f"diffusion_loss: mean over the last tenth of the run's records; {protocol}")
     out = args.out or str(run_folder(args.run) / "gaussian")
     finish(args, result | {"protocol": protocol}, f"{out}.json", [tuple(result), tuple(result.values())])
 

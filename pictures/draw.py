@@ -29,8 +29,9 @@ def _sheet(panels, names):
 
 
 def _ticks(low, high, log):
-    """Round numbers for an axis from low to high, four to nine of them where it is linear or spans less than
-    ten times: [(position, number)]. On a logarithmic axis low, high and positions are exponents of 10."""
+    """Round numbers for an axis from low to high, three to seven of them where it is linear or spans less
+    than ten times: [(position, number)]. On a logarithmic axis low, high and positions are exponents of 10.
+    """
     if log and high - low >= 1:
         digits = (1, 2, 5) if high - low < 2 else (1,)
         numbers = [d * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
@@ -39,7 +40,7 @@ def _ticks(low, high, log):
         first, last = (10 ** low, 10 ** high) if log else (low, high)
         unit = 10.0 ** math.floor(math.log10(last - first))
         count = lambda step: math.floor(last / step) - math.ceil(first / step) + 1
-        step = next(unit * d for d in (1, 0.5, 0.2, 0.1) if count(unit * d) >= 4)
+        step = next(unit * d for d in (5, 2, 1, 0.5, 0.2) if count(unit * d) >= 3)
         numbers = [step * n for n in range(math.ceil(first / step), math.floor(last / step) + 1)]
     return [(math.log10(n) if log else n, n) for n in numbers]
 
@@ -136,9 +137,10 @@ def image_grid(rows, titles, cell=96, title_width=150):
 
 def plot_curves(curves, width=900, height=220):
     """One panel a curve, log scale where the values call for it.
-    curves: title -> [(x, y), ...]; empty ones are left out.
+    curves: title -> [(x, y), ...]; what is not finite is left out, and so are empty ones.
 
     Returns a PIL image."""
+    curves = {title: [(x, y) for x, y in points if math.isfinite(y)] for title, points in curves.items()}
     curves = {title: list(zip(*points)) for title, points in curves.items() if points}
     sheet = Image.new("RGB", (width, height * len(curves)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

@@ -61,8 +61,9 @@ MEANINGS = {
     "gaussian_loss":
         "Velocity loss of the best affine prediction, which knows mean and covariance of the latents alone.",
     "diffusion_loss":
-        "Velocity loss of the run at its end. Below the line above, it has learned more than a Gaussian; "
-        "alone it does not compare across tokenizers. [Fig. 2b]",
+        "Velocity loss in training at the run's end. Where it is below the line above, the model knows more "
+        "than mean and covariance (it is told the class, too); alone it does not compare across tokenizers. "
+        "[Fig. 2b]",
     "dims": "Dimensions of the latents that PCA keeps for the mixtures. [App. B.3]",
     "exponent": "Samples needed grow as K to this power in the toy world; Theorem 2.1's bound has 4.",
 }
@@ -93,8 +94,8 @@ SECTIONS = {
         "A valley: too little guidance leaves samples between classes, too much costs variety."),
     "gaussian": (
         "What one Gaussian explains", "ours; Fig. 2b",
-        "Distances of samples of a Gaussian that has the latents' mean and covariance. A diffusion model has "
-        "to be nearer with its null class (evaluate.py curve --null-class), or it has learned no more."),
+        "Distances of what the sampler draws with the velocity of a Gaussian of the latents. The diffusion "
+        "model's null class (evaluate.py curve --null-class) is nearer by what it has learned beyond that."),
     "theory": (
         "Theorem 2.1 in a toy world", "Sec. 2, App. A",
         "More modes need more samples for the same error: the lines lie further right as K grows."),

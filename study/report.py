@@ -94,8 +94,7 @@ def read_unit(name, folder, done):
         add(read("null_class_imagenet")["rows"][-1], "null class imagenet", "efficientnet")
     gaussian = read("gaussian")
     add(gaussian, "gaussian")
-    result |= {"loss over gaussian": gaussian["diffusion_loss"] / gaussian["gaussian_loss"],
-               "gaussian loss": gaussian["gaussian_loss"]}
+    result["gaussian loss"] = gaussian["gaussian_loss"]
     if "Gaussian, ImageNet" in done:
         add(read("gaussian_imagenet"), "gaussian imagenet", "efficientnet")
     latents = read("latents")[name]
@@ -104,6 +103,7 @@ def read_unit(name, folder, done):
         result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
     records = checkpoints.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
+    result["loss over gaussian"] = result["diffusion loss"] / result["gaussian loss"]
     result["loss curve"] = [[float(np.mean([r[key] for r in part])) for key in ("step", "loss")]
                             for part in np.array_split(records, min(12, len(records)))]
     add(read("samples_unconditional")["rows"][-1], "unconditional")
@@ -153,9 +153,9 @@ READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes,
   fraction of samples in which the classifier sees the class asked for.
 - Without classes [Table 5]: distances of the null class of the conditional model, and of a model of its own,
   trained half as long (uncond.).
-- Gaussian: samples of one Gaussian of the latents, to hold against the null class. loss: of SiT's velocity;
-  it does not compare across latent spaces, since the covariance alone decides about most of it: hence also
-  over the loss of the Gaussian's velocity. NLL: nats of held-out latents after a PCA, by mixtures of K."""
+- loss: of SiT's velocity. Most of it follows from the covariance of the latents, so it does not compare
+  across latent spaces; loss / Gaussian's has the loss of the best affine velocity below it. Gaussian: samples
+  of that one, to hold against the null class. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1, True),

@@ -1,6 +1,7 @@
 """common.py and checkpoints.py: configuration, random streams, EMA,
 checkpoints that survive crashes, logs."""
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -298,7 +299,8 @@ def test_pictures_hold_what_they_are_given():
     sheet = draw.image_grid([torch.zeros(3, 3, 8, 8, dtype=torch.uint8)] * 2, ["one", "two"], cell=20)
     pixels = np.asarray(sheet)
     assert pixels.shape[0] == 48 and (pixels[:20, 150:170] == 0).all()
-    plot = np.asarray(draw.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": []}))
+    plot = np.asarray(draw.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": [],
+                                        "lost": [(0, math.nan), (1, math.inf)]}))
     assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn
 
 

@@ -315,7 +315,8 @@ def test_a_gaussian_of_the_latents_is_measured_as_the_null_class_is(tmp_path, di
     assert found["gaussian_loss"] == pytest.approx(np.pi / 2 * roots.mean().item(), rel=0.01)
     records = [json.loads(line) for line in (diffusion / "metrics.jsonl").read_text().splitlines()]
     assert found["diffusion_loss"] == pytest.approx([r["loss"] for r in records if "loss" in r][-1])
-    assert found["gfid"] > 0 and "diffusion_gap" in found and "null class" in found["protocol"]
+    assert found["gfid"] > 0 and "diffusion_gap" in found and "no classes" in found["protocol"]
+    assert "too few for 16 values" in found["protocol"]
     seen, score = [], evaluate.score_samples
     monkeypatch.setattr(evaluate, "score_samples", lambda args, model, *rest: seen.append(model) or score(
         args, model, *rest))
@@ -328,11 +329,11 @@ def test_a_gaussian_of_the_latents_is_measured_as_the_null_class_is(tmp_path, di
 
 def test_a_gaussian_stands_beside_plain_velocity_losses_alone(tmp_path, diffusion, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)
-    for key, value in (("path", "cosine"), ("times", "logit-normal"), ("direction_loss", 1.0)):
+    for key, value in (("path", "cosine"), ("times", "logit-normal"), ("time_shift", 3.0)):
         state = torch.load(diffusion / "last.pt", weights_only=True)
         state["config"][key] = value
         torch.save(state, tmp_path / "other.pt")
-        with pytest.raises(UserError, match="was trained with another"):
+        with pytest.raises(UserError, match="was trained with --" + key.split("_")[0]):
             measure("gaussian", tmp_path / "other.pt", "--num-images", 4, "--reference-images", 8)
 
 
