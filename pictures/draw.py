@@ -108,6 +108,16 @@ def scatter_chart(panels, names):
     return sheet
 
 
+def sheet_of(charts, columns=2):
+    """PIL images on one sheet, row by row."""
+    width, height = (max(getattr(chart, side) for chart in charts) for side in ("width", "height"))
+    sheet = Image.new("RGB", (width * min(columns, len(charts)), height * -(-len(charts) // columns)),
+                      "white")
+    for number, chart in enumerate(charts):
+        sheet.paste(chart, (number % columns * width, number // columns * height))
+    return sheet
+
+
 # ---------------------------------------- grids and training curves ----------------------------------------
 
 def image_grid(rows, titles, cell=96, title_width=150):

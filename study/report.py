@@ -13,7 +13,7 @@ import scipy.stats
 from PIL import Image
 
 import checkpoints
-from pictures.draw import image_grid, line_chart, plot_curves
+from pictures.draw import image_grid, line_chart, plot_curves, sheet_of
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
 
@@ -296,9 +296,9 @@ def report(args, units, sources):
 
 
 def line_charts(rows):
-    """{"curves": over diffusion steps [Fig. 5b], "loss": diffusion loss over steps [Fig. 2b], its second half
-    over the Gaussian's, "probe": linear probe against distances [Fig. 5a], "mixtures": NLL against K
-    [Fig. 2a], "psnr": measures against it}. The first three of the rows `of_one_shape`, or of all where there
+    """{"curves": over diffusion steps [Fig. 5b], "figures": diffusion loss over steps [Fig. 2b], its second
+    half over the Gaussian's, and below the linear probe against distances [Fig. 5a], "mixtures": NLL against
+    K [Fig. 2a], "psnr": measures against it}. The first two of the rows `of_one_shape`, or of all where there
     is none of these."""
     alike, panels = of_one_shape(rows) or rows, {}
     for column, scale, title in ((1, 1, "distance to real images, not guided"),
@@ -314,7 +314,7 @@ def line_charts(rows):
     loss = {"diffusion loss": lambda seed: seed["loss curve"],
             "over the loss of a Gaussian": lambda seed: [(step, y / seed["gaussian loss"])
                                                          for step, y in late(seed["loss curve"])]}
-    pictures["loss"] = line_chart(
+    losses = line_chart(
         {title: {name: over_seeds(map(curve_of, seeds.values())) for name, seeds in alike.items()}
          for title, curve_of in loss.items()}, "diffusion step")
     panels = {}
@@ -323,8 +323,9 @@ def line_charts(rows):
         panels[title] = {name: [(100 * np.mean([seed["probe"] for seed in seeds.values()]),
                                  *spread([seed[key] for seed in seeds.values()]))]
                          for name, seeds in alike.items() if all(key in seed for seed in seeds.values())}
-    pictures["probe"] = line_chart({title: series for title, series in panels.items() if series},
-                                   "linear-probe accuracy, %")
+    probe = line_chart({title: series for title, series in panels.items() if series},
+                       "linear-probe accuracy, %")
+    pictures["figures"] = sheet_of([losses, probe], columns=1)
     panels = {}
     for kind in ("full", "diagonal"):
         first = next(iter(next(iter(rows.values())).values()))

@@ -8,13 +8,12 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import metrics
 from common import UserError
-from pictures.draw import line_chart, scatter_chart
+from pictures.draw import line_chart, scatter_chart, sheet_of
 
 
 def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
@@ -133,16 +132,6 @@ def samples_needed(args):
                 f"repeats, {args.steps} Adam steps, seed {args.seed}")
     result = {"panels": panels, "theorem": THEOREM, "what_it_shows": sentence, "protocol": protocol}
     return panels.get("K", {}) | result, table, sheet_of(charts)
-
-
-def sheet_of(charts, columns=2):
-    """PIL images on one sheet, row by row."""
-    width, height = (max(getattr(chart, side) for chart in charts) for side in ("width", "height"))
-    sheet = Image.new("RGB", (width * min(columns, len(charts)), height * -(-len(charts) // columns)),
-                      "white")
-    for number, chart in enumerate(charts):
-        sheet.paste(chart, (number % columns * width, number // columns * height))
-    return sheet
 
 
 def compactness(args, count=3000):

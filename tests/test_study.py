@@ -47,7 +47,7 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["recon distance imagenet"] > 0
     assert set(seed["seconds"]) == set(result["commands"]["MAETok (HOG)"])
     assert len(seed["loss curve"]) == 3 and seed["distance null class"] > 0
-    for picture in ("curves", "mixtures", "samples", "losses", "psnr", "loss", "probe"):
+    for picture in ("curves", "mixtures", "samples", "losses", "psnr", "figures"):
         assert (tmp_path / f"smoke_{picture}.png").exists()
     log = (folder / "log.txt").read_text()
     study.main(command)
