@@ -216,10 +216,12 @@ def verdicts(rows):
         other = rows.get(worse) if worse != EQUAL else better in rows and ae_at_psnr(rows, better)
         if not (better in rows and other):
             continue
+        # The AE at a row's PSNR is one for each seed: only these are held against it.
+        ours = {seed: unit for seed, unit in rows[better].items() if worse != EQUAL or seed in other}
         cells = []
         for key, digits, factor, less in ORDER.values():
             a, b = ([factor * seed[key] for seed in seeds.values() if key in seed]
-                    for seeds in (rows[better], other))
+                    for seeds in (ours, other))
             if not (a and b):
                 cells.append("–")
                 continue
