@@ -156,7 +156,8 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     rows = {"AE": seed(25.0, 3.0), "AE, 8 channels": seed(21.0, 1.0), "MAETok (HOG)": seed(22.0, 1.4)}
     assert study_report.ae_at_psnr(rows, "MAETok (HOG)") == {0: {"gap stage2 cfg 1": pytest.approx(1.5)}}
     assert study_report.ae_at_psnr(rows | {"KL-VAE": seed(20.9, 1.0)}, "KL-VAE") == {}       # no guessing
-    more = {**rows, "MAETok (HOG)": rows["MAETok (HOG)"] | {1: {"psnr stage2": 22.0, "gap stage2 cfg 1": 9.0}}}
+    second = {1: {"psnr stage2": 22.0, "gap stage2 cfg 1": 9.0}}
+    more = rows | {"MAETok (HOG)": rows["MAETok (HOG)"] | second}
     assert "yes (1 seed): 1.40, 1.50" in study_report.verdicts(more)               # of seed 0 alone
     middle = study_report.ae_at_psnr(rows | {"AE, 16 channels": seed(23.0, 1.2)}, "MAETok (HOG)")
     assert middle[0]["gap stage2 cfg 1"] == pytest.approx(1.1)
