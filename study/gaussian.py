@@ -30,8 +30,8 @@ class GaussianVelocity(nn.Module):
     def __init__(self, latents, config):
         super().__init__()
         self.config = dataclasses.replace(config, num_classes=0)
-        x = latents.flatten(1).double()
-        values, axes = torch.linalg.eigh(torch.cov(x.T, correction=0))
+        x = latents.flatten(1).double()                                             # (n, d), d = L C
+        values, axes = torch.linalg.eigh(torch.cov(x.T, correction=0))              # (d,), (d, d): columns
         values = values.clamp(min=0)
         self.loss = (math.pi / 2 * values.sqrt().mean()).item()
         # Parameters, because the sampler asks a model's parameters for device and dtype.
@@ -40,8 +40,8 @@ class GaussianVelocity(nn.Module):
 
     def forward(self, x, t, y=None):
         """x_t (B, L, C), t (B,) -> velocity (B, L, C). y, labels, is not looked at."""
-        t = t[:, None]
+        t = t[:, None]                                                              # (B, 1)
         with torch.autocast(x.device.type, enabled=False):
-            z = (x.flatten(1) - (1 - t) * self.mean) @ self.axes
+            z = (x.flatten(1) - (1 - t) * self.mean) @ self.axes                    # (B, d), along the axes
             z = z * (t - (1 - t) * self.values) / ((1 - t) ** 2 * self.values + t ** 2).clamp(min=1e-12)
             return (z @ self.axes.T - self.mean).reshape(x.shape)
