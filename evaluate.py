@@ -706,7 +706,7 @@ def main(argv=None):
     for function in (curve, cfg, gaussian):
         add = command(function, data=of_run)
         add("run", help="run of train_diffusion.py" + ("" if function is curve else " or a checkpoint"))
-        add("--num-images", type=Count, default=1000, help="samples, for each point; Table 12: 10000 (default 1000)")
+        add("--num-images", type=Count, default=1000, help="samples a point; Table 12: 10000 (default 1000)")
         add("--reference", help=".npz with images or ready statistics, as in generation")
         add("--reference-images", type=Whole, default=10_000,
             help="of the training split; 0: all (default 10000)")
