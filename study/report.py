@@ -58,7 +58,8 @@ def planned(points, every):
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
     "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "loss curve" of
-    [step, loss], "seconds" a dict by command. `done`: study.read_done's, of a unit that is complete."""
+    [step, loss], "seconds" a dict by command, "... over ..." ratios. `done`: study.read_done's, of a unit
+    that is complete."""
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
 
@@ -82,6 +83,7 @@ def read_unit(name, folder, done):
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
+    result |= {f"gap at {row['step']}": row["diffusion_gap"] for row in planned(read("curve")["rows"], every)}
     if "recon, ImageNet" in done:
         recon = read("recon_imagenet")
         result |= {"recon distance imagenet": recon[DISTANCE("efficientnet")],
@@ -97,6 +99,12 @@ def read_unit(name, folder, done):
     result["gaussian loss"] = gaussian["gaussian_loss"]
     if "Gaussian, ImageNet" in done:
         add(read("gaussian_imagenet"), "gaussian imagenet", "efficientnet")
+    for network, samples in (("", "stage2 cfg 1"), (" imagenet", "imagenet cfg 1")):
+        if f"gap gaussian{network}" in result:
+            recon_distance = result[f"recon distance{network or ' stage2'}"]
+            result |= {f"recon over samples{network}": recon_distance / result[f"distance {samples}"],
+                       f"gap over gaussian{network}":
+                           result[f"gap null class{network}"] / result[f"gap gaussian{network}"]}
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
@@ -114,16 +122,19 @@ def read_unit(name, folder, done):
 # ------------------------------------------------- tables --------------------------------------------------
 
 # Columns: title -> (key, digits, factor). What a setting has not measured is left out.
-SUMMARY = {
-    "PSNR": ("psnr stage2", 2, 1), "linear-probe accuracy, %": ("probe", 1, 100),
-    "gap": ("gap stage2 cfg 1", 2, 1), "gap, ImageNet features": ("gap imagenet cfg 1", 2, 1),
-    "distance": ("distance stage2 cfg 1", 2, 1), "distance, cfg 2": ("distance stage2 cfg 2", 2, 1),
-    "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1),
-    "null class": ("distance null class", 2, 1), "uncond.": ("distance unconditional", 2, 1),
-    "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100)}
+SUMMARY = {                                                 # as docs/study.md and README.md have it
+    "PSNR, dB": ("psnr stage2", 1, 1), "linear-probe accuracy, %": ("probe", 1, 100),
+    "reconstructions' distance, classifier": ("recon distance stage2", 1, 1),
+    "gap, classifier": ("gap stage2 cfg 1", 1, 1), "gap, ImageNet features": ("gap imagenet cfg 1", 1, 1),
+    "distance, classifier": ("distance stage2 cfg 1", 1, 1),
+    "distance, ImageNet features": ("distance imagenet cfg 1", 1, 1),
+    "null class, classifier": ("distance null class", 1, 1),
+    "null class, ImageNet features": ("distance null class imagenet", 1, 1),
+    "loss / Gaussian's": ("loss over gaussian", 2, 1)}
 TOKENIZERS = {
     "PSNR, stage 1": ("psnr stage1", 2, 1), "stage 2": ("psnr stage2", 2, 1),
     "rec. distance, stage 1": ("recon distance stage1", 2, 1), " stage 2": ("recon distance stage2", 2, 1),
+    "rec. / samples' distance, %": ("recon over samples", 0, 100),
     "class of rec., %": ("recon accuracy stage2", 1, 100), "variance of rec., %": ("kept stage2", 0, 100),
     "linear-probe accuracy, %": ("probe", 1, 100),
     # At K = 1 it is the same for any latents, d/2 (1 + ln 2 pi).
@@ -137,6 +148,7 @@ DIFFUSION = {
     "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
     "null class": ("distance null class", 2, 1), "null class, gap": ("gap null class", 2, 1),
     "Gaussian": ("distance gaussian", 2, 1), "Gaussian, gap": ("gap gaussian", 2, 1),
+    "null class's gap / Gaussian's": ("gap over gaussian", 2, 1),
     "uncond.": ("distance unconditional", 2, 1), "uncond., gap": ("gap unconditional", 2, 1)}
 IMAGENET = {
     "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
@@ -144,7 +156,8 @@ IMAGENET = {
     "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1),
     "null class": ("distance null class imagenet", 2, 1),
     "null class, gap": ("gap null class imagenet", 2, 1),
-    "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1)}
+    "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1),
+    "null class's gap / Gaussian's": ("gap over gaussian imagenet", 2, 1)}
 READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
@@ -233,6 +246,18 @@ def verdicts(rows):
     return "\n".join(lines)
 
 
+def target_alone(rows):
+    """How much of what MAETok (HOG) gains on the AE the same target brings without a mask [Table 6], of means
+    over seeds. A Markdown list; empty unless all three were measured."""
+    names, lines = ("AE", "AE + HOG, no mask", "MAETok (HOG)"), []
+    for title, (key, *_) in ORDER.items():
+        found = [[seed[key] for seed in rows.get(name, {}).values() if key in seed] for name in names]
+        if all(found):
+            ae, unmasked, masked = map(np.mean, found)
+            lines.append(f"- {title}: {100 * (unmasked - ae) / (masked - ae):.0f} %.")
+    return "\n".join(lines)
+
+
 def of_one_shape(rows):
     """The rows whose latents have the same shape, the KL-VAE with one weight: those to look at together."""
     return {name: seeds for name, seeds in rows.items() if not re.search("channels|weight|learnable", name)}
@@ -285,8 +310,13 @@ def report(args, units, sources):
     tables = {"Summary": SUMMARY, "Tokenizers": TOKENIZERS,
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
+    steps = sorted({step for seeds in rows.values() for unit in seeds.values()
+                    for step, *_ in unit["curve cfg 1"]})
+    tables["Gap after so many steps of diffusion, classifier"] = {
+        str(step): (f"gap at {step}", 2, 1) for step in steps}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
     tables |= {"Does the paper's order hold?": verdicts(rows), "How to read this": READING,
+               "What the HOG target brings without a mask, of what MAETok (HOG) gains": target_alone(rows),
                "Rank correlations over rows": rank_correlations(rows), "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")

@@ -1,17 +1,43 @@
 """Every link, file and symbol that README and docs name is there, at the line they say; every equation that
-the code is tagged with stands in docs/equations.md.
+the code is tagged with stands in docs/equations.md; the study's tables are what its JSON says.
 
-`python tests/test_docs.py` writes the line numbers anew.
+`python -m tests.test_docs` writes line numbers and tables anew.
 """
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from study import report
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
+
+
+TABLE = re.compile(r"^\| row \|.*\n(?:\|.*\n)+", re.M)
+STUDY = {"README.md": ["sharp"], "docs/study.md": ["sharp", "quick"]}        # page: settings of its tables
+
+
+def with_measured_tables(text, settings):
+    """The page with the committed JSON's means and spreads in its tables, the n-th of the n-th of `settings`.
+    Rows and columns, of report.SUMMARY, are the page's choice; both may name the paper's table in brackets.
+    """
+    settings = iter(settings)
+
+    def measured(match):
+        rows = json.loads((ROOT / f"study/results/study-{next(settings)}.json").read_text())["rows"]
+        head, rule, *lines = match[0].splitlines()
+        plain = lambda cell: re.sub(r"\*\*| \[.*\]", "", cell).strip()
+        columns = {title: report.SUMMARY[title] for title in map(plain, head.split("|")[2:-1])}
+        names = {plain(line.split("|")[1]): line.split("|")[1] for line in lines}
+        table = report.markdown({name: rows[name] for name in names}, columns, dict.fromkeys(names, ""))
+        return "\n".join([head, rule, *("|" + name + line[line.index("[] |") + 3:] for name, line
+                                        in zip(names.values(), table.splitlines()[2:])), ""])
+
+    return TABLE.sub(measured, text)
 
 
 def definitions(path):
@@ -49,7 +75,7 @@ def test_every_link_leads_somewhere(page):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
     for match in SYMBOL.finditer(text):
-        assert int(match[3]) == right_line(page, match), f"{match[0]}: run python tests/test_docs.py"
+        assert int(match[3]) == right_line(page, match), f"{match[0]}: run python -m tests.test_docs"
 
 
 def test_no_script_or_module_imports_a_script():
@@ -96,6 +122,13 @@ def test_every_table_and_figure_of_the_paper_is_in_the_table():
         assert there == set(range(1, last + 1)), title
 
 
+@pytest.mark.parametrize("page", STUDY)
+def test_the_studys_tables_are_what_was_measured(page):
+    text = (ROOT / page).read_text()
+    assert len(TABLE.findall(text)) == len(STUDY[page])
+    assert text == with_measured_tables(text, STUDY[page]), "run python -m tests.test_docs"
+
+
 def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
@@ -105,3 +138,6 @@ if __name__ == "__main__":
         page.write_text(SYMBOL.sub(
             lambda match: match[0].replace(f"#L{match[3]}", f"#L{right_line(page, match)}"),
             page.read_text()))
+    for page, settings in STUDY.items():
+        path = ROOT / page
+        path.write_text(with_measured_tables(path.read_text(), settings))

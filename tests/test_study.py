@@ -40,7 +40,12 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["psnr stage1"] != seed["psnr stage2"]
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
     summary = (tmp_path / "smoke.md").read_text().split("\n## ")[0]
-    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.2f} | {100 * seed['probe']:.1f} |" in summary
+    assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.1f} | {100 * seed['probe']:.1f} |" in summary
+    assert seed["recon over samples"] == seed["recon distance stage2"] / seed["distance stage2 cfg 1"]
+    assert seed["recon over samples imagenet"] == (seed["recon distance imagenet"]
+                                                   / seed["distance imagenet cfg 1"])
+    assert seed["gap over gaussian"] == seed["gap null class"] / seed["gap gaussian"]
+    assert [seed[f"gap at {step}"] for step in (1, 2, 3)] == [gap for _, _, gap, _ in seed["curve cfg 1"]]
     # the second network's distances: with its package, which the development requirements have
     features = json.loads((folder / "samples_imagenet.json").read_text())["rows"]
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
@@ -149,6 +154,15 @@ def test_rank_correlations_are_of_the_rows_means():
     assert study_report.rank_correlations(rows).splitlines() == [
         "- Linear probe against distance, classifier: -1.00, 3 rows.",
         "- Diffusion loss against distance, classifier: -1.00, 3 rows."]
+
+
+def test_what_the_target_alone_brings_is_a_share_of_the_gain():
+    seeds = lambda *pairs: {i: {"gap stage2 cfg 1": g, "probe": p} for i, (g, p) in enumerate(pairs)}
+    rows = {"AE": seeds((6.0, 0.3), (5.0, 0.3)), "AE + HOG, no mask": seeds((4.5, 0.5)),
+            "MAETok (HOG)": seeds((1.5, 0.4))}
+    assert study_report.target_alone(rows).splitlines() == [
+        "- gap, classifier: 25 %.", "- linear-probe accuracy, %: 200 %."]
+    assert study_report.target_alone({name: rows[name] for name in ("AE", "MAETok (HOG)")}) == ""
 
 
 def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
