@@ -127,7 +127,7 @@ A1 = (
 
 A2 = (
     Blank("A2.1", "maetok.py", "random_mask", "Sec. 3.2", 8,
-          "the share of hidden patches and its range; uniform over places; a mask per image, whatever its "
+          "the mask ratio and its range; uniform over places; a mask per image, whatever its "
           "batch",
           _at(_MAETOK, "test_random_mask_hides_the_share_it_was_asked_for",
               "test_a_mask_belongs_to_its_sample_not_to_its_batch"),

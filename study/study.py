@@ -13,7 +13,7 @@ anyone would by hand, and gathers what they measured. All rows have the same ste
 latent values, but for those named after their channels (those with "no learnable tokens" have them in four
 times as many, smaller tokens, so that the diffusion model computes four times as much). Stage 2 leaves the
 encoder alone, so the two decoders of a row share one diffusion model; every row gets a stage 2, that none is
-ahead by its steps. Commands that are done are not run again; training that was cut off goes on from its last
+ahead by its steps. Commands that are done are not run again; training that was cut off resumes from its last
 checkpoint.
 
 Two networks measure: a small classifier, trained on the data first, which also says whether a sample is of
