@@ -55,6 +55,14 @@ def planned(points, every):
     return [row for row in points if row["step"] % every == 0 or row is points[-1]]
 
 
+# What the ImageNet features have not measured has no ratio either.
+RATIOS = (("recon over samples", "recon distance stage2", "distance stage2 cfg 1"),
+          ("recon over samples imagenet", "recon distance imagenet", "distance imagenet cfg 1"),
+          ("null class over gaussian", "gap null class", "gap gaussian"),
+          ("null class over gaussian imagenet", "gap null class imagenet", "gap gaussian imagenet"),
+          ("loss over gaussian", "diffusion loss", "gaussian loss"))
+
+
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
     "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "loss curve" of
@@ -83,7 +91,6 @@ def read_unit(name, folder, done):
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
-    result |= {f"gap at {row['step']}": row["diffusion_gap"] for row in planned(read("curve")["rows"], every)}
     if "recon, ImageNet" in done:
         recon = read("recon_imagenet")
         result |= {"recon distance imagenet": recon[DISTANCE("efficientnet")],
@@ -99,22 +106,18 @@ def read_unit(name, folder, done):
     result["gaussian loss"] = gaussian["gaussian_loss"]
     if "Gaussian, ImageNet" in done:
         add(read("gaussian_imagenet"), "gaussian imagenet", "efficientnet")
-    for network, samples in (("", "stage2 cfg 1"), (" imagenet", "imagenet cfg 1")):
-        if f"gap gaussian{network}" in result:
-            recon_distance = result[f"recon distance{network or ' stage2'}"]
-            result |= {f"recon over samples{network}": recon_distance / result[f"distance {samples}"],
-                       f"gap over gaussian{network}":
-                           result[f"gap null class{network}"] / result[f"gap gaussian{network}"]}
     latents = read("latents")[name]
     result |= {"probe": latents["linear_probe_accuracy"]}
     for row in latents["mixtures"]:
         result |= {f"nll {kind} K {row['K']}": row[f"nll_{kind}"] for kind in ("full", "diagonal")}
     records = checkpoints.read_metrics(folder / "diffusion")
     result["diffusion loss"] = float(np.mean([r["loss"] for r in records[-max(1, len(records) // 10):]]))
-    result["loss over gaussian"] = result["diffusion loss"] / result["gaussian loss"]
     result["loss curve"] = [[float(np.mean([r[key] for r in part])) for key in ("step", "loss")]
                             for part in np.array_split(records, min(12, len(records)))]
     add(read("samples_unconditional")["rows"][-1], "unconditional")
+    for ratio, above, below in RATIOS:
+        if above in result and below in result:
+            result[ratio] = result[above] / result[below]
     result["seconds"] = {title: round(entry["seconds"]) for title, entry in done.items()}
     return result
 
@@ -148,27 +151,31 @@ DIFFUSION = {
     "class, %": ("accuracy stage2 cfg 1", 1, 100), "class, cfg 2, %": ("accuracy stage2 cfg 2", 1, 100),
     "null class": ("distance null class", 2, 1), "null class, gap": ("gap null class", 2, 1),
     "Gaussian": ("distance gaussian", 2, 1), "Gaussian, gap": ("gap gaussian", 2, 1),
-    "null class's gap / Gaussian's": ("gap over gaussian", 2, 1),
+    "null class's gap / Gaussian's": ("null class over gaussian", 2, 1),
     "uncond.": ("distance unconditional", 2, 1), "uncond., gap": ("gap unconditional", 2, 1)}
 IMAGENET = {
-    "rec. distance": ("recon distance imagenet", 2, 1), "variance of rec., %": ("kept imagenet", 0, 100),
+    "rec. distance": ("recon distance imagenet", 2, 1),
+    "rec. / samples' distance, %": ("recon over samples imagenet", 0, 100),
+    "variance of rec., %": ("kept imagenet", 0, 100),
     "gap": ("gap imagenet cfg 1", 2, 1), "gap, cfg 2": ("gap imagenet cfg 2", 2, 1),
     "distance": ("distance imagenet cfg 1", 2, 1), "distance, cfg 2": ("distance imagenet cfg 2", 2, 1),
     "null class": ("distance null class imagenet", 2, 1),
     "null class, gap": ("gap null class imagenet", 2, 1),
     "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1),
-    "null class's gap / Gaussian's": ("gap over gaussian imagenet", 2, 1)}
+    "null class's gap / Gaussian's": ("null class over gaussian imagenet", 2, 1)}
 READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
 
-- rec.: the reconstructions' distance to the real images, the fraction in which the classifier sees their
-  class, the fraction of its features' variance that they keep (blurry pictures differ less).
+- rec.: the reconstructions' distance to the real images, the same in percent of the samples' distance, the
+  fraction in which the classifier sees their class, the fraction of its features' variance that they keep
+  (blurry pictures differ less).
 - gap: the distance between samples and the same tokenizer's reconstructions. cfg 2: guidance 2. class: the
   fraction of samples in which the classifier sees the class asked for.
 - Without classes [Table 5]: distances of the null class of the conditional model, and of a model of its own,
   trained half as long (uncond.).
 - loss: of SiT's velocity. Most of it follows from the covariance of the latents, so it does not compare
   across latent spaces; loss / Gaussian's has the loss of the best affine velocity below it. Gaussian: samples
-  of that one, to hold against the null class. NLL: nats of held-out latents after a PCA, by mixtures of K."""
+  of that one, to hold against the null class; null class's gap / Gaussian's: below 1 where SiT learned more
+  than mean and covariance. NLL: nats of held-out latents after a PCA, by mixtures of K."""
 # What the paper's order is looked for in: title -> (key, digits, factor, whether less is better).
 ORDER = {
     "distance, ImageNet features": ("distance imagenet cfg 1", 2, 1, True),
@@ -181,26 +188,36 @@ ORDER = {
     "linear-probe accuracy, %": ("probe", 1, 100, False)}
 
 
+def cells(seeds, columns):
+    """One row of a Markdown table, its cells alone: mean over seeds, and how far they lie on either side."""
+    found = []
+    for key, digits, factor in columns.values():
+        values = [factor * seed[key] for seed in seeds.values() if key in seed]
+        both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+        found.append(f"{np.mean(values):.{digits}f}{both}" if values else "–")
+    return " | ".join(found)
+
+
 def markdown(rows, columns, sources):
-    """A Markdown table: mean over seeds, and how far the seeds lie on either side of it. sources: {row: where
-    the paper has it}. Empty if nothing of it was measured."""
+    """A Markdown table of `cells`. sources: {row: where the paper has it}. Empty if nothing of it was
+    measured."""
     every = [seed for seeds in rows.values() for seed in seeds.values()]
     columns = {title: column for title, column in columns.items() if any(column[0] in seed for seed in every)}
     if not columns:
         return ""
-    lines = ["| row | " + " | ".join(title.strip() for title in columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
-    for name, seeds in rows.items():
-        cells = []
-        for key, digits, factor in columns.values():
-            values = [factor * seed[key] for seed in seeds.values() if key in seed]
-            if not values:
-                cells.append("–")
-                continue
-            both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{both}")
-        lines.append(f"| {name} [{sources[name]}] | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(["| row | " + " | ".join(title.strip() for title in columns) + " |",
+                      "|---" * (len(columns) + 1) + "|",
+                      *(f"| {name} [{sources[name]}] | {cells(seeds, columns)} |"
+                        for name, seeds in rows.items())])
+
+
+def gap_by_step(rows, sources):
+    """A Markdown table of the gap at each checkpoint of the diffusion model: which latents are learned
+    faster? [Fig. 5b]"""
+    curves = {name: {seed: {step: gap for step, _, gap, _ in unit["curve cfg 1"]}
+                     for seed, unit in seeds.items()} for name, seeds in rows.items()}
+    steps = sorted({step for seeds in curves.values() for curve in seeds.values() for step in curve})
+    return markdown(curves, {f"{step} steps": (step, 2, 1) for step in steps}, sources)
 
 
 def ae_at_psnr(rows, name):
@@ -246,16 +263,25 @@ def verdicts(rows):
     return "\n".join(lines)
 
 
-def target_alone(rows):
-    """How much of what MAETok (HOG) gains on the AE the same target brings without a mask [Table 6], of means
-    over seeds. A Markdown list; empty unless all three were measured."""
-    names, lines = ("AE", "AE + HOG, no mask", "MAETok (HOG)"), []
-    for title, (key, *_) in ORDER.items():
-        found = [[seed[key] for seed in rows.get(name, {}).values() if key in seed] for name in names]
-        if all(found):
-            ae, unmasked, masked = map(np.mean, found)
-            lines.append(f"- {title}: {100 * (unmasked - ae) / (masked - ae):.0f} %.")
-    return "\n".join(lines)
+def halves(rows):
+    """A Markdown table: of what MAETok (HOG) gains on the AE, how much does each of its halves bring alone,
+    the target and the mask [Tables 1b, 6]? Of means over the seeds that the three rows share. Empty where a
+    row is missing; "–" where MAETok gains nothing."""
+    parts, lines = ("AE + HOG, no mask", "AE + mask, pixels"), []
+    for title, (key, *_, less) in ORDER.items():
+        shares = []
+        for part in parts:
+            three = [rows.get(name, {}) for name in ("AE", part, "MAETok (HOG)")]
+            shared = [seed for seed in three[0] if all(key in seeds.get(seed, {}) for seeds in three)]
+            if not shared:
+                break
+            ae, half, both = (np.mean([seeds[seed][key] for seed in shared]) for seeds in three)
+            gains = both < ae if less else both > ae
+            shares.append(f"{100 * (half - ae) / (both - ae):.0f}" if gains else "–")
+        else:
+            lines.append(f"| {title} | " + " | ".join(shares) + " |")
+    return "\n".join([f"| of MAETok (HOG)'s gain on the AE, % | {' | '.join(parts)} |", "|---|---|---|",
+                      *lines]) if lines else ""
 
 
 def of_one_shape(rows):
@@ -310,14 +336,11 @@ def report(args, units, sources):
     tables = {"Summary": SUMMARY, "Tokenizers": TOKENIZERS,
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
-    steps = sorted({step for seeds in rows.values() for unit in seeds.values()
-                    for step, *_ in unit["curve cfg 1"]})
-    tables["Gap after so many steps of diffusion, classifier"] = {
-        str(step): (f"gap at {step}", 2, 1) for step in steps}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
-    tables |= {"Does the paper's order hold?": verdicts(rows), "How to read this": READING,
-               "What the HOG target brings without a mask, of what MAETok (HOG) gains": target_alone(rows),
-               "Rank correlations over rows": rank_correlations(rows), "Protocol": result["protocol"]}
+    tables |= {"Gap over diffusion steps, in the classifier's features": gap_by_step(rows, sources),
+               "Does the paper's order hold?": verdicts(rows), "The target or the mask?": halves(rows),
+               "Rank correlations over rows": rank_correlations(rows), "How to read this": READING,
+               "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")
     checkpoints.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))

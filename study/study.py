@@ -214,9 +214,9 @@ def begun_units(args, names):
 
 
 def read_done(args, name, seed, of=None):
-    """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, "done": bool,
-    "machine": of the last attempt}} for every command, in order, of `of`, see Study.
-    Raises UserError if one was run with other arguments."""
+    """done.json of one row and seed, {title: {"arguments": [str], "seconds": over all attempts, but without
+    those in which the study itself was killed, "done": bool, "machine": of the last attempt}} for every
+    command, in order, of `of`, see Study. Raises UserError if one was run with other arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
     found, done = checkpoints.read_json(path) if path.exists() else {}, {}

@@ -1,6 +1,7 @@
 """The study: every command runs, what is done stays done, and its tables say what was measured."""
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -41,15 +42,20 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage1']:.2f} |" in capsys.readouterr().out
     summary = (tmp_path / "smoke.md").read_text().split("\n## ")[0]
     assert f"| MAETok (HOG) [Table 1b] | {seed['psnr stage2']:.1f} | {100 * seed['probe']:.1f} |" in summary
-    assert seed["recon over samples"] == seed["recon distance stage2"] / seed["distance stage2 cfg 1"]
-    assert seed["recon over samples imagenet"] == (seed["recon distance imagenet"]
-                                                   / seed["distance imagenet cfg 1"])
-    assert seed["gap over gaussian"] == seed["gap null class"] / seed["gap gaussian"]
-    assert [seed[f"gap at {step}"] for step in (1, 2, 3)] == [gap for _, _, gap, _ in seed["curve cfg 1"]]
     # the second network's distances: with its package, which the development requirements have
     features = json.loads((folder / "samples_imagenet.json").read_text())["rows"]
     assert seed["distance imagenet cfg 2"] == features[1]["frechet_in_efficientnet_features_not_fid"]
     assert seed["recon distance imagenet"] > 0
+    # Ratios and curves reach the tables.
+    tables = (tmp_path / "smoke.md").read_text()
+    *_, gap = seed["curve cfg 1"][2][:3]
+    assert re.search(rf"\| row \| 1 steps \| 2 steps \| 3 steps \|\n.*\n.* \| {gap:.2f} \|\n", tables)
+    of_gaussian = [json.loads((folder / f"{name}.json").read_text())["diffusion_gap"]
+                   for name in ("gaussian", "gaussian_imagenet")]
+    null = [json.loads((folder / f"{name}.json").read_text())["rows"][-1]["diffusion_gap"]
+            for name in ("null_class", "null_class_imagenet")]
+    for a, b in zip(null, of_gaussian):
+        assert f" | {b:.2f} | {a / b:.2f} |" in tables
     assert set(seed["seconds"]) == set(result["commands"]["MAETok (HOG)"])
     assert len(seed["loss curve"]) == 3 and seed["distance null class"] > 0
     for picture in ("curves", "mixtures", "samples", "losses", "psnr", "figures"):
@@ -156,13 +162,18 @@ def test_rank_correlations_are_of_the_rows_means():
         "- Diffusion loss against distance, classifier: -1.00, 3 rows."]
 
 
-def test_what_the_target_alone_brings_is_a_share_of_the_gain():
-    seeds = lambda *pairs: {i: {"gap stage2 cfg 1": g, "probe": p} for i, (g, p) in enumerate(pairs)}
-    rows = {"AE": seeds((6.0, 0.3), (5.0, 0.3)), "AE + HOG, no mask": seeds((4.5, 0.5)),
-            "MAETok (HOG)": seeds((1.5, 0.4))}
-    assert study_report.target_alone(rows).splitlines() == [
-        "- gap, classifier: 25 %.", "- linear-probe accuracy, %: 200 %."]
-    assert study_report.target_alone({name: rows[name] for name in ("AE", "MAETok (HOG)")}) == ""
+def test_what_target_and_mask_bring_alone_is_a_share_of_the_gain():
+    seeds = lambda *each: {i: {"gap stage2 cfg 1": g, "probe": p, "distance stage2 cfg 1": g}
+                           for i, (g, p) in enumerate(each)}
+    rows = {"AE": seeds((6.0, 0.3), (5.0, 0.3)), "AE + HOG, no mask": seeds((5.0, 0.5)),
+            "AE + mask, pixels": seeds((3.0, 0.3), (2.0, 0.3)), "MAETok (HOG)": seeds((2.0, 0.4), (1.0, 0.4))}
+    table = study_report.halves(rows).splitlines()
+    assert table[0] == "| of MAETok (HOG)'s gain on the AE, % | AE + HOG, no mask | AE + mask, pixels |"
+    assert table[2:] == ["| distance, classifier | 25 | 75 |",            # of seed 0 alone, and of both seeds
+                         "| gap, classifier | 25 | 75 |", "| linear-probe accuracy, % | 200 | 0 |"]
+    rows["MAETok (HOG)"][0]["probe"] = 0.1                                    # no gain, so no share of one
+    assert study_report.halves(rows).endswith("| linear-probe accuracy, % | – | – |")
+    assert study_report.halves({name: rows[name] for name in ("AE", "MAETok (HOG)")}) == ""
 
 
 def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
