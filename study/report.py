@@ -55,7 +55,7 @@ def planned(points, every):
     return [row for row in points if row["step"] % every == 0 or row is points[-1]]
 
 
-# What the ImageNet features have not measured has no ratio either.
+# (ratio, above, below the line); a row that was not measured in ImageNet features lacks theirs.
 RATIOS = (("recon over samples", "recon distance stage2", "distance stage2 cfg 1"),
           ("recon over samples imagenet", "recon distance imagenet", "distance imagenet cfg 1"),
           ("null class over gaussian", "gap null class", "gap gaussian"),
@@ -163,7 +163,7 @@ IMAGENET = {
     "null class, gap": ("gap null class imagenet", 2, 1),
     "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1),
     "null class's gap / Gaussian's": ("null class over gaussian imagenet", 2, 1)}
-READING = """Mean over seeds ± half of what lies between them. Stage 2 decodes, but where stage 1 is named.
+READING = """Mean of the seeds ± half the difference between highest and lowest. Stage 2 decodes, but where stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the same in percent of the samples' distance, the
   fraction in which the classifier sees their class, the fraction of its features' variance that they keep
@@ -248,18 +248,18 @@ def verdicts(rows):
             continue
         # The AE at a row's PSNR is one for each seed: only these are held against it.
         ours = {seed: unit for seed, unit in rows[better].items() if worse != EQUAL or seed in other}
-        cells = []
+        words = []
         for key, digits, factor, less in ORDER.values():
             a, b = ([factor * seed[key] for seed in seeds.values() if key in seed]
                     for seeds in (ours, other))
             if not (a and b):
-                cells.append("–")
+                words.append("–")
                 continue
             ahead, behind = (a, b) if less else (b, a)
             word = "yes" if max(ahead) < min(behind) else "no" if min(ahead) > max(behind) else "open"
             once = " (1 seed)" if min(len(a), len(b)) == 1 else ""
-            cells.append(f"{word}{once}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
-        lines.append(f"| {better} | {worse} | {gfid} [{source}] | " + " | ".join(cells) + " |")
+            words.append(f"{word}{once}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
+        lines.append(f"| {better} | {worse} | {gfid} [{source}] | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 

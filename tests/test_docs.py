@@ -15,8 +15,6 @@ from study import report
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
-
-
 TABLE = re.compile(r"^\| (?:row|of MAETok).*\n(?:\|.*\n)+", re.M)
 STUDY = {"README.md": ["sharp"], "docs/study.md": ["sharp", "sharp", "quick"]}       # settings of the tables
 
