@@ -163,7 +163,8 @@ IMAGENET = {
     "null class, gap": ("gap null class imagenet", 2, 1),
     "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1),
     "null class's gap / Gaussian's": ("null class over gaussian imagenet", 2, 1)}
-READING = """Mean of the seeds ± half the difference between highest and lowest. Stage 2 decodes, but where stage 1 is named.
+READING = """Mean of the seeds ± half the difference between highest and lowest. Stage 2 decodes, but where
+stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the same in percent of the samples' distance, the
   fraction in which the classifier sees their class, the fraction of its features' variance that they keep
