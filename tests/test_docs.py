@@ -18,7 +18,7 @@ SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L
 TABLE = re.compile(r"^\| (?:row|of MAETok).*\n(?:\|.*\n)+", re.M)
 # Settings of the tables, "by seed" the one that holds runs of one seed beside each other: of these files.
 STUDY = {"README.md": ["sharp"], "docs/study.md": ["sharp", "sharp", "by seed", "quick"]}
-BY_SEED = {"sharp": "", "again": ", again"}
+BY_SEED = {"sharp": "", "again": ", again", "sharp-adamw": ", AdamW"}
 
 
 def measured_rows(setting):
