@@ -15,9 +15,9 @@ from study import report
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
-TABLE = re.compile(r"^\| (?:row|of MAETok).*\n(?:\|.*\n)+", re.M)
+TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
 # Settings of the tables, "by seed" the one that holds runs of one seed beside each other: of these files.
-STUDY = {"README.md": ["sharp"], "docs/study.md": ["sharp", "sharp", "by seed", "quick"]}
+STUDY = {"README.md": ["sharp"], "docs/study.md": ["sharp", "by seed", "quick"]}
 BY_SEED = {"sharp": "", "again": ", again", "sharp-adamw": ", AdamW"}
 
 
@@ -31,16 +31,12 @@ def measured_rows(setting):
 
 
 def with_measured_tables(text, settings):
-    """The page with what the committed JSON says in its tables; table n shows settings[n]. A table of
-    report.halves is replaced as a whole. In any other, rows and columns (of report.SUMMARY) are the page's
-    choice; both may name the paper's table in brackets."""
+    """The page with what the committed JSON says in its tables; table n shows settings[n]. Rows and columns (of
+    report.SUMMARY) are the page's choice; both may name the paper's table in brackets."""
     tables = TABLE.findall(text)
     assert len(tables) == len(settings), f"{len(tables)} tables of the study where {len(settings)} belong"
     for table, setting in zip(tables, settings):
         rows = measured_rows(setting)
-        if not table.startswith("| row |"):
-            text = text.replace(table, report.halves(rows) + "\n")
-            continue
         head, rule, *lines = table.splitlines()
         plain = lambda cell: re.sub(r"\*\*| \[.*\]", "", cell).strip()
         columns = {title: report.SUMMARY[title] for title in map(plain, head.split("|")[2:-1])}
