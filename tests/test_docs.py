@@ -31,8 +31,8 @@ def measured_rows(setting):
 
 
 def with_measured_tables(text, settings):
-    """The page with what the committed JSON says in its tables; table n shows settings[n]. Rows and columns (of
-    report.SUMMARY) are the page's choice; both may name the paper's table in brackets."""
+    """The page with what the committed JSON says in its tables; table n shows settings[n]. Rows and columns
+    (of report.SUMMARY) are the page's choice; both may name the paper's table in brackets."""
     tables = TABLE.findall(text)
     assert len(tables) == len(settings), f"{len(tables)} tables of the study where {len(settings)} belong"
     for table, setting in zip(tables, settings):
