@@ -12,11 +12,11 @@ TESTS ?= tests
 .PHONY: box course demo lint study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
-# First, in some seconds, samples of the small model that comes with the code. --muon: fewer steps, see docs/speed.md.
+# First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/speed.md.
 demo: .venv/runtime
 	$(BIN)/python sample.py --out runs/demo/first.png
-	$(BIN)/python train_tokenizer.py --muon 2 --steps 1600 --stage2-steps 1200 --out runs/demo/tokenizer
-	$(BIN)/python train_diffusion.py --muon 4 --steps 1050 --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
+	$(BIN)/python train_tokenizer.py --add muon --muon 2 --steps 1600 --stage2-steps 1200 --out runs/demo/tokenizer
+	$(BIN)/python train_diffusion.py --add muon --muon 4 --steps 1050 --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
 	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --classifier-steps 500 \
 		--num-images 1000 --out runs/demo/recon
 	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --pixels --train-images 3000 --test-images 1000 \

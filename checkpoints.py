@@ -1,235 +1,100 @@
-"""What the scripts write to disk, and how they read it again: files, locks, checkpoints, logs.
+"""Checkpoints and logs: what a run writes, and how it is read again.
 
-A file appears under its name only when it is whole (`atomic_write`), a run's folder belongs to one
-process (`lock`), and what comes back is checked before it is used: checksums, keys, finite weights.
-Whatever is wrong is a UserError that says what to do.
+A reader of the paper need not open this file. What is read is checked before it is used: checksums, keys,
+finite weights. Whatever is wrong is a UserError that says what to do.
 """
 import dataclasses
-import glob
 import json
-import math
 import os
 import shutil
-import socket
-import struct
 import sys
+import time
 import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
+from runtime.processes import Stopped, UserError, all_mean, stop_signal    # before torch, see there
+
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from common import UserError
-
-try:
-    import fcntl
-except ImportError:                                                                # Windows has no such locks
-    fcntl = None
-
-
-# ------------------------------------------------- files -------------------------------------------------
-
-def atomic_write(path, write):
-    """Call write(temporary path), then rename it to `path`: a reader or a crash never meets half a file."""
-    path = Path(path)
-    if not path.name:
-        raise UserError(f"{str(path)!r} is no name for a file")
-    for debris in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _alive(debris.name.split(".")[-2]):
-            debris.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        _to_disk(path.parent)
-    except (OSError, RuntimeError) as e:             # torch.save says RuntimeError when the disk is full
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full?") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _alive(pid):
-    """Whether a process of this machine has this number (a string); of another machine's nothing is known."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, PermissionError):
-        pass
-    return True
-
-
-def _to_disk(path):
-    """Wait until a file or folder is on disk: fsync also tells what errors the file system kept to itself."""
-    if os.name == "nt" and Path(path).is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_npy(path, array):
-    """numpy.save under exactly this name (numpy would append .npy to a temporary one), and behind the data,
-    where numpy does not look, their CRC-32.
-
-    numpy writes a permuted view through a buffer of C's whose last error, a full disk say, it does not
-    notice; a contiguous array is written in one piece.
-    """
-    array = np.ascontiguousarray(array)
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.write(b"crc32" + struct.pack("<I", zlib.crc32(array)))
-    if os.path.getsize(path) < array.nbytes:
-        raise OSError(f"{os.path.getsize(path)} bytes of more than {array.nbytes} arrived")
-
-
-def load_npy(path):
-    """A file of save_npy as a read-only memory map, or None if there is none or it is not what was saved."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        with open(path, "rb") as file:
-            file.seek(array.offset + array.nbytes)
-            return array if file.read() == b"crc32" + struct.pack("<I", zlib.crc32(array)) else None
-    except Exception:                               # numpy has many for a file that is none of its own
-        return None
-
-
-def write_json(path, value):
-    """Anything that JSON can hold, by way of atomic_write."""
-    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))
-
-
-def write_png(path, picture):
-    """A PIL image, by way of atomic_write."""
-    atomic_write(path, lambda p: picture.save(p, "PNG"))
-
-
-def read_json(path):
-    """The dict in a JSON file. Raises UserError."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}); delete it") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it holds no object); delete it")
-    return found
-
-
-_locks = {}
-
-
-def lock(folder):
-    """Hold a folder for this process until it ends, however it ends.
-    Raises UserError if another process does.
-
-    A POSIX record lock: on NFS too, and not handed on to a loader's workers. Where the file system has none,
-    a line says that nobody watches.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or folder.resolve() in _locks:
-        return
-    file = open(folder / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(f"{holder} is at work in {folder}; wait for it, stop it, or "
-                        "choose another --out") from e
-    except OSError as e:
-        print(f"note: no locks in {folder} ({e.strerror}): two runs in it would destroy each other",
-              file=sys.stderr)
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _locks[folder.resolve()] = file
-
-
-def unlock(folder):
-    """Let go of a folder that is to be deleted, and delete the lock's file."""
-    (Path(folder) / ".lock").unlink(missing_ok=True)
-    if file := _locks.pop(Path(folder).resolve(), None):
-        file.close()
-
-
-def remove_debris(folder):
-    """Delete what killed processes left half written in a run's folder: atomic_write's temporary files.
-    Only for the one process that is at work in the folder, before it starts."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
+from runtime import files
 
 # ----------------------------------------------- checkpoints -----------------------------------------------
 
 # A small tokenizer and its SiT, trained on the shapes (`make box`): what sample.py draws from by default.
-BOX = Path(__file__).parent / "assets" / "shapes.pt"
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "shapes.pt"
+KEEP = 3               # numbered checkpoints that stay: the second-newest replaces a damaged newest one
 
 
 def numbered_checkpoints(out):
     """The step_*.pt files of a run, newest step first (by number: the largest file may be a broken one)."""
-    files = [path for path in Path(out).glob("step_*.pt") if path.stem[5:].isdigit()]
-    return sorted(files, key=lambda path: int(path.stem[5:]), reverse=True)
+    found = [path for path in Path(out).glob("step_*.pt") if path.stem[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
-def checkpoint_budget(model, save_every, steps, keep, keep_every):
-    """A line that says how much disk a run's checkpoints take: weights, EMA and AdamW's two moments each."""
-    gigabytes = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    every = math.lcm(save_every, keep_every) if keep_every else 0
-    milestones = steps // every if every else 0
-    return (f"checkpoints: about {gigabytes:.2g} GB each, every {save_every} steps; the newest {keep} stay"
-            + (f" and {milestones} milestones, one in {every} steps" if milestones else "")
-            + f": up to {gigabytes * (keep + milestones):.3g} GB in all")
+def save(config, state, processes):
+    """One checkpoint of a common.TrainState, written by rank 0. All wait until it is written: if saving
+    fails, all stop."""
+    if processes.rank == 0:
+        content = state.facts | {"step": state.step, "config": dataclasses.asdict(config),
+                                 "ema_updates": state.ema.updates, "ema": state.ema.model.state_dict()}
+        parts = state.others | {"model": state.model, "optimizer": state.optimizer}
+        content |= {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(config.out, content, getattr(config, "keep_every", 0))
+    if processes.world > 1:
+        dist.barrier()
 
 
-def save_checkpoint(out, state, keep, keep_every=0):
-    """Write `state` (tensors and plain Python values, with an int "step") to
-    out/step_NNNNNNN.pt and out/last.pt.
+def restore(state, checkpoint, path):
+    """The content of a checkpoint into a common.TrainState of the same parts."""
+    load_weights(state.model, checkpoint["model"], path)
+    load_weights(state.ema.model, checkpoint["ema"], path)
+    load_optimizer(state.optimizer, checkpoint["optimizer"], path)
+    for name, part in state.others.items():
+        load = load_optimizer if isinstance(part, torch.optim.Optimizer) else load_weights
+        load(part, checkpoint[name], path)
+    state.ema.updates, state.step = checkpoint["ema_updates"], checkpoint["step"]
+    state.facts = {name: checkpoint[name] for name in state.facts}
 
-    Both names are one file on disk (a hard link; a copy where the file system has none). The newest `keep`
-    numbered files stay, and as milestones those whose step is a multiple of `keep_every` (0: none).
-    Whenever a crash comes, the last whole checkpoint is there under one of the names. Weights that are not
-    finite are not saved: UserError.
-    """
+
+def save_checkpoint(out, content, keep_every=0):
+    """Write `content` (tensors and plain Python values, with an int "step") to out/step_NNNNNNN.pt and, as
+    another name of the same file, out/last.pt. The newest KEEP numbered files stay, and as milestones those
+    whose step is a multiple of `keep_every` (0: none). Raises UserError for weights that are not finite."""
     out = Path(out)
-    if not all_finite(t for part in ("model", "ema", "adversary") for t in state.get(part, {}).values()):
-        raise UserError(f"the weights are not finite at step {state['step']}; this checkpoint is not "
+    weights = [part for part in content.values() if isinstance(part, dict)]
+    if not all_finite(t for part in weights for t in part.values()):
+        raise UserError(f"the weights are not finite at step {content['step']}; this checkpoint is not "
                         f"written, those in {out} are from before. Try a lower --lr or a longer --warmup "
                         "in another --out")
-    numbered = out / f"step_{state['step']:07d}.pt"
-    atomic_write(numbered, lambda path: torch.save(state, path))
+    numbered = out / f"step_{content['step']:07d}.pt"
+    files.atomic_write(numbered, lambda path: torch.save(content, path))
     link_last(numbered)
-    for path in numbered_checkpoints(out)[keep:]:
+    for path in numbered_checkpoints(out)[KEEP:]:
         if not keep_every or int(path.stem[5:]) % keep_every:
             path.unlink()
 
 
 def link_last(numbered):
-    """Make last.pt beside a numbered checkpoint another name of it."""
+    """Make last.pt a hard link to a numbered checkpoint, or a copy where the file system has no links."""
     def link(path):
         try:
             os.link(numbered, path)
         except OSError:
             shutil.copyfile(numbered, path)
 
-    atomic_write(numbered.with_name("last.pt"), link)
+    files.atomic_write(numbered.with_name("last.pt"), link)
 
 
 def all_finite(tensors):
-    """Whether no tensor of floating point holds NaN or infinity: one number read back,
-    however many they are."""
+    """Whether no float tensor holds NaN or infinity. One number is read back, however many they are."""
     flags = [t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
 class Checkpoint(dict):
-    """What a checkpoint holds. A key that it lacks is a UserError."""
+    """The content of a checkpoint, a dict in which a missing key is a UserError."""
 
     def __init__(self, state, path):
         super().__init__(state)
@@ -240,8 +105,8 @@ class Checkpoint(dict):
 
 
 def load_checkpoint(path):
-    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU, as a Checkpoint.
-    Raises UserError if it is not a whole one: torch.load alone does not look at the checksums in the file."""
+    """Read one checkpoint (a file, or a run folder's last.pt) to the CPU, as a Checkpoint. Raises UserError
+    if it is damaged: torch.load alone does not check the checksums in the file."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
@@ -253,7 +118,7 @@ def load_checkpoint(path):
                 raise ValueError(f"wrong checksum of {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-            raise UserError(f"{path} is no checkpoint of this project: it has no 'config'")
+            raise UserError(f"{path} is not a checkpoint of this project: it has no 'config'")
         return Checkpoint(state, path)
     except UserError:
         raise
@@ -263,8 +128,8 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(out, rank=0):
-    """The newest whole checkpoint of a run, or None if it has none yet. A damaged one is passed over with a
-    warning, and if last.pt is it or is missing, rank 0 makes it anew."""
+    """The newest complete checkpoint of a run, or None if it has none yet. A damaged one is skipped with a
+    warning; if last.pt is damaged or missing, rank 0 replaces it."""
     candidates = [p for p in (Path(out) / "last.pt", *numbered_checkpoints(out)) if p.exists()]
     for path in candidates:
         try:
@@ -277,12 +142,12 @@ def find_checkpoint(out, rank=0):
         return state
     if candidates:
         raise UserError(f"none of the {len(candidates)} checkpoints in {out} can be read; "
-                        "delete them to start anew")
+                        "delete them to start again")
     return None
 
 
 def load_weights(model, state, path):
-    """load_state_dict with one clear line for weights of another model, or not finite. Raises UserError."""
+    """load_state_dict with one clear line for weights of another model, or not finite."""
     if isinstance(state, dict) and not all_finite(state.values()):
         raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an "
                         "earlier one")
@@ -294,7 +159,7 @@ def load_weights(model, state, path):
 
 
 def load_optimizer(optimizer, state, path):
-    """The same for an optimizer's state. Raises UserError."""
+    """The same for an optimizer's state."""
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
@@ -302,12 +167,8 @@ def load_optimizer(optimizer, state, path):
 
 
 def check_same_config(saved, config, free, path):
-    """Refuse to resume a run under another configuration; fields in `free` may change.
-    Raises UserError."""
+    """Refuse to resume a run with other options, except those in `free`."""
     now = dataclasses.asdict(config)
-    # A field younger than the checkpoint: its default is what was done before there was a choice.
-    saved = {f.name: f.default for f in dataclasses.fields(config)
-             if f.default is not dataclasses.MISSING} | saved
     changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
                if k not in free and saved.get(k) != now.get(k)]
     if changed:
@@ -316,10 +177,10 @@ def check_same_config(saved, config, free, path):
 
 
 def check_same_step(step, out, rank, world, device):
-    """Refuse to train when processes resumed at different steps, or when not all see what rank 0 writes:
-    nodes without a shared folder. Raises UserError on every rank."""
+    """Refuse to train when nodes do not share the run's folder: some do not see what rank 0 writes, or
+    resumed at another step. Raises UserError on every rank."""
     if world > 1:
-        # A name that nobody has used: a fresh folder of the same name may be there on each node.
+        # A new name: each node may have a fresh folder of its own.
         mark = [f".shared-{os.urandom(8).hex()}.tmp"]            # debris, should this process be killed
         dist.broadcast_object_list(mark)
         if rank == 0:
@@ -341,6 +202,69 @@ def check_same_step(step, out, rank, world, device):
 
 # ------------------------------------------------ logs ------------------------------------------------
 
+class Log:
+    """A training loop's progress bar, its lines in metrics.jsonl (means of the terms over forward passes and
+    processes since the last line), and what happens at the end of a step: checkpoints, pictures, signals. The
+    host waits for the GPU only when a line is written."""
+
+    def __init__(self, config, processes, step, start, end, title, shown, draw):
+        """step: of the run, now; start, end: the loop's first step and the one after its last. shown: names
+        of the terms in the bar. draw: called with a path when a checkpoint is saved, to draw a picture
+        there."""
+        self.config, self.processes, self.end, self.shown, self.draw = config, processes, end, shown, draw
+        self.step, self.time = step, time.perf_counter()
+        self.terms, self.finite = {}, torch.ones((), device=processes.device)
+        self.bar = tqdm(total=end - start, initial=step - start, desc=title, disable=processes.rank > 0,
+                        mininterval=1.0)
+
+    def end_step(self, state, **more):
+        """After a step: write a record, draw and save where it is time to. more: functions without arguments,
+        for the record's further values. Raises Stopped after saving if a signal has arrived."""
+        step, config = state.step, self.config
+        self.bar.update()
+        stop = stop_signal(self.processes.world)
+        saving = step % config.save_every == 0 or step == self.end or stop
+        if step % config.log_every == 0 or saving:
+            self.write(step, **{name: value() for name, value in more.items()})
+        if saving:
+            if self.processes.rank == 0:
+                self.draw(Path(config.out) / f"grid_{step:07d}.png")
+            save(config, state, self.processes)
+        if stop:
+            raise Stopped(stop)
+        if step == self.end:
+            self.bar.close()
+
+    def add(self, terms):
+        """terms: {name: scalar tensor} of one forward pass."""
+        for name, term in terms.items():
+            self.terms.setdefault(name, []).append(term.detach())
+
+    def check_finite(self, *values):
+        """Remember whether these scalars were ever not finite; `write` raises."""
+        self.finite *= sum(value.detach() for value in values).isfinite()
+
+    def write(self, step, **more):
+        """One record: the means, more's values, images per second. Raises UserError if a value to be checked
+        was not finite."""
+        means = [torch.stack(values).mean() for values in self.terms.values()]
+        *means, finite = all_mean(torch.stack([*means, self.finite])).tolist()
+        if finite < 1:
+            raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
+                            f"{self.config.log_every} before; the checkpoints in {self.config.out} are from "
+                            "before that. Try --dtype float32, or in another --out a lower --lr or a longer "
+                            "--warmup")
+        steps, seconds = step - self.step, time.perf_counter() - self.time
+        self.step, self.time = step, time.perf_counter()
+        record = {"step": step, **dict(zip(self.terms, means)), **more,
+                  "images_per_second": steps * self.config.batch_size / seconds}
+        self.terms = {}
+        if self.processes.rank == 0:
+            append_metrics(self.config.out, record)
+            self.bar.set_postfix({name: f"{record[name]:.4f}" for name in self.shown if name in record}
+                                 | {"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
+
+
 def append_metrics(out, record):
     """Add one JSON line to out/metrics.jsonl."""
     with open(Path(out) / "metrics.jsonl", "a") as file:
@@ -348,8 +272,8 @@ def append_metrics(out, record):
 
 
 def read_metrics(out):
-    """The records of out/metrics.jsonl. A last line that a crash cut short is dropped; any other that is no
-    record is passed over, with a warning."""
+    """The records of out/metrics.jsonl. A last line that a crash cut short is dropped; any other line that is
+    not a record is skipped with a warning."""
     path, records = Path(out) / "metrics.jsonl", []
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -360,23 +284,34 @@ def read_metrics(out):
             records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
-                print(f"warning: {path}, line {number} is no record; passed over", file=sys.stderr)
+                print(f"warning: {path}, line {number} is not a record; skipped", file=sys.stderr)
     return records
 
 
-def start_run(config, step, measured=True):
-    """What rank 0 does in a run's folder before it trains from `step` on. measured: the checkpoint holds what
-    an end-of-stage record of that step tells; else that record will be written again, and goes."""
-    out = Path(config.out)
-    remove_debris(out)
-    write_json(out / "config.json", dataclasses.asdict(config))
-    cut_metrics(out, step, measured)
-    print("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(config).items()))
+def start_run(config, state, processes, end):
+    """What rank 0 does in a run's folder before it trains from state.step to `end`."""
+    if processes.rank == 0:
+        options, out = dataclasses.asdict(config), Path(config.out)
+        files.remove_debris(out)
+        files.write_json(out / "config.json", options)
+        cut_metrics(out, state.step, state.facts.get("measured", True))
+        print("\n".join(f"{k} = {v!r}" for k, v in options.items()))
+        millions = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+                             for name, part in state.model.named_children())
+        print(f"parameters: {millions}; {processes.world} x {processes.device}; {out}/ at step {state.step} "
+              f"of {end}", flush=True)
 
 
 def cut_metrics(out, step, measured=True):
-    """Drop the records after `step`: a resumed run will write them again."""
+    """Drop the records that a run resumed at `step` writes again; measured: not the end of a stage there."""
     records = [r for r in read_metrics(out)
                if r["step"] < step or r["step"] == step and (measured or "event" not in r)]
-    atomic_write(Path(out) / "metrics.jsonl",
+    files.atomic_write(Path(out) / "metrics.jsonl",
                  lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
+
+
+def curves(out):
+    """{name: [(step, value)]} of all numbers in a run's log, for plot_curves."""
+    records = read_metrics(out)
+    names = dict.fromkeys(name for r in records for name, value in r.items() if isinstance(value, float))
+    return {name: [(r["step"], r[name]) for r in records if name in r] for name in names}

@@ -13,8 +13,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from PIL import Image, ImageDraw
-
 
 CPU_PIXELS = 4 * 256 * 256      # image pixels that hog_features takes at a time on a CPU
 
@@ -27,11 +25,11 @@ def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
     gy is above minus below.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, 3, H+2, W+2)
-    # Summed in the order of a convolution, row by row from the left: where a gradient is exactly zero,
-    # another order leaves +-1e-8 of it, whose sign decides the bin (0.3-0.6 % of cells). Slices stream
-    # through the cache; a 3-channel convolution is several times slower here.
+    # Summed in the order of a convolution, row by row from the left. In another order a gradient that is
+    # exactly zero becomes +-1e-8, whose sign decides the bin (0.3-0.6 % of cells). Slices are several times
+    # faster here than a convolution of 3 channels.
     H, W = images.shape[-2:]
-    s = lambda row, column: x[..., row:row + H, column:column + W]            # (B, 3, H, W), kernel's place
+    s = lambda row, col: x[..., row:row + H, col:col + W]       # (B, 3, H, W): the pixel under a kernel entry
     gx = (s(0, 0) - s(0, 2)).add_(s(1, 0), alpha=2).sub_(s(1, 2), alpha=2).add_(s(2, 0)).sub_(s(2, 2))
     gy = (s(0, 0) + 2 * s(0, 1)).add_(s(0, 2)).sub_(s(2, 0)).sub_(s(2, 1), alpha=2).sub_(s(2, 2))
     return gx, gy
@@ -59,13 +57,13 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     """HOG of every patch, MaskFeat's recipe.
 
     images: (B, 3, H, W) float in [-1, 1], the model's own input. Each cell is normalised, so contrast and
-    range cancel *except* by rounding: a gradient that lies exactly on the border of two bins may change sides
-    when the same image is given as 0..1 or 0..255, which moves a cell by up to 0.4 (48 ImageNet photos).
-    Compare features only between images of one range. Computed in float32, also under autocast: bfloat16 puts
-    gradients into wrong bins (rms error 0.019 of 0.333).
-    Returns (B, N, D_hog) float32 in [0, 1]; a patch holds (colour, bin, cell row, cell column) in that order,
-    and every cell has unit norm (0 where the image is flat). D_hog = hog_dim(...).
-    Raises ValueError when patches do not tile the image or cells do not tile the patch.
+    range cancel except for rounding: a gradient on the border of two bins may fall into the other one when
+    the same image is given as 0..1 or 0..255, which changes a cell by up to 0.4 (48 ImageNet photos). Compare
+    features only between images of one range. Computed in float32, also under autocast: bfloat16 puts
+    gradients into wrong bins (rms error 0.019 of 0.333). Returns (B, N, D_hog) float32 in [0, 1]; a patch
+    holds (colour, bin, cell row, cell column) in that order, and every cell has unit norm (0 where the image
+    is flat). D_hog = hog_dim(...). Raises ValueError when patches do not tile the image or cells do not tile
+    the patch.
     """
     B, _, H, W = images.shape
     if H % patch_size or W % patch_size:
@@ -73,18 +71,17 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     dim, c = hog_dim(patch_size, cell_size, bins), cell_size
     group = max(1, CPU_PIXELS // (H * W))
     if images.device.type == "cpu" and B > group:
-        # Groups of images that stay in the cache: one pass over 64 images of 256 px is 9
-        # times slower than 16 over 4.
+        # Groups of images that fit the cache: one pass over 64 images of 256 px is 9 times slower than 16
+        # passes over 4.
         return torch.cat([hog_features(part, patch_size, cell_size, bins) for part in images.split(group)])
     gx, gy = sobel(images.float())                                            # (B, 3, H, W)
-    # In a flat area the six terms leave up to 1e-6 behind, which normalising would blow up to a full cell
-    # (and does in the released code); the smallest step between two grey levels makes 0.008. [ours]
+    # In a flat area the six terms add up to as much as 1e-6, which normalising would enlarge to a full cell
+    # (and does in the released code). The smallest step between two grey levels gives 0.008. [ours]
     magnitude = F.threshold_(torch.hypot(gx, gy), 1e-5, 0.0)
-    # Orientation modulo 180 degrees. atan2(gx, gy), in this order:
-    # the angle is counted from the vertical axis.
+    # Orientation modulo 180 degrees; atan2(gx, gy) in this order: the angle from the vertical axis.
     orientation_bin = gx.atan2_(gy).div_(math.pi).mul_(bins).floor_()         # whole numbers in [-bins, bins]
     orientation_bin = orientation_bin.remainder_(bins)
-    # MaskFeat lays one 16-px window after the other over the image, not one around each cell.
+    # MaskFeat tiles the image with 16-px windows, instead of centring one on each cell.
     window = gaussian_window(c, images.device).repeat(H // (2 * c) + 1, W // (2 * c) + 1)
     magnitude *= window[:H, :W]
 
@@ -97,27 +94,3 @@ def hog_features(images: Tensor, patch_size: int, cell_size: int = 8, bins: int 
     g, n = patch_size // c, (H // patch_size, W // patch_size)                # cells a patch side; patch grid
     histogram = histogram.reshape(B, 3, n[0], g, n[1], g, bins)
     return histogram.permute(0, 2, 4, 1, 6, 3, 5).reshape(B, n[0] * n[1], dim)
-
-
-def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell=24):
-    """Draw HOG features as strokes along the edges, brighter for stronger bins; colours are summed.
-
-    features: (N, D_hog) of one image; grid: (rows, columns) of patches. Returns an RGB PIL image.
-    """
-    (rows, columns), g, s = grid, patch_size // cell_size, pixels_per_cell
-    x = features.detach().float().cpu().reshape(rows, columns, -1, bins, g, g).clamp(min=0).sum(2)
-    x = x.permute(0, 3, 1, 4, 2).reshape(rows * g, columns * g, bins)        # (cell rows, cell columns, bins)
-    x = x / x.max().clamp(min=1e-6)
-    picture = Image.new("RGB", (columns * g * s, rows * g * s))
-    draw = ImageDraw.Draw(picture)
-    for i in range(rows * g):
-        for j in range(columns * g):
-            centre_x, centre_y = (j + 0.5) * s, (i + 0.5) * s
-            for b in x[i, j].argsort().tolist():                           # weak strokes first, strong on top
-                angle = (b + 0.5) * math.pi / bins                            # of the gradient, from vertical
-                # the edge is at right angles to it
-                dx, dy = 0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)
-                grey = int(255 * x[i, j, b].sqrt())
-                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3,
-                          max(1, s // 12))
-    return picture

@@ -1,111 +1,34 @@
-"""The mathematics of evaluation, by hand; with it evaluate.py would be twice as long as a file should be.
+"""What is measured, as mathematics: no networks, files or command lines here.
 
-    frechet_distance, FeatureStatistics     FID and sFID from streamed means and covariances
-    inception_score, precision_recall       what ADM's suite reports beside FID
-    psnr, ssim                              reconstructions, image by image
-    pca, standardise, linear_probe          the latent space  [Sec. 4.3, App. B.3]
-    discriminant_axes                       its picture, by class
-    GaussianMixture, fit_mixture            EM for Fig. 2a and Fig. 8
+    frechet_distance                        FID and sFID, of the features' Gaussians      [Sec. 4.1]
+    inception_score, precision_recall       beside FID in ADM's evaluation suite          [Tables 2, 10]
+    psnr, ssim                              reconstructions, image by image               [Table 4]
+    standardise, pca, linear_probe          the latent space                              [Sec. 4.3, App. B.3]
+    GaussianMixture, fit_mixture            EM for Gaussian mixtures                      [Fig. 2a, 8]
 
-Nothing here knows of networks, files or command lines. Sums and factorisations are in float64.
-Letters: n vectors · d dimensions · K mixture components.
+Sums and factorisations are in float64. Letters: n vectors · d dimensions · K mixture components.
 """
 import math
 from typing import NamedTuple
+
+from runtime.processes import UserError    # before torch, see there
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError
-
 # --------------------------------------------- Fréchet distance --------------------------------------------
 
-class FeatureStatistics:
-    """Mean and covariance of a stream of d-vectors in float64; memory for 2 d x d numbers, however many come.
-
-    Vectors wait until d of them are there and are then folded into (count, mean, scatter) by one matrix
-    product. Until the first folding the vectors themselves can be had (`rows`); frechet_between uses them.
-    """
-
-    def __init__(self, dim):
-        self.waiting, self.folded = [], 0                      # a list of (b, d); vectors in mean and scatter
-        self.mean = torch.zeros(dim, dtype=torch.float64)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
-
-    @classmethod
-    def from_covariance(cls, mean, covariance, count=2):
-        """Ready statistics: mean (d,), covariance (d, d). Any count from 2 on gives the covariance back."""
-        self = cls(len(mean))
-        self.folded, self.mean, self.scatter = count, mean.double(), covariance.double() * (count - 1)
-        return self
-
-    @property
-    def count(self):
-        return self.folded + sum(map(len, self.waiting))
-
-    def update(self, features):
-        """Take in features (b, d), any float dtype and device. Raises UserError for NaN and infinity."""
-        x = features.detach().cpu().double()
-        if x.ndim != 2 or x.shape[1] != len(self.mean):
-            raise UserError(f"features of shape {tuple(x.shape)} where (n, {len(self.mean)}) was expected")
-        if not x.isfinite().all():
-            raise UserError("the features hold NaN or infinite values: "
-                            "are the weights of the feature network damaged, or the images not 0..255?")
-        self.waiting.append(x)
-        if self.count - self.folded >= len(self.mean):
-            self._fold()
-
-    def _fold(self):
-        if self.waiting:
-            x, self.waiting = torch.cat(self.waiting), []
-            mean = x.mean(0)
-            self._combine(len(x), mean, (x - mean).T @ (x - mean))
-
-    def _combine(self, count, mean, scatter):
-        """The update of Chan, Golub and LeVeque (1983), free of the cancellation in E[xx] - E[x]E[x]."""
-        total, delta = self.folded + count, mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.folded * count / total)
-        self.folded = total
-
-    def all_reduce(self, world, device):
-        """Merge over all processes; each then holds the whole. device: where torch.distributed can sum."""
-        if world > 1:
-            self._fold()
-            sums = torch.cat((self.mean * self.folded, torch.ones(1).double() * self.folded)).to(device)
-            dist.all_reduce(sums)
-            sums = sums.cpu()
-            mean = sums[:-1] / sums[-1]
-            delta = self.mean - mean
-            scatter = (self.scatter + self.folded * torch.outer(delta, delta)).to(device)
-            dist.all_reduce(scatter)
-            self.folded, self.mean, self.scatter = int(sums[-1]), mean, scatter.cpu()
-
-    def rows(self):
-        """All vectors so far, (n, d) float64, while they are fewer than d; else None."""
-        return torch.cat(self.waiting) if self.waiting and not self.folded else None
-
-    def mean_and_covariance(self):
-        """Mean (d,) and unbiased covariance (d, d), float64. Raises UserError for fewer than 2 vectors."""
-        if self.count < 2:
-            raise UserError(f"too few images: a covariance needs 2 or more, here are {self.count}")
-        self._fold()
-        return self.mean, self.scatter / (self.folded - 1)
-
-
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; with Inception features, FID. m: (d,), C:
-    (d, d) float64 tensors. Returns a float.
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians; FID, if the features are Inception's.
+    m: (d,), C: (d, d) float64.
 
     C1 C2 has the eigenvalues of the symmetric A^T C2 A for any A with A A^T = C1, and the trace of its root
-    is the sum of theirs. A comes from Cholesky with pivoting, which stops at the rank of C1 and so takes
-    singular matrices; no complex numbers, no epsilon on the diagonal, and 4 to 8 times faster at d = 2048
-    than sqrtm.
+    is the sum of their roots. A is a Cholesky factor with pivoting, which stops at the rank of C1: singular
+    covariances need no epsilon on the diagonal. At d = 2048, 4 to 8 times faster than sqrtm.
     """
     mean1, covariance1, mean2, covariance2 = (x.double().numpy() for x in
                                               (mean1, covariance1, mean2, covariance2))
@@ -116,39 +39,15 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     product = L.T @ covariance2[np.ix_(order, order)] @ L                                           # (r, r)
     trace = np.sqrt(scipy.linalg.eigvalsh(product).clip(0)).sum() if rank else 0.0
     distance = ((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace
-    return max(float(distance), 0.0)                 # a squared distance; rounding may leave it at -1e-9
-
-
-def frechet_distance_few(x1: Tensor, x2: Tensor) -> float:
-    """The same distance straight from features (n1, d) and (n2, d), exact and cheap when both n < d.
-
-    With centred X, C = X^T X / (n - 1), and Tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T
-    (the nuclear norm) over sqrt((n1 - 1)(n2 - 1)): an n1 x n2 problem in place of d x d.
-    """
-    if min(len(x1), len(x2)) < 2:
-        raise UserError(f"too few images: a covariance needs 2 or more, here are {min(len(x1), len(x2))}")
-    (m1, c1, v1), (m2, c2, v2) = ((x.mean(0), x - x.mean(0), len(x) - 1) for x in (x1.double(), x2.double()))
-    trace = torch.linalg.svdvals(c1 @ c2.T).sum() / math.sqrt(v1 * v2)
-    distance = (m1 - m2).square().sum() + c1.square().sum() / v1 + c2.square().sum() / v2 - 2 * trace
-    return max(distance.item(), 0.0)
-
-
-def frechet_between(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """The Fréchet distance of two FeatureStatistics, by whichever of the two forms fits."""
-    rows = a.rows(), b.rows()
-    if rows[0] is not None and rows[1] is not None:
-        return frechet_distance_few(*rows)
-    return frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
+    return max(float(distance), 0.0)                                 # rounding may leave it at -1e-9
 
 
 # ------------------------------------ Inception Score, precision, recall ------------------------------------
 
 def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) || p(y)), averaged over chunks in file order, as ADM's suite does.
-
-    logits: (n, classes) *without* the last layer's bias, as the field computes it.
-    Returns (mean, standard deviation over chunks); the score grows with the chunk, so name it.
-    """
+    """exp of the mean KL(p(y|x) || p(y)), averaged over chunks in file order, as in ADM's suite. The score
+    grows with the chunk. logits: (n, classes) *without* the last layer's bias, as is customary.
+    Returns (mean, standard deviation over chunks)."""
     scores = []
     for part in logits.split(chunk):
         log_p = part.double().log_softmax(1)
@@ -165,22 +64,20 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
-    """Precision and recall of Kynkäänniemi et al. (2019), as ADM's suite computes them.
+    """Precision and recall of Kynkäänniemi et al. (2019), as in ADM's suite. real, fake: features (n, d).
 
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in
-    the set (itself not counted). Precision: the fraction of fakes in the reals' manifold (<=); recall: the
-    other way. real, fake: (n, d) features. Distances that differ by rounding alone count as equal. Rows are
-    taken `block` at a time: never an n x n matrix.
+    A set's manifold is the union of balls around its points, each with the distance to the k-th neighbour in
+    the set as its radius. Precision: the fraction of fakes in the reals' manifold (<=); recall: the reverse.
+    `block` rows at a time, so that an n x n matrix is never in memory.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
                         f"on both sides, here are {len(real)} and {len(fake)}")
-    # Float64 and centred: far from the origin |a|^2 + |b|^2 - 2 ab would be a small
-    # difference of large numbers.
+    # Float64 and centred: far from the origin |a|^2 + |b|^2 - 2 ab is a small difference of large numbers.
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
-    # Equal distances (of duplicated images, say) come out of it unequal in their last digits, and `<=` must
-    # not miss them: what differs by less than the rounding of d products is equal.
+    # Equal distances (of duplicate images, say) differ in their last digits, and `<=` must count them: what
+    # differs by less than the rounding of d products is equal.
     rounding = 1e-11 * max(x.square().sum(1).max().item() for x in (real, fake))
 
     def radii(points):
@@ -211,9 +108,9 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
     """Structural similarity of each image: uint8 (B, 3, H, W) twice, read as [0, 1] -> (B,) float64.
 
-    7 x 7 uniform window, sample covariance, channel by channel, no border (scikit-image's defaults).
-    data_range: 1.0 is right for [0, 1]; the released code passes 2.0, which makes the two constants 4 times
-    larger and the result look better. Numbers are comparable at the same value only.
+    7 x 7 uniform window, sample covariance, per channel, no border: scikit-image's defaults. data_range 1.0
+    is right for [0, 1]; the released code passes 2.0, which makes both constants 4 times larger and the
+    result higher. Compare at the same value only.
     """
     if min(a.shape[-2:]) < 7:
         raise UserError(f"SSIM's window is 7 x 7: images of {a.shape[-2]} x {a.shape[-1]} px are too small")
@@ -230,18 +127,18 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
 # --------------------------------------------- the latent space ---------------------------------------------
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Shift and scale each column to mean 0 and variance 1 *of train*; constant columns are only shifted.
-    Tensors (n, d) in, as many out, same dtype."""
+    """Shift and scale each column of tensors (n, d) to mean 0 and variance 1 *of train*; constant columns are
+    only shifted."""
     mean, std = train.double().mean(0), train.double().std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     return [((x - mean) / std).to(train.dtype) for x in (train, *others)]
 
 
 def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor, float]:
-    """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` of them.  [App. B.3]
+    """Principal axes of x (n, d) that hold `fraction` of its variance, or exactly `dims` axes.     [App. B.3]
 
-    Returns mean (d,), axes (d, m), the fraction they hold; (x - mean) @ axes projects. The smaller of the
-    d x d and n x n eigenproblems is solved; the latter's vectors are carried over by X^T.
+    Returns mean (d,), axes (d, m) and the fraction that they hold; (x - mean) @ axes projects. The smaller of
+    the d x d and n x n eigenproblems is solved; X^T maps the eigenvectors of the latter to axes.
     """
     if dims > min(x.shape[1], len(x) - 1):
         raise UserError(f"{dims} dimensions cannot be had from {len(x)} latents of {x.shape[1]} values")
@@ -259,29 +156,11 @@ def pca(x: Tensor, fraction: float = 0.9, dims: int = 0) -> tuple[Tensor, Tensor
     return mean, axes[:, :dims], held[dims - 1].item()
 
 
-def discriminant_axes(x: Tensor, y: Tensor, count: int = 2) -> Tensor:
-    """The directions in which class means lie furthest apart, measured in the spread within classes:
-    Fisher's linear discriminants, (d, count) float64, of x (n, d) with classes y (n,) ints. The
-    spread along each is 1.
-
-    With C classes there are C - 1 such directions at most. Within-class covariance gets 1e-3 of its mean
-    variance on the diagonal: with few vectors it is singular, and directions of no spread would win.
-    """
-    x, classes = x.double(), y.unique()
-    means = torch.stack([x[y == c].mean(0) for c in classes])                                   # (C, d)
-    within = sum((rows := x[y == c] - mean).T @ rows for c, mean in zip(classes, means)) / len(x)
-    shares = torch.stack([(y == c).double().mean() for c in classes])
-    centred = (means - shares @ means) * shares.sqrt()[:, None]
-    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=torch.float64)
-    _, axes = scipy.linalg.eigh((centred.T @ centred).numpy(), within.numpy())                  # ascending
-    return torch.from_numpy(axes[:, ::-1][:, :count].copy())
-
-
 def linear_probe(x: Tensor, labels: Tensor, num_classes: int, strength: float = 1.0,
                  iterations: int = 300) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS: weight (d, classes) and bias (classes,).         [Sec. 4.3]
 
-    Minimises mean cross-entropy + |weight|^2 / (2 n strength): scikit-learn's C = strength.
+    Minimises mean cross-entropy + |weight|^2 / (2 n strength), where strength is scikit-learn's C.
     x: (n, d) standardised float; labels: (n,) int64. A test image's class is (x @ weight + bias).argmax(1).
     """
     n, d = x.shape
@@ -315,12 +194,9 @@ BLOCK = 2 ** 21                       # numbers of T at a time, so that they sta
 
 
 def sufficient_statistics(x: Tensor, full: bool) -> Tensor:
-    """T(x) of the Gaussian family, a column a vector: (b, d) -> (m, b).
-
-    The d values, then the products x_i x_j with j >= i (full; m = d + d(d+1)/2), or the squares (m = 2d). The
-    log-density is linear in T: one matrix product gives it for all K, and symmetry halves the work.
-    x should be standardised: far from the origin such sums lose digits.
-    """
+    """T(x) of the Gaussian family, a column per vector: (b, d) -> (m, b). The d values, then the products
+    x_i x_j with j >= i (full; m = d + d(d+1)/2), or the squares (m = 2d). The log-density is linear in T: one
+    matrix product gives it for all K components."""
     T = x.T.contiguous()                                                                          # (d, b)
     return torch.cat((T, *(T[i:] * T[i] for i in range(len(T)))) if full else (T, T * T))
 
@@ -335,7 +211,7 @@ def natural_parameters(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
             raise UserError("a component of the mixture has collapsed: take fewer components or more images")
         precision = torch.cholesky_inverse(factor)                                                # (K, d, d)
         linear = (precision @ means[..., None])[..., 0]                                           # (K, d)
-        # -1/2 x^T P x over pairs i <= j: the diagonal once; the others, which occur twice, whole
+        # -1/2 x^T P x over pairs i <= j: half on the diagonal; the other pairs occur twice
         i, j = torch.triu_indices(d, d)
         quadratic = -precision[:, i, j] * torch.where(i == j, 0.5, 1.0)
         log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -346,7 +222,7 @@ def natural_parameters(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
 
 
 def log_joint(mixture, x):
-    """Blocks (K, b) of log(weight_k N(x; mean_k, covariance_k)) for x (n, d), in x's dtype."""
+    """Blocks (K, b) of log(weight_k N(x; mean_k, covariance_k)) for standardised x (n, d), in x's dtype."""
     parameters, constants = (p.to(x.dtype) for p in natural_parameters(mixture))
     for part in x.split(max(64, BLOCK // parameters.shape[1])):
         yield torch.addmm(constants, parameters, sufficient_statistics(part, mixture.covariances.ndim == 3))
@@ -359,12 +235,10 @@ def negative_log_likelihood(mixture: GaussianMixture, x: Tensor) -> Tensor:
 
 
 def weighted_gaussians(responsibilities: Tensor, x: Tensor, full: bool) -> GaussianMixture:
-    """The M-step: the mixture whose component k is the Gaussian of x (n, d) weighted by
-    responsibilities[k] (n,).
+    """The M-step: component k is the Gaussian of x (n, d) weighted by responsibilities[k] (n,).
 
-    In more than a few dimensions nearly all responsibilities are next to nothing, so each component works on
-    its own vectors only. It centres them before it squares, so that rounding, in float32 too, makes
-    no covariance indefinite.
+    In more than a few dimensions nearly all responsibilities are negligible, so each component reads only
+    its own vectors. They are centred before they are squared, so that rounding leaves covariances definite.
     """
     (K, _), d = responsibilities.shape, x.shape[1]
     negligible = 1e-8 if x.dtype == torch.float32 else 1e-12
@@ -386,8 +260,8 @@ def weighted_gaussians(responsibilities: Tensor, x: Tensor, full: bool) -> Gauss
 def em_step(mixture: GaussianMixture, x: Tensor) -> tuple[GaussianMixture, float]:
     """One EM step on x (n, d): the new mixture, and the mean log-likelihood of x under the *old* one.
 
-    The products run in x's dtype, parameters and factorisations are float64. On float32 x a step takes half
-    the time and is off by about 1e-6 |x|^2 / (smallest variance) nats; fit_mixture has the remedy.
+    Products are in x's dtype, all else is float64. With float32 x a step takes half the time and is off by
+    about 1e-6 |x|^2 / (smallest variance) nats.
     """
     responsibilities, total = [], 0.0
     for joint in log_joint(mixture, x):                                                           # (K, b)
@@ -401,11 +275,9 @@ def em_step(mixture: GaussianMixture, x: Tensor) -> tuple[GaussianMixture, float
 
 
 def start_mixture(x: Tensor, K: int, full: bool, rng: np.random.Generator) -> GaussianMixture:
-    """K means drawn as k-means++ does, each with probability proportional to the squared distance to those
-    already there; all components with the pooled covariance around the nearest mean. rng: numpy Generator.
-
-    (A covariance for each from its few nearest vectors, the usual start, makes outliers collapse at once.)
-    """
+    """K means drawn as in k-means++, with probability proportional to the squared distance to the nearest one
+    so far; one covariance for all, that of x around the nearest means. (The usual start, a covariance per
+    component from its few nearest vectors, makes outliers collapse.)"""
     nearest, owner = torch.full((len(x),), math.inf, dtype=x.dtype), torch.zeros(len(x), dtype=torch.int64)
     index = int(rng.integers(len(x)))
     for k in range(K):
@@ -424,12 +296,11 @@ def start_mixture(x: Tensor, K: int, full: bool, rng: np.random.Generator) -> Ga
 def fit_mixture(x, K, full=True, starts=2, iterations=100, tolerance=1e-3, seed=0, progress=None):
     """The best of several EM runs on standardised x (n, d): (GaussianMixture, its mean log-likelihood on x).
 
-    A run takes steps in float32 until one gains less than `tolerance` nats a vector (scikit-learn's rule and
-    value), and from there in float64 by the same rule: fast far from the optimum, double precision at it.
-    progress: a tqdm bar, moved by one a step. Raises UserError for fewer than 2 vectors a component.
+    A run takes steps in float32 until one gains less than `tolerance` nats per vector (scikit-learn's rule
+    and value), then in float64 by the same rule. progress: a tqdm bar, moved by one per step.
     """
     if len(x) < 2 * K:
-        raise UserError(f"too few images: {K} components need {2 * K} at the least, here are {len(x)}")
+        raise UserError(f"too few images: {K} components need at least {2 * K}, here are {len(x)}")
     x, best = x.double(), (None, -math.inf)
     for start in range(starts):
         mixture = start_mixture(x, K, full, np.random.default_rng((seed, start)))

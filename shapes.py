@@ -1,7 +1,7 @@
-"""The embedded data set: ten classes of shapes, drawn at any size, with and without captions. No files.
+"""The built-in data set: ten classes of shapes, drawn at any size. No files.
 
 A sample is a function of (seed, split, index) alone; images are PIL RGB. The demo, the tests and the course
-work run on these pictures.
+use these pictures.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -26,8 +26,8 @@ def _heart():
     return np.stack((16 * np.sin(t) ** 3, -y - 2.5), -1) / 18.2          # within the unit circle
 
 
-# Class name -> outline, and hole (drawn in the background colour). In units of the shape's radius, y
-# downwards; every outline lies within the unit circle, so no rotation pushes a shape out of the picture.
+# Class name -> outline, and hole (drawn in the background colour), in units of the shape's radius; y points
+# down. Every outline lies within the unit circle, so no rotation moves a shape out of the picture.
 SHAPES = {
     "circle": (_circle(0.9), None),
     "square": (0.7 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
@@ -45,11 +45,11 @@ SHAPES = {
 
 
 class Shapes:
-    """The embedded data set: one flat-coloured shape on a flat background, antialiased, any size.
+    """One flat-coloured shape on a flat background, antialiased, at any size.
 
-    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours are drawn
-    without regard to the class and either may be the brighter, so that no fixed set of pixel weights can tell
-    the classes apart. Sample i has class i mod 10. Train and test images come from different random streams.
+    Class, position, radius, rotation (up to 20 degrees either way) and both colours vary. Colours do not
+    depend on the class and either may be the brighter one, so no linear classifier of pixels can tell the
+    classes apart. Sample i has class i mod 10. Train and test images come from different random streams.
     """
     classes = list(SHAPES)
 
@@ -58,15 +58,15 @@ class Shapes:
         self.length = None if split == "train" else test_images                    # None: endless
 
     def fingerprint(self):
-        """What tells this source from any other, for the key of a latent cache. Every source has one."""
+        """A text that tells this source from any other, for the key of a cache."""
         return f"{self.stream} seed {self.seed} size {self.size}"
 
     def colours(self, index):
-        """Background and colour of a sample, two RGB arrays, and before them the generator they came from."""
+        """(generator, background, colour) of a sample: two RGB arrays, and the generator that drew them."""
         rng = sample_rng(self.seed, self.stream, 0, index)
         while True:
             background, colour = rng.integers(32, 224, (2, 3))
-            # Visible in luminance too (weights of ITU-R 601), or the edges would exist in one channel only.
+            # The luminances must differ (weights of ITU-R 601), or edges could be in one channel only.
             if abs((colour - background) @ (0.299, 0.587, 0.114)) > 50:
                 return rng, background, colour
 
@@ -74,7 +74,7 @@ class Shapes:
         label = index % len(SHAPES)
         rng, background, colour = self.colours(index)
         radius = rng.uniform(0.34, 0.44)
-        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.47 - radius)         # all of the shape stays inside
+        centre = 0.5 + rng.uniform(-1, 1, 2) * min(0.1, 0.47 - radius)       # the whole shape stays inside
         angle = np.deg2rad(rng.uniform(-20, 20))
         rotation = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         oversampling = 4 if self.size <= 128 else 2
@@ -89,18 +89,3 @@ class Shapes:
         image = Image.new("RGB", coverage.size, tuple(background.tolist()))
         image.paste(tuple(colour.tolist()), mask=coverage)
         return image, label
-
-
-COLOURS = {"black": (50, 50, 50), "white": (205, 205, 205), "grey": (128, 128, 128), "red": (190, 55, 55),
-           "yellow": (200, 195, 60), "green": (65, 170, 65), "cyan": (60, 185, 185), "blue": (60, 75, 190),
-           "purple": (130, 60, 165), "pink": (205, 105, 165), "brown": (115, 75, 45)}
-
-
-class CaptionedShapes(Shapes):
-    """Shapes with a caption for each picture: "a red star on green", by the nearest of eleven colours."""
-
-    def caption(self, index):
-        names, values = list(COLOURS), np.array(list(COLOURS.values()))
-        background, colour = (names[np.square(values - rgb).sum(1).argmin()]
-                              for rgb in self.colours(index)[1:])
-        return f"a {colour} {self.classes[index % len(SHAPES)]} on {background}"

@@ -1,57 +1,41 @@
 """SiT, the diffusion model: noise and a class -> latent tokens (B, L, C).                 [Sec. 4.1, Table 8]
 
-    x_t, t, class --SiT--> the velocity of x_t
+    x_t --x_embedder, + positions--> tokens (B, L, D) --blocks--> --final_layer--> velocity of x_t (B, L, C)
+    t_embedder + y_embedder = condition c (B, D), which shifts, scales and gates every block (adaLN-zero)
 
-The architecture is SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1 on a 1D
-sequence of tokens. What it learns and how it is sampled, the same for all three diffusion models, stands
-in flow.py.
+The architecture is SiT's (Ma et al. 2024, arXiv:2401.08740): a DiT, here with patch size 1 on a sequence of
+tokens. What it learns and how it is sampled is in flow.py, its training in train_diffusion.py.
 
-Time runs from data to noise everywhere: DATA AT t = 0, NOISE AT t = 1.
-
-Shape legend, the same in every file:
-    B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
-A label y is an int64 in [0, num_classes]; num_classes itself is the null class, which
-stands for "no class given".
-
-Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] its diffusion model's paper ·
-[released code] what only the authors' code shows · [ours] all are silent.
+Time (DATA AT t = 0, NOISE AT t = 1), labels and provenance tags are as in flow.py.
+Shapes: B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
 """
-import dataclasses
 import math
 from dataclasses import dataclass
+
+import common    # before torch, see runtime/processes.py
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import common
-from after.x_prediction import velocity_of_data
 from checkpoints import load_checkpoint, load_weights
-from common import Count, Linear, Positive, Share, UserError, Weight, Whole, check_ranges
+from common import Count, UserError, Whole, check_ranges
+from flow import SAMPLERS, guided_velocity, time_grid
 from maetok import tokenizer_of
+from runtime.processes import faster_products
 
 
 @dataclass
 class SiTConfig:
-    """Everything that fixes the weights' shapes. The defaults are SiT-XL/1 on MAETok's latents [Table 8].
-
-    Raises ValueError for values that cannot make a model.
-    """
+    """Everything that fixes the weights' shapes. The defaults are SiT-XL/1 on MAETok's latents [Table 8]."""
     # ---- diffusion model (SiTConfig in sit.py) ----
     num_latents: Count = 128     # L, the tokenizer's
     latent_dim: Count = 32       # C, the tokenizer's
     width: Count = 1152          # D [Table 8]
     heads: Count = 16            # nh [Table 8]
     depth: Count = 28            # blocks [Table 8]
-    mlp_ratio: Positive = 4.0    # hidden width of the MLP / D
     num_classes: Whole = 1000    # the null class comes on top; 0: unconditional, it is the only one [Table 5]
-    # Guidance-free training: the model is told 1 / guidance scale and learns the guided velocity itself.
-    guidance_free: bool = False  # guidance-free training [rebuttal; Chen et al. 2025]; not with usit
-    # ---- after the paper, all off: docs/after.md ----
-    time_shift: Weight = 1.0     # of times in training and sampling; above 1 to the noise; 0: by L x C [RAE]
-    x_prediction: bool = False   # the output is read as the data, the velocity made of it [JiT]; linear path
-    mean_flow: Share = 0.0    # part of the samples that learn an average velocity [MeanFlow: 0.25]; sit alone
 
     def __post_init__(self):
         check_ranges(self)
@@ -73,11 +57,8 @@ SIZES = {
 # ----------------------------------------------- conditioning -----------------------------------------------
 
 def position_table(length: int, width: int) -> Tensor:
-    """Fixed 1D positions [Table 8 "1D sinusoidal"]: (1, L, D) float32.
-
-    Channels 2i and 2i+1 are sine and cosine of position * 10000^(-2i/D): neighbours, not halves
-    [released code].
-    """
+    """Fixed 1D positions [Table 8 "1D sinusoidal"]: (1, L, D) float32. Channels 2i and 2i+1 are sine and
+    cosine of position * 10000^(-2i/D): neighbours, not halves [released code]."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)                # (D/2,)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency                          # (L, D/2)
     return torch.stack((angle.sin(), angle.cos()), -1).reshape(1, length, width).float()
@@ -86,10 +67,9 @@ def position_table(length: int, width: int) -> Tensor:
 def time_features(t: Tensor, size: int = 256) -> Tensor:
     """t (B,) -> (B, size) float32: the cosines of t * 10000^(-i/(size/2)), then the sines.
 
-    t goes in as it is, in [0, 1]. The frequencies were made for step numbers up to 1000, so only the first
-    few features move much; the weights learned with it leave no choice [released code]. Angles are float32
-    under any autocast: just below t = 1 bfloat16's spacing is 1/256, about the length of one of 250 sampling
-    steps, so neighbouring steps would be rounded to the same time, or to two that are twice as far apart.
+    t in [0, 1] is not multiplied by 1000, although the frequencies were chosen for step numbers up to 1000;
+    the released weights expect this [released code]. Angles are float32 under any autocast: just below t = 1
+    the spacing of bfloat16 is 1/256, about one of 250 sampling steps, and steps would be rounded together.
     """
     frequency = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
     angle = t.float()[:, None] * frequency
@@ -108,7 +88,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class (B,) -> (B, D). The last row is the null class; drop_labels says when it is trained."""
+    """Class (B,) -> (B, D). The last row is the null class, trained on the labels that drop_labels drops."""
 
     def __init__(self, num_classes, width):
         super().__init__()
@@ -119,23 +99,21 @@ class LabelEmbedder(nn.Module):
 
 
 # ----------------------------------------------- transformer -----------------------------------------------
-# Modules carry the names of the released checkpoints: their weights load as they are, less
-# the stored `pos_embed`.
+# Modules have the names of the released checkpoints [released code].
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive LayerNorm's second half: x (B, L, D), shift and scale (B, 1, D). Unlike
-    MAETok's decoder, 1 + scale."""
+    """The second half of an adaptive LayerNorm: x (B, L, D), shift and scale (B, 1, D), both 0 at first."""
     return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; positions are in the tokens already."""
+    """Multi-head self-attention; the tokens already hold their positions. bias: of q, k and v."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, bias=True):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x):
         B, L, D = x.shape
@@ -146,30 +124,27 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with the tanh form of GELU between them [SiT]."""
+    """Two layers with the tanh form of GELU between them; hidden width 4 D [SiT]."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width):
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Pre-norm block, modulated by the condition c: shift and scale after each norm, a gate on each branch
-    (adaLN-zero).
+    """Pre-norm transformer block, modulated by the condition c: a shift and a scale after each norm, a gate
+    on each branch (adaLN-zero). A new block's gates are 0, so that it returns its input [SiT]."""
 
-    The layer that makes them starts at zero, so the gates are 0 and a new block returns its input [SiT].
-    """
-
-    def __init__(self, width, heads, mlp_ratio):
+    def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.mlp = MLP(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -195,137 +170,91 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class. See
-    SiTConfig for the sizes."""
+    """Velocity of the latents, given their noisy state, the time and the class. `network` is the model; the
+    methods before it build its parts, those after it say how it is sampled."""
+    Final = FinalLayer
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.x_embedder = nn.Linear(c.latent_dim, c.width)       # patch size 1: a token is a patch [Sec. 4.1]
-        self.t_embedder = TimestepEmbedder(c.width)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.width)
-        self.beta_embedder = TimestepEmbedder(c.width) if c.guidance_free else None
-        self.span_embedder = TimestepEmbedder(c.width) if c.mean_flow else None
+        self.build_embedders()
         self.register_buffer("pos_embed", position_table(c.num_latents, c.width), persistent=False)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth))
-        self.final_layer = FinalLayer(c.width, c.latent_dim)
-        self._init_weights()
+        self.blocks = nn.ModuleList(self.build_block() for _ in range(c.depth))
+        self.final_layer = self.Final(c.width, c.latent_dim)
+        self.initialise()
 
-    def _init_weights(self):                                         # [SiT], which takes it from DiT
+    def build_embedders(self):
+        """The modules that `condition` sums up."""
+        self.t_embedder = TimestepEmbedder(self.config.width)
+        self.y_embedder = LabelEmbedder(self.config.num_classes, self.config.width)
+
+    def build_block(self):
+        return Block(self.config.width, self.config.heads)
+
+    def initialise(self):
+        """Random weights: Xavier, and normal 0.02 for the embedders of t and y [SiT, as DiT]."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(table.weight, std=0.02)
-        # adaLN-zero: blocks start as the identity and the output as 0: the loss starts at
-        # E|v|^2 whatever the depth.
+        # adaLN-zero: blocks start as the identity and the output as 0, so the loss starts at E|v|^2.
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
                       self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x, t, y, beta=None, hidden_after=0, span=None):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class -> velocity
-        (B, L, C).
+    def condition(self, t, y):
+        """What modulates every block, (B, D). A subclass may have more inputs; `forward` passes them on."""
+        return self.t_embedder(t) + self.y_embedder(y)
 
-        beta: (B,) float in [0, 1], 1 / guidance scale, for a model of guidance-free training; None: 1.
-        span: (B,) float in [0, 1], t - r of an average velocity (after/mean_flow.py); None: 0.
-        hidden_after: k > 0 returns (velocity, tokens after k blocks (B, L, D)), which REPA trains on.
-        Raises ValueError when x is not (B, num_latents, latent_dim): one token would
-        silently take every position.
-        """
+    def network(self, x, t, y, **more):
+        """The transformer; arguments and result as forward's."""
+        c = self.condition(t, y, **more)                                                           # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)                                                              # (B, L, C)
+
+    def forward(self, x, t, y, **more):
+        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class -> velocity
+        (B, L, C). Raises ValueError for other shapes: one token would silently get every position."""
         if x.shape[1:] != (self.config.num_latents, self.config.latent_dim):
             raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of "
                              f"{self.config.num_latents} tokens with {self.config.latent_dim} channels")
-        c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
-        if self.beta_embedder is not None:
-            c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
-        if self.span_embedder is not None:
-            c = c + self.span_embedder(torch.zeros_like(t) if span is None else span)
-        x_t, x = x, self.x_embedder(x) + self.pos_embed                                            # (B, L, D)
-        for number, block in enumerate(self.blocks, 1):
-            x = block(x, c)
-            if number == hidden_after:
-                hidden = x
-        v = self.final_layer(x, c)                                                                 # (B, L, C)
-        v = velocity_of_data(v, x_t, t) if self.config.x_prediction else v
-        return (v, hidden) if hidden_after else v
+        return self.network(x, t, y, **more)
 
+    # ---- how it is sampled, for flow.sample_latents ----
+    samplers = SAMPLERS
 
-def sit_macs(config: SiTConfig) -> int:
-    """Multiply-accumulates (MACs) of one forward pass of one sample, an int.
+    def velocity(self, y, cfg_scale=1.0, interval=(0.0, 1.0)):
+        """A sampler's velocity, (state, t) -> (B, L, C). Raises UserError for an impossible scale."""
+        return guided_velocity(self, y, cfg_scale, interval)
 
-    Counted: every linear layer, and attention's two products, queries with keys and weights with values.
-    Not counted: softmax, norms, GELU, biases, modulation, sums, look-ups. One MAC is two FLOPs in the usual
-    terms. SiT-XL/1 has 58.4 G at 128 tokens and 524.6 G at 1024, 9.0 times as many. The paper has 48.5 and
-    373.3 "Gflops", 7.7 times, and does not say what it counts [Sec. 4.5]; leaving attention's products out
-    gives 57.3 and 456.9, 8.0 times.
-    """
-    L, C, D, hidden = (config.num_latents, config.latent_dim, config.width,
-                       int(config.width * config.mlp_ratio))
-    block = L * (3 * D * D + D * D + 2 * D * hidden)     # qkv, proj, MLP
-    block += 2 * L * L * D                               # q k^T and weights v, all heads together
-    block += 6 * D * D                                   # adaLN: once a sample, not once a token
-    # x_embedder, t_embedder, the last adaLN, linear
-    ends = L * C * D + (256 * D + D * D) + 2 * D * D + L * D * C
-    return config.depth * block + ends
+    def times(self, steps, last=None):
+        """A sampler's times, from 1 to 0."""
+        return time_grid(steps, last)
 
 
 # -------------------------------------------- trained models --------------------------------------------
 
-def model_classes(name: str) -> tuple[type, type]:
-    """(model, its config) of --model. Raises UserError for a name that none has."""
-    if name == "sit":
-        return SiT, SiTConfig
-    # Not at the top: the variants are made from this file's parts.
-    if name == "lightningdit":
-        from variants.lightningdit import LightningDiT, LightningDiTConfig
-        return LightningDiT, LightningDiTConfig
-    if name == "usit":
-        from variants.usit import USiT, USiTConfig
-        return USiT, USiTConfig
-    raise UserError(f"--model {name}: choose sit, lightningdit, usit")
-
-
-def build_config(values: dict) -> SiTConfig:
-    """The model's own config out of a run's, a dict. Raises UserError for sizes that cannot make a model."""
-    config = model_classes(values["model"])[1]
-    names = {field.name for field in dataclasses.fields(config)}
-    try:
-        return config(**{k: v for k, v in values.items() if k in names})
-    except ValueError as e:
-        raise UserError(str(e)) from e
-
-
-def build_model(values: dict) -> nn.Module:
-    """The model that a run's config, a dict, describes."""
-    return model_classes(values["model"])[0](build_config(values))
+class Diffusion:
+    """What `--add` puts an extra in front of: the model, and in train_diffusion.py its training."""
+    ROLE, Config, Model, PRESETS = "Diffusion", SiTConfig, SiT, {}
 
 
 def load_diffusion(path, device="cpu"):
-    """(the model with the EMA weights, its tokenizer, config dict with the names of the classes as "classes")
-    from a checkpoint or run folder of train_diffusion.py, both in eval mode. Raises UserError."""
+    """(model with the EMA weights, its tokenizer, config) from a checkpoint or run folder of
+    train_diffusion.py; both in eval mode. config: a dict, with the names of the classes as "classes"."""
     state = load_checkpoint(path)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
     try:
-        model = build_model(state["config"])
-    except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{path} has a config this version cannot build: {e}") from e
+        model = common.build_model(Diffusion, state["config"], state["add"])
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from e
     load_weights(model, state["ema"], path)
     tokenizer = tokenizer_of(state["tokenizer"], path)
-    names = {"classes": state.get("classes", [])}                      # checkpoints had none before
-    return model.to(device).eval().requires_grad_(False), tokenizer.to(device), state["config"] | names
-
-
-def load_guide(path, model, tokenizer, config, device):
-    """The worse model of autoguidance, which must share latents, path and classes with `model`.
-    Raises UserError."""
-    guide, its_tokenizer, its_config = load_diffusion(path, device)
-    if common.fingerprint(its_tokenizer.encoder) != common.fingerprint(tokenizer.encoder):
-        raise UserError(f"--guide-ckpt {path} was trained on another tokenizer's latents")
-    for what, its, ours in (("classes", guide.config.num_classes, model.config.num_classes),
-                            ("path", its_config["path"], config["path"])):
-        if its != ours:
-            raise UserError(f"--guide-ckpt {path}: {what} {its}, the model's {ours}; they must agree")
-    return guide
+    model = faster_products(model).to(device).eval().requires_grad_(False)
+    return model, tokenizer.to(device), state["config"] | {"classes": state["classes"]}

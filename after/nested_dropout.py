@@ -1,14 +1,43 @@
 """Latents that are ordered: an image from its first 1, 2, 4 ... tokens.
                                     [after the paper: FlexTok, 2502.13967; One-D-Piece, 2501.10064]
 
-While the tokenizer trains, each image keeps its first k tokens and loses the others, k being drawn from 1, 2,
-4 ... and L. What most helps the reconstruction then moves to the front: one tokenizer for every length. Only
-for learnable latents, whose order is free; FlexTok and One-D-Piece quantise theirs, these stay continuous.
-To remove it: this file, the field `nested_dropout`, the lines with that name or `lengths`,
-`evaluate.py lengths`.
+    train_tokenizer.py --add nested_dropout
+
+During training each image keeps its first k tokens; k is drawn from 1, 2, 4 ... and L. The information that
+helps the reconstruction most then moves to the first tokens, and one tokenizer serves every length. Only for
+learnable latents, whose order is free. FlexTok and One-D-Piece quantise their latents; these stay continuous.
+To remove it: delete this file and study/lengths.py.
 """
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from common import UserError, step_rngs
+from runtime.processes import to_device
+
+
+class AddToTokenizer:
+    """See common.attach."""
+    TRAINING_ONLY = True
+
+    @dataclass
+    class Config:
+        def __post_init__(self):
+            super().__post_init__()
+            if not self.learnable_latents:
+                raise UserError("--add nested_dropout orders learnable latents; image tokens have positions")
+
+    class Model:
+        def decode_all(self, h, *rest, lengths=None, **more):
+            """lengths: (B,) int, how many tokens of each image the decoders see; None: all."""
+            return super().decode_all(h if lengths is None else keep_first(h, lengths), *rest, **more)
+
+    def batch(self, stage, step, micro, positions, loaded):
+        batch = super().batch(stage, step, micro, positions, loaded)
+        lengths = draw_lengths(step_rngs(self.config, "lengths", step, positions), self.config.num_latents)
+        batch.more["lengths"] = to_device(lengths, self.device)
+        return batch
 
 
 def possible_lengths(num_latents: int) -> list[int]:
@@ -17,16 +46,16 @@ def possible_lengths(num_latents: int) -> list[int]:
 
 
 def draw_lengths(rngs: list, num_latents: int) -> Tensor:
-    """How many tokens each image keeps, (B,) int64, from one numpy Generator an image:
-    all lengths alike often."""
+    """How many tokens each image keeps, (B,) int64, from one numpy Generator per image. All possible lengths
+    are equally likely."""
     choices = possible_lengths(num_latents)
     return torch.tensor([choices[rng.integers(len(choices))] for rng in rngs])
 
 
 def keep_first(latents: Tensor, lengths: Tensor) -> Tensor:
-    """latents (B, L, C) with 0 in place of all tokens but the first lengths (B,). The decoder adds
-    its positions to them, so 0 is a token that is known to be empty; as many tokens as before keep
-    one batch one tensor."""
+    """latents (B, L, C) with zeros in place of all tokens after the first lengths (B,). The decoder adds its
+    positions, so it can tell that a zero token is empty; dropping tokens would give images of one batch
+    different numbers of tokens."""
     kept = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]                   # (B, L)
     return latents * kept[..., None]
 

@@ -1,6 +1,7 @@
 """Functions as pieces of source text: find one, take its body out, put another in.
 
-All works on whole lines, by the positions that `ast` gives, so that comments and layout elsewhere stay.
+Everything works on whole lines, by the positions that `ast` gives, so that comments and layout elsewhere
+stay as they are.
 """
 import ast
 import copy
@@ -9,8 +10,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Where a function stands in a text. `first` and `end` count lines from 0:
-    its body without the docstring."""
+    """Where a function is in a text. `first` and `end` count lines from 0: its body without the docstring."""
     node: ast.FunctionDef
     first: int
     end: int
@@ -35,7 +35,7 @@ def find(source: str, name: str) -> Piece:
     documented = ast.get_docstring(node) is not None
     first = nodes[0].end_lineno if documented else nodes[0].lineno - 1
     if first < node.lineno:
-        raise ValueError("it stands on one line: give its body lines of its own")
+        raise ValueError("it is on one line: put its body on the lines below")
     return Piece(node, first, node.end_lineno)
 
 
@@ -58,7 +58,7 @@ def blank(source: str, name: str, message: str) -> str:
 
 
 def signature(source: str, name: str) -> str:
-    """Decorators, arguments and defaults as text, whatever the spaces, comments and annotations."""
+    """Decorators, arguments and defaults as text, without spaces, comments and annotations."""
     node = find(source, name).node
     arguments = copy.deepcopy(node.args)
     for argument in ast.walk(arguments):
@@ -70,8 +70,7 @@ def signature(source: str, name: str) -> str:
 def transplant(source: str, name: str, other: str) -> str:
     """`source` with the body that the function has in the text `other`, and nothing else of it.
 
-    The statements are written anew from their syntax tree,
-    since `other` may be indented by tabs or by 2 spaces.
+    The statements are written from their syntax tree, since `other` may be indented by tabs or by 2 spaces.
     Raises as `find` does, and ValueError where the signature differs.
     """
     ours, theirs = signature(source, name), signature(other, name)

@@ -1,11 +1,10 @@
-"""Check the course by its own means: what `make course` runs.
+"""Check the course: what `make course` runs.
 
     python course/check.py            # all five folders, the bank of wrong answers, three submissions of each
     python course/check.py A3 --bank  # the bank of one assignment alone
 
-The bank runs in one process an assignment, in which runner.py exchanges functions: some 350 runs of
-a few tests each. The submissions go through make.py and grade.py as a student's would, with a
-process for every blank.
+The bank runs in one process per assignment, in which runner.py exchanges functions: some 300 runs of a few
+tests each. The submissions go through make.py and grade.py as a student's would, with one process per blank.
 """
 import argparse
 import shutil
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # called as a script, from anywhere
 
 import common  # noqa: E402
+from runtime import processes  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks, grade, make  # noqa: E402
 
@@ -143,7 +143,7 @@ def main(argv=None):
     add = parser.add_argument
     add("assignments", nargs="*", help="default: all")
     add("--bank", action="store_true", help="the bank of wrong answers alone")
-    add("--seed", type=common.Seed, default=0, help="of the hidden tests' data (default 0)")
+    add("--seed", type=common.number(common.Seed), default=0, help="of the hidden tests' data (default 0)")
     args = parser.parse_args(argv)
     if unknown := set(args.assignments) - set(assignments.ASSIGNMENTS):
         raise UserError(f"there is no assignment {sorted(unknown)[0]}: choose A1 ... A5")
@@ -167,4 +167,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

@@ -7,16 +7,16 @@
 
 Only the bodies of the blank functions are taken, by qualified name; what else was changed or added does not
 count. Each goes alone into a clean copy of the repository in which the assignment's other functions are
-empty; those that its tests need (`needs`) come from the solution as compiled code. The tests run in a process
-of their own: time, memory and file sizes are limited, its output is kept out of the report, its environment
-is six variables, its folder and TMPDIR are the copy, and it and all it started are killed at the end. An
-audit hook (runner.py) refuses to change files outside the copy, to read this repository or the submission, to
-start processes and to open connections.
+empty; those that its tests need (`needs`) come from the solution as compiled code. The tests run in a
+separate process: time, memory and file sizes are limited, its output is kept out of the report, its
+environment is six variables, its folder and TMPDIR are the copy, and it and all it started are killed at the
+end. An audit hook (runner.py) forbids it to change files outside the copy, to read this repository or the
+submission, to start processes and to open connections.
 
 Exit status and output prove nothing. A test counts as passed if the process wrote so to a file, with a nonce
-that stands in no environment, argument or file. Before and after the submission's code has run, the same
-tests judge the wrong answers of assignments.py; a submission that weakens the tests (a patched
-assert_close, a patched pytest) changes that verdict and gets nothing.
+that is in no environment, argument or file. Before and after the submission's code has run, the same tests
+judge the wrong answers of assignments.py; a submission that weakens the tests (a patched assert_close, a
+patched pytest) changes that verdict and gets nothing.
 
 What this does not stop: the submission's code shares a process with the tests. Made for the purpose it could
 find the nonce, or the values that a test compares with, in the interpreter's memory, repair what it has
@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # called as a script, from anywhere
 
 import common  # noqa: E402
+from runtime import processes  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks, make  # noqa: E402
 
@@ -387,7 +388,7 @@ def main(argv=None):
     add("--json", action="store_true", help="print JSON")
     add("--results", type=Path, default=Path("results.json"),
         help="write Gradescope's JSON here (results.json)")
-    add("--seed", type=common.Seed, default=0, help="of the hidden tests' data (default 0)")
+    add("--seed", type=common.number(common.Seed), default=0, help="of the hidden tests' data (default 0)")
     add("--user", help="run the submission's code as this user; needs root")
     args = parser.parse_args(argv)
     if args.user and os.geteuid() != 0:
@@ -398,4 +399,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

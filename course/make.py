@@ -22,15 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # called as a script, from anywhere
 
 import common  # noqa: E402
+from runtime import processes  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks  # noqa: E402
 
-CODE = ("*.py", "after/*.py", "frozen/*.py", "variants/*.py", "study/*.py", "pictures/*", "requirements.txt",
-        "pyproject.toml")
+CODE = ("*.py", "after/*.py", "frozen/*.py", "measures/*.py", "runtime/*.py", "variants/*.py", "study/*.py",
+        "pictures/*", "requirements.txt", "pyproject.toml")
 READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/*")
-# What the visible tests stand in, with what those files import.
-TESTS = ("tests/conftest.py", *(f"tests/test_{name}.py" for name in
-                                ("maetok", "hog", "losses", "train_tokenizer", "flow", "sit", "metrics")))
+# The files of the visible tests, and what those import.
+TESTS = ("tests/conftest.py", "tests/random_frozen.py",
+         *(f"tests/test_{name}.py" for name in
+           ("maetok", "hog", "losses", "train_tokenizer", "train_gan", "flow", "sit", "metrics", "theory")))
 COURSE = ("course/*.py", "course/*.md")
 
 MAKEFILE = """\
@@ -191,7 +193,7 @@ def main(argv=None):
     add("--solutions", action="store_true",
         help="the staff's copy: nothing blank, hidden tests, wrong answers")
     add("--gradescope", action="store_true", help="the autograder's zip instead of a folder")
-    add("--seed", type=common.Seed, default=0,
+    add("--seed", type=common.number(common.Seed), default=0,
         help="with --gradescope: of the hidden tests' data (default 0)")
     add("--handouts", action="store_true", help="write the tables of blanks into course/A*.md")
     args = parser.parse_args(argv)
@@ -216,4 +218,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))          # called as a script, from anywhere
 
-import checkpoints  # noqa: E402
 import common  # noqa: E402
+from runtime import files, processes  # noqa: E402
 
 
 def cells_of(script):
@@ -79,10 +79,10 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=ROOT / "course/walkthrough.ipynb")
     args = parser.parse_args(argv)
     content = notebook((ROOT / "course/walkthrough.py").read_text())
-    checkpoints.atomic_write(args.out, lambda path: path.write_text(
+    files.atomic_write(args.out, lambda path: path.write_text(
         json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

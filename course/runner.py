@@ -5,8 +5,7 @@ job["fd"]:
 
     rounds   a list of dicts: `name`; `put`, {"maetok.py:random_mask": code object}, what functions are to do
              in this round (all others do what the source says); `tests`, node ids, where that of a
-             parametrised test without [...] stands for all of its cases; `first`, stop at the first that
-             fails
+             parametrised test without [...] means all of its cases; `first`, stop at the first that fails
     nonce    goes into every line; the parent believes no other line
     fence    the only folder in which files may be changed, or None for no fence; `closed`, folders
              not to be read

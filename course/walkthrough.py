@@ -35,16 +35,16 @@ from PIL import Image
 
 import checkpoints
 from data import build_dataset, some_images, to_float, to_uint8
-from flow import euler_maruyama, guided_velocity, interpolate, sample_latents
-from hog import hog_features, hog_picture
+from flow import LAST, euler_maruyama, guided_velocity, interpolate, sample_latents, time_grid
+from hog import hog_features
 from maetok import mask_out, patchify, random_mask, unpatchify
 from metrics import psnr
-from pictures.draw import image_grid
+from pictures.draw import hog_picture, image_grid
 from sit import load_diffusion
 
 torch.manual_seed(0)
 torch.set_grad_enabled(False)                                    # nothing is trained here
-model, tokenizer, config = load_diffusion(checkpoints.BOX)       # a small MAETok and a small SiT
+model, tokenizer, config = load_diffusion(checkpoints.DEFAULT_MODEL)    # a small MAETok and a small SiT
 c = tokenizer.config
 print(f"{c.image_size} px, {c.patch_size}-px patches, {c.num_latents} latent tokens of "
       f"{c.latent_dim} channels")
@@ -75,8 +75,8 @@ show({"images": images, "patches": apart})
 # %% [markdown]
 # ## The mask [Sec. 3.2]
 #
-# While the encoder trains, 40 to 60 % of the patches are hidden from it: a learned token takes their place.
-# Each image has its own mask, from its own random numbers.
+# While the encoder trains, 40 to 60 % of the patches are hidden from it: a learned token replaces them. Each
+# image has its own mask, from its own random numbers.
 
 # %%
 rngs = [np.random.default_rng([0, i]) for i in range(8)]
@@ -101,9 +101,9 @@ image_grid([to_uint8(images), [picture.resize((96, 96)) for picture in strokes]]
 # %% [markdown]
 # ## Latents and reconstruction [Eq. 4, 5]
 #
-# The encoder reads patches and a few learnable tokens; what it writes at the tokens' places is the code of
-# the image. The diffusion model will want numbers of variance 1, hence `normalize=True`: one mean and one
-# deviation for all.
+# The encoder reads patches and a few learnable tokens; its outputs at the learnable tokens' positions are the
+# latents. A diffusion model needs latents of variance 1, hence `normalize=True`: one mean and one standard
+# deviation for all of them.
 
 # %%
 z = tokenizer.encode(images, normalize=True)                     # (8, L, C)
@@ -114,14 +114,15 @@ from_masked = tokenizer.decode(tokenizer.encode(images, mask))
 as_grey = ((z.clamp(-3, 3) + 3) * 42.5).to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(4, 2)
 print("PSNR in dB:", [round(v, 1) for v in psnr(to_uint8(images), to_uint8(reconstruction)).tolist()])
 as_pictures = [Image.fromarray(grey.numpy()).convert("RGB") for grey in as_grey]
-titles = ["images", "reconstructions", "of masked images", "latents: a row\na token, a\ncolumn a channel"]
+titles = ["images", "reconstructions", "of masked images", "latents: rows are\ntokens, columns\nare channels"]
 image_grid([*map(to_uint8, (images, reconstruction, from_masked)), as_pictures], titles, cell=96)
 
 # %% [markdown]
 # ## Noise [Sec. 4.1]
 #
-# Diffusion works on latents. A path leads from data at t = 0 to noise at t = 1: x_t = (1 - t) x + t eps. Here
-# are its states, shown through the decoder, which never met noisy latents: pictures, not measurements.
+# Diffusion works on latents. A path leads from data at t = 0 to noise at t = 1: x_t = (1 - t) x + t eps. Its
+# states are shown decoded. The decoder was not trained on noisy latents: look at the pictures, do not measure
+# them.
 
 # %%
 noise, times = torch.randn_like(z[:1]), [0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0]
@@ -132,8 +133,8 @@ show({"t = 0, 0.15 ... 1": torch.cat([tokenizer.decode(x, normalized=True) for x
 # ## The velocity
 #
 # SiT is trained to predict v = dx_t/dt from x_t, t and the class. It cannot know which image and which noise
-# made x_t, so the best it can do is their mean, E[v | x_t]. Two things to see in the table: how far its
-# answer is from the pair's own velocity, and what image it expects, x_t - t v (on the linear path).
+# made x_t, so its best prediction is the mean, E[v | x_t]. The table shows how far the prediction is from the
+# velocity of this pair. The pictures show the image that the model expects, x_t - t v (on the linear path).
 
 # %%
 names = config["classes"] or [str(k) for k in range(model.config.num_classes)]
@@ -150,14 +151,14 @@ show({"x_t": torch.cat([tokenizer.decode(x, normalized=True) for x, _ in path]),
 # %% [markdown]
 # ## Sampling [Table 8]
 #
-# Begin with noise and follow the velocity down to t = 0. Euler-Maruyama adds a little fresh noise in every
-# step but the last. The same start gives another image for another class.
+# Start from noise and follow the velocity down to t = 0. Euler-Maruyama adds a little new noise in every step
+# except the last. From the same start each class gives another image.
 
 # %%
 start = torch.randn(1, *z.shape[1:]).expand(model.config.num_classes, -1, -1)
 y, states = torch.arange(len(start)), []
-samples = euler_maruyama(guided_velocity(model, y, cfg_scale=2.0), start, steps=50, path=config["path"],
-                         generator=torch.Generator().manual_seed(1), trajectory=states)
+samples = euler_maruyama(guided_velocity(model, y, cfg_scale=2.0), start, time_grid(50, LAST),
+                         path=config["path"], trajectory=states)
 steps = [states[i][1] for i in (0, 10, 20, 30, 35, 40, 45, 50)]
 show({f"class {names[k]}": torch.cat([tokenizer.decode(x[k:k + 1], normalized=True) for x in steps])
       for k in (0, 3, 6)})
@@ -165,7 +166,7 @@ show({f"class {names[k]}": torch.cat([tokenizer.decode(x[k:k + 1], normalized=Tr
 # %% [markdown]
 # ## A grid by class
 #
-# Ten samples, a class in each column, from noise of their own.
+# Ten samples per row, one class per column; each starts from different noise.
 
 # %%
 def draw(labels, scale, seed=0, interval=(0.0, 1.0), steps=50):
@@ -181,9 +182,9 @@ show({f"seed {seed}": draw(classes, 2.0, seed) for seed in range(4)})
 # %% [markdown]
 # ## Guidance [App. C.2]
 #
-# u + s (c - u): away from the velocity without a class, u, beyond the one with it, c. Scale 1 is the model as
-# it is. A larger scale makes classes clearer and samples more alike; guiding only below some t keeps more
-# variety.
+# u + s (c - u): from the velocity without a class, u, past the one with it, c. Scale 1 is the model without
+# guidance. A larger scale makes classes clearer and samples more similar; guidance only below some t keeps
+# more variety.
 
 # %%
 show({f"scale {scale:g}": draw(classes, scale) for scale in (1.0, 2.0, 4.0, 8.0)}

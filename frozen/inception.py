@@ -1,7 +1,7 @@
 """The Inception-v3 that FID, Inception Score and sFID are defined by, with its public weights.     [Sec. 4.1]
 
 Its file is looked for in --weights-dir, then in torch hub's cache, else downloaded (weight_files.py); under
-torchrun call load_inception inside common.rank_zero_first. Modules are named after the keys of the file.
+torchrun call load_inception inside processes.rank_zero_first. Modules are named after the keys of the file.
 """
 import re
 from typing import NamedTuple
@@ -191,13 +191,13 @@ class Inception(nn.Module):
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))       # (B, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                                  # (B, 768, 17, 17)
         x = self.Mixed_6d(x)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)       # the 1x1 branch stands first
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)       # the 1x1 branch is first
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))                   # (B, 2048, 8, 8)
         pool = x.mean((2, 3))
         return InceptionOutput(pool, F.linear(pool, self.fc.weight), spatial)
 
 
 def load_inception(weights_dir="", device="cpu", random=False):
-    """The frozen Inception of pytorch-fid's file, or of torch-fidelity's. Raises UserError."""
+    """The frozen Inception of pytorch-fid's file, or of torch-fidelity's."""
     return load_frozen("inception", Inception, INCEPTION_WEIGHTS, weights_dir, random, convert=dict,
                        skip=re.compile(r"num_batches_tracked$")).to(device)

@@ -1,7 +1,7 @@
 """Files of public weights: find or download them, read them, and put them into frozen networks.
 
-Nothing here knows a network: pretrained.py says which files there are. safetensors files are read by hand
-because the package would be needed for nothing else.
+Which files there are is in pretrained.py and inception.py. safetensors files are read without the package,
+which nothing else here needs.
 """
 import hashlib
 import http.client
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoints
+from runtime import files
 from common import UserError
 
 
@@ -27,19 +27,19 @@ class WeightFile:
     """One public file of weights."""
     file: str             # the name it is looked for and kept under
     url: str
-    sha256: str = ""      # first digits; many public names carry them ("" where we know none)
-    size: int = 0         # bytes (0: unknown; the server's own figure is checked in any case)
-    also: str = ""        # another name under which the same file circulates
+    sha256: str = ""      # first digits, often part of the public name ("": unknown)
+    size: int = 0         # bytes (0: unknown; the size that the server gives is always checked)
+    also: str = ""        # another common name of the same file
 
 
 def find_weights(weights, weights_dir=""):
     """The path of a WeightFile: in weights_dir, else in torch hub's cache, else downloaded.
 
     A .safetensors file with the same stem is taken too (the Hugging Face form of DINOv2, say). Downloads go
-    to weights_dir if one is given, else to the cache. Only downloads are checked against size and hash: what
-    lies in a folder was put there on purpose, and its keys and shapes are checked when it is loaded.
-    Under torch.distributed every rank that calls this downloads: call it inside common.rank_zero_first.
-    Raises UserError that names file, folder and address when the file is nowhere and cannot be had.
+    to weights_dir if one is given, else to the cache. Only downloads are checked against size and hash; keys
+    and shapes are checked whenever a file is loaded. Under torch.distributed every rank that calls this
+    downloads: call it inside processes.rank_zero_first. Raises UserError, with file, folder and address, when
+    the file is not found and cannot be downloaded.
     """
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
     if weights_dir:
@@ -52,7 +52,7 @@ def find_weights(weights, weights_dir=""):
                 return folder / name
     path = folders[0] / weights.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.atomic_write(path, lambda temporary: _download(weights, path, temporary))
+    files.atomic_write(path, lambda temporary: _download(weights, path, temporary))
     return path
 
 
@@ -100,9 +100,8 @@ def read_safetensors(path, skip=None):
 
     The format is 8 bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, then
     the data. Nothing in it is trusted: the ranges must tile the data exactly, without gap or overlap, and
-    have the size that dtype and shape ask for. skip: compiled pattern; tensors whose name it finds are not
-    read (a text tower can be half of a file).
-    Raises UserError for malformed files.
+    have the size that follows from dtype and shape. skip: compiled pattern; tensors whose name it matches are
+    not read (a text tower can be half of a file). Raises UserError for malformed files.
     """
     path = Path(path)
 
@@ -161,8 +160,8 @@ def read_safetensors(path, skip=None):
 
 
 def read_weights(path, skip=None):
-    """{name: tensor on the CPU} of a .pth or .safetensors file, floats as float32, without what `skip` finds.
-    Raises UserError."""
+    """{name: tensor on the CPU} of a .pth or .safetensors file, floats as float32, without names that match
+    `skip`. Raises UserError for damaged files."""
     path = Path(path)
     if path.suffix == ".safetensors":
         state = read_safetensors(path, skip)
@@ -171,7 +170,7 @@ def read_weights(path, skip=None):
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:                   # which one depends on where the file was cut
             raise UserError(f"{path} is damaged or no file of weights ({type(e).__name__}); "
-                            "delete it, and put a whole one in its place or let it be downloaded anew") from e
+                            "delete it, and put a complete one in its place or let it be downloaded") from e
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise UserError(f"{path} holds no table of tensors: it is another file than its name says")
         state = {name: tensor for name, tensor in state.items() if skip is None or not skip.search(name)}
@@ -192,11 +191,10 @@ def check_state(expected, state, path):
 # -------------------------------------------- fill a network --------------------------------------------
 
 def load_frozen(name, build, weights, weights_dir, random, convert, skip=None):
-    """Build a network without memory of its own, give it the tensors of its file, freeze it. On the CPU.
+    """Build a network on the meta device, give it the tensors of its file, freeze it. On the CPU.
 
-    build: makes the module; name: for the warning; convert: {name: tensor} of the file -> the module's own
-    names; skip: names in the file that are left out. Raises UserError, as find_weights, read_weights and
-    check_state do.
+    build: makes the module; name: for the warning; convert: {name: tensor} of the file -> the module's names;
+    skip: names in the file that are left out. Raises UserError as the functions above.
     """
     with torch.device("meta"):
         network = build()
@@ -206,14 +204,14 @@ def load_frozen(name, build, weights, weights_dir, random, convert, skip=None):
         path = find_weights(weights, weights_dir)
         state = convert(read_weights(path, skip))
         check_state({k: v.shape for k, v in network.state_dict().items()}, state, path)
-    # strict=False: check_state was; PyTorch's batch norm adds a counter that the public file has not.
+    # strict=False, after check_state: PyTorch's batch norm adds a counter that the public file does not have.
     network.load_state_dict(state, strict=False, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def _random_state(name, network):
-    """Random tensors for a network, scaled He's way so that no layer dies. They come from a generator of
-    their own: the same on every rank, and the run's random streams stay where they are."""
+    """Random tensors for a network, with He's scale so that no layer dies. Their generator is separate: they
+    are the same on every rank, and the run's random streams do not move."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"warning: {name} has random weights instead of the public ones; results mean nothing",
               file=sys.stderr, flush=True)

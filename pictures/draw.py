@@ -1,7 +1,7 @@
-"""All that is drawn, with Pillow: charts for evaluate.py and the study, grids of images, training curves.
+"""Everything that is drawn, with Pillow: charts, grids of images, HOG features, training curves.
 
-The panels of a chart stand side by side; the series of a panel share its axes, which is what comparing them
-needs. Training curves stand one below the other, each with axes of its own.
+The panels of a chart are side by side; the series of a panel share its axes, so that they can be compared.
+Training curves are one below the other, each with its own axes.
 """
 import math
 
@@ -9,13 +9,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime import files
+from data import some_images, to_float, to_uint8
+from maetok import mask_out
+from measures.training import half_hidden
+
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
            "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#000000", "#98df8a", "#ffbb78", "#393b79")
-PANEL, LEFT, RIGHT, TOP, BOTTOM = (460, 340), 64, 14, 30, 44            # px: size of a panel, its margins
+PANEL, LEFT, RIGHT, TOP, BOTTOM = (460, 340), 64, 14, 30, 44            # px: size of a panel, margins
 
 
 def _sheet(panels, names):
-    """An empty picture for that many panels, the names in their colours below them: (image, draw, font)."""
+    """An empty picture for that many panels, with a legend of `names` below: (image, draw, font)."""
     font = ImageFont.load_default(12)
     width = 16 + max((math.ceil(font.getlength(name)) for name in names), default=0)
     columns = max(1, (PANEL[0] * panels - LEFT) // width)
@@ -29,9 +34,9 @@ def _sheet(panels, names):
 
 
 def _ticks(low, high, log):
-    """Round numbers for an axis from low to high, three to seven of them where it is linear or spans less
-    than ten times: [(position, number)]. On a logarithmic axis low, high and positions are exponents of 10.
-    """
+    """Round numbers for an axis from low to high: [(position, number)]; three to seven of them where it is
+    linear or spans less than a factor of ten. On a logarithmic axis low, high and positions are exponents
+    of 10."""
     if log and high - low >= 1:
         digits = (1, 2, 5) if high - low < 2 else (1,)
         numbers = [d * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
@@ -47,10 +52,10 @@ def _ticks(low, high, log):
 
 def _axes(draw, font, box, title, xlabel, points, log):
     """Frame, title and ticks in `box` (left, top, right, bottom); returns the function from data to pixels.
-    points: (n, 2), what has to lie inside; log: whether (x, y) hold logarithms to base 10."""
+    points: (n, 2), which must lie inside; log: whether x and y are logarithms to base 10."""
     left, top, right, bottom = box
     low, high = np.min(points, 0), np.max(points, 0)
-    room = np.where(high > low, 0.03 * (high - low), 0.5)                       # one value: any range will do
+    room = np.where(high > low, 0.03 * (high - low), 0.5)                       # a single value
     low, high = low - room, high + room
     draw.rectangle(box, outline="grey")
     draw.text((left, top - 22), title, fill="black", font=font)
@@ -69,14 +74,15 @@ def _axes(draw, font, box, title, xlabel, points, log):
 
 
 def _box(panel):
-    """Where the axes of a panel stand, (left, top, right, bottom) in px."""
+    """The axes of a panel: (left, top, right, bottom) in px."""
     return (panel * PANEL[0] + LEFT, TOP, (panel + 1) * PANEL[0] - RIGHT, PANEL[1] - BOTTOM)
 
 
 def line_chart(panels, xlabel, log_x=False, log_y=False):
-    """panels: title -> {name of a series: [(x, y) or (x, y, lowest y, highest y), ...]}. Marks at the points,
-    a whisker from lowest to highest; a legend below where there is more than one series, each in one colour
-    in all panels. Returns a PIL image."""
+    """A PIL image of lines with marks. panels: title -> {series: [(x, y) or (x, y, lowest, highest), ...]}.
+
+    A whisker goes from lowest to highest. A series has one colour in all panels; a single series needs no
+    legend."""
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     sheet, draw, font = _sheet(len(panels), names if len(names) > 1 else [])
     scale = [math.log10 if log else float for log in (log_x, log_y)]
@@ -97,8 +103,8 @@ def line_chart(panels, xlabel, log_x=False, log_y=False):
 
 
 def scatter_chart(panels, names):
-    """panels: title -> (points (n, 2), classes (n,) ints below len(names)). One colour a class, the legend
-    below. Returns a PIL image."""
+    """Points in one colour per class, as a PIL image. panels: title -> (points (n, 2), classes (n,) ints).
+    names: of the classes."""
     sheet, draw, font = _sheet(len(panels), names)
     for panel, (title, (points, classes)) in enumerate(panels.items()):
         to_pixel = _axes(draw, font, _box(panel), title, "", points, (False, False))
@@ -118,17 +124,14 @@ def sheet_of(charts, columns=2):
     return sheet
 
 
-# ---------------------------------------- grids and training curves ----------------------------------------
+# --------------------------------------------- grids of images ---------------------------------------------
 
 def image_grid(rows, titles, cell=96, title_width=150):
-    """Rows of images under one another, a title before each.
-    rows: lists of PIL images, or uint8 (n, 3, H, W) tensors.
+    """Rows of images, a title before each, as a PIL image. rows: lists of PIL images, or uint8 (n, 3, H, W).
 
-    Images are brought to `cell` px by nearest neighbour when they are smaller, so that pixels stay pixels.
-    """
+    Smaller images are enlarged to `cell` px by nearest neighbour, so that single pixels are visible."""
     rows = [[Image.fromarray(i.permute(1, 2, 0).numpy()) for i in row.cpu()]
-            if isinstance(row, torch.Tensor) else row
-            for row in rows]
+            if isinstance(row, torch.Tensor) else row for row in rows]
     height = [max(cell, row[0].height if row else 0) for row in rows]
     width = max((max(cell, i.width) for row in rows for i in row), default=cell)
     columns, gap = max(map(len, rows)), 4
@@ -145,28 +148,18 @@ def image_grid(rows, titles, cell=96, title_width=150):
     return sheet
 
 
-def plot_curves(curves, width=900, height=220):
-    """One panel a curve, log scale where the values call for it.
-    curves: title -> [(x, y), ...]; what is not finite is left out, and so are empty ones.
-
-    Returns a PIL image."""
-    curves = {title: [(x, y) for x, y in points if math.isfinite(y)] for title, points in curves.items()}
-    curves = {title: list(zip(*points)) for title, points in curves.items() if points}
-    sheet = Image.new("RGB", (width, height * len(curves)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for panel, (title, (xs, ys)) in enumerate(curves.items()):
-        # a rate that falls to nothing reads better linearly
-        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
-        points = [(x, math.log10(y) if log else y) for x, y in zip(xs, ys)]
-        box = (LEFT, panel * height + TOP, width - RIGHT, (panel + 1) * height - 24)
-        to_pixel = _axes(draw, font, box, title + (" (log scale)" if log else ""), "", points, (False, log))
-        pixels = [to_pixel(*point) for point in points]
-        draw.line(pixels if len(pixels) > 1 else pixels * 2, fill="steelblue", width=2)
-    return sheet
+def sample_grid(images, labels, names, most=16):
+    """Samples (n, H, W, 3) uint8 as a PIL image: a row for each of their labels (n,), of at most `most`.
+    names: of the classes, where they are known."""
+    classes, order = np.unique(labels), np.argsort(labels, kind="stable")
+    columns = min(most, -(-len(labels) // len(classes)))
+    tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == c][:columns] for c in classes]
+    titles = [names[c] if 0 <= c < len(names) else str(c) for c in classes]
+    return image_grid(tiles, titles, min(96, 3 * images.shape[1]), title_width=16 + 8 * max(map(len, titles)))
 
 
 def recon_picture(shown, cell=128):
-    """Originals over reconstructions, each with its PSNR. shown: [(uint8 (3, H, W), uint8 (3, H, W), dB)]."""
+    """Originals and reconstructions with PSNR. shown: [(uint8 (3, H, W), uint8 (3, H, W), dB)]."""
     tiles, font = ([], []), ImageFont.load_default(13)
     for original, redrawn, value in shown:
         for row, image in zip(tiles, (original, redrawn)):
@@ -179,3 +172,69 @@ def recon_picture(shown, cell=128):
                                        anchor="mm")
         tiles[1][-1] = captioned
     return image_grid(list(tiles), ["original", "reconstruction"], cell=cell)
+
+
+def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell=24):
+    """HOG features as strokes along the edges, brighter for stronger bins; colours are summed.
+
+    features: (N, D_hog) of one image; grid: (rows, columns) of patches. Returns an RGB PIL image.
+    """
+    (rows, columns), g, s = grid, patch_size // cell_size, pixels_per_cell
+    x = features.detach().float().cpu().reshape(rows, columns, -1, bins, g, g).clamp(min=0).sum(2)
+    x = x.permute(0, 3, 1, 4, 2).reshape(rows * g, columns * g, bins)        # (cell rows, cell columns, bins)
+    x = x / x.max().clamp(min=1e-6)
+    picture = Image.new("RGB", (columns * g * s, rows * g * s))
+    draw = ImageDraw.Draw(picture)
+    for i in range(rows * g):
+        for j in range(columns * g):
+            centre_x, centre_y = (j + 0.5) * s, (i + 0.5) * s
+            for b in x[i, j].argsort().tolist():                          # weak strokes first, strong on top
+                angle = (b + 0.5) * math.pi / bins                        # of the gradient, from vertical
+                dx, dy = 0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)    # of the edge
+                grey = int(255 * x[i, j, b].sqrt())
+                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3,
+                          max(1, s // 12))
+    return picture
+
+
+@torch.inference_mode()
+def training_grid(method, stage, model, dataset, path):
+    """A PNG of what a tokenizer in training makes of eight images of `dataset`: the input, what the encoder
+    sees of it with half of the patches hidden, reconstructions, and HOG features, true and predicted. Rows
+    that the stage or the run does not have are left out. method, stage: train_tokenizer's."""
+    images = to_float(next(some_images(dataset, 8))[0]).to(method.device)
+    grid, P, mask, rows = model.grid(images.shape[-2:]), model.config.patch_size, None, {"input": images}
+    if stage.number == 1 and method.config.mask_high > 0:
+        mask = half_hidden(method.config, math.prod(grid), 0, len(images)).to(method.device)
+    output = model(images, mask)
+    if mask is not None:
+        rows["masked input"] = mask_out(images, mask, P)
+        rows["reconstruction\nof the masked input"] = output.reconstruction
+    rows["reconstruction"] = model.reconstruct(images)
+    rows = {title: to_uint8(row) for title, row in rows.items()}
+    if "hog" in model.aux_decoders:
+        target, cell = method.targets["hog"], max(8, 96 // (images.shape[-1] // method.config.hog_cell))
+        both = {"HOG target": target.features(images), "HOG predicted": output.aux["hog"]}
+        for title, features in both.items():
+            rows[title] = [hog_picture(f, grid, P, target.cell_size, pixels_per_cell=cell) for f in features]
+    files.write_png(path, image_grid(list(rows.values()), list(rows)))
+
+
+# --------------------------------------------- training curves ---------------------------------------------
+
+def plot_curves(curves, width=900, height=220):
+    """One panel per curve, with a logarithmic axis where the values span a wide range, as a PIL image.
+    curves: title -> [(x, y), ...]; values that are not finite and empty curves are left out."""
+    curves = {title: [(x, y) for x, y in points if math.isfinite(y)] for title, points in curves.items()}
+    curves = {title: list(zip(*points)) for title, points in curves.items() if points}
+    sheet = Image.new("RGB", (width, height * len(curves)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for panel, (title, (xs, ys)) in enumerate(curves.items()):
+        # a learning rate that falls to 0 is easier to read on a linear axis
+        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
+        points = [(x, math.log10(y) if log else y) for x, y in zip(xs, ys)]
+        box = (LEFT, panel * height + TOP, width - RIGHT, (panel + 1) * height - 24)
+        to_pixel = _axes(draw, font, box, title + (" (log scale)" if log else ""), "", points, (False, log))
+        pixels = [to_pixel(*point) for point in points]
+        draw.line(pixels if len(pixels) > 1 else pixels * 2, fill="steelblue", width=2)
+    return sheet

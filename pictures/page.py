@@ -1,10 +1,9 @@
-"""One page of what a folder holds: report.html, with pictures, curves, numbers and what they mean.
+"""report.html: one page with the pictures, curves and numbers of a folder, and what they mean.
 
-    runs/demo/report.html       written anew by every command of evaluate.py, and by sample.py --report
+    runs/demo/report.html       renewed by every command of evaluate.py, and by sample.py --report
 
-The page is made from the folder's own files and nothing else: the JSON and PNG files of evaluate.py,
-a contact sheet, the logs of training runs in sub-folders. It needs no server and no network:
-pictures stand in it as data.
+The page is made only from files in the folder: the JSON and PNG files of evaluate.py, a contact sheet, the
+logs of training runs in sub-folders. It needs no server and no network: pictures are embedded as data.
 """
 import base64
 import html
@@ -15,9 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 import checkpoints
+from runtime import files
 from pictures.draw import line_chart
 
-# What a number means, and where in the paper it belongs. Keys as in evaluate.py's JSON.
+# What a number means, and where it is in the paper. Keys as in evaluate.py's JSON. An extra's result has its
+# own entries: {"page": [title, source, what to see], "meanings": {key: meaning}}.
 MEANINGS = {
     "psnr":
         "Peak signal-to-noise ratio of reconstructions, dB: 10 log10(1 / mean squared error), pixels in 0"
@@ -37,14 +38,14 @@ MEANINGS = {
         "Variance of the reconstructions' features over that of the originals: below 1 where "
         "reconstructions are blurry.",
     "originals_assigned_to_their_class":
-        "The classifier's accuracy on the originals: the ceiling of the next line.",
+        "The classifier's accuracy on the originals: the upper bound of the next line.",
     "reconstructions_assigned_to_their_class":
         "Its accuracy on reconstructions: what the tokenizer loses of the class. Samples pass through the"
         " same decoder.",
     "assigned_to_requested_class":
         "Fraction of samples that the classifier finds to be of the class they were conditioned on.",
     "classifier_test_accuracy":
-        "The classifier's accuracy on test images: how far the line above can be trusted.",
+        "The classifier's accuracy on test images: how much the line above can be trusted.",
     "precision": "Fraction of samples that lie among the real images' features. [Table 10]",
     "recall": "Fraction of real images that lie among the samples' features: variety. [Table 10]",
     "precision_against_reconstructions":
@@ -57,15 +58,8 @@ MEANINGS = {
     "pixel_probe_accuracy": "The same on raw pixels: what the encoder started from.",
     "diffusion_gap":
         "Fréchet distance between samples and the same tokenizer's reconstructions: what diffusion has not "
-        "learned, whatever the decoder cannot draw.",
-    "gaussian_loss":
-        "Velocity loss of the best affine prediction, which knows mean and covariance of the latents alone.",
-    "diffusion_loss":
-        "Velocity loss in training at the run's end. Where it is below the line above, the model knows more "
-        "than mean and covariance (it is told the class, too); alone it does not compare across tokenizers. "
-        "[Fig. 2b]",
+        "learned, apart from what the decoder cannot draw.",
     "dims": "Dimensions of the latents that PCA keeps for the mixtures. [App. B.3]",
-    "exponent": "Samples needed grow as K to this power in the toy world; Theorem 2.1's bound has 4.",
 }
 
 # Command -> (title, where in the paper, what the picture should show).
@@ -79,10 +73,6 @@ SECTIONS = {
         "Classes should form clouds of one colour. Mixtures: the negative log-likelihood of held-out "
         "latents falls as modes are added; the fewer modes it takes, the easier a latent space is for "
         "diffusion [Theorem 2.1]."),
-    "lengths": (
-        "Images from their first tokens", "after the paper: FlexTok",
-        "With more tokens an image gains detail, from its main colours on. Without --nested-dropout no token "
-        "comes first, and nothing is seen until nearly all are there."),
     "generation": (
         "Samples, measured", "Tables 2, 3, 10",
         ""),
@@ -92,17 +82,6 @@ SECTIONS = {
     "cfg": (
         "Guidance", "Table 12; App. C.2",
         "A valley: too little guidance leaves samples between classes, too much costs variety."),
-    "gaussian": (
-        "What one Gaussian explains", "ours; Fig. 2b",
-        "Distances of what the sampler draws with the velocity of a Gaussian of the latents. The diffusion "
-        "model's null class (evaluate.py curve --null-class) is nearer by what it has learned beyond that."),
-    "theory": (
-        "Theorem 2.1 in a toy world", "Sec. 2, App. A",
-        "More modes need more samples for the same error: the lines lie further right as K grows."),
-    "compactness": (
-        "Compact is not simple", "rebuttal",
-        "A, with its 30 close modes, is one small cloud, B, with four distant ones, a wide picture of four: "
-        "how compact latents look (Fig. 4) does not say how many modes they have (Fig. 2)."),
 }
 SHEET = ("The pipeline on one sheet", "Fig. 3; Sec. 3",
          "From top to bottom: images; what the encoder sees while it trains; reconstructions without a mask; "
@@ -121,7 +100,7 @@ td.n { font-weight: 600 }
 
 
 def embedded(picture):
-    """A PIL image, or the path of a PNG, as an <img> that holds its own data."""
+    """A PIL image, or the path of a PNG, as an <img> with embedded data."""
     if isinstance(picture, Image.Image):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
@@ -131,30 +110,29 @@ def embedded(picture):
     return f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}"></p>'
 
 
-def number_table(result):
-    """Rows of those values of a result that MEANINGS knows, wherever they are in it, as HTML."""
+def number_table(result, meanings):
+    """The numbers of a result, at any depth, that have an entry in `meanings`, as HTML rows."""
     rows = []
     for key, value in result.items():
         if isinstance(value, dict):
-            inner = number_table(value)
+            inner = number_table(value, meanings)
             rows += [f"<tr><td colspan=3><b>{html.escape(key)}</b></td></tr>", inner] if inner else []
-        elif key in MEANINGS and isinstance(value, (int, float)):
+        elif key in meanings and isinstance(value, (int, float)):
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
             rows.append(f"<tr><td class=n>{html.escape(key.replace('_', ' '))}</td><td class=n>{shown}</td>"
-                        f"<td>{html.escape(MEANINGS[key])}</td></tr>")
+                        f"<td>{html.escape(meanings[key])}</td></tr>")
     return "\n".join(rows)
 
 
 def section(title, source, see, body):
-    """One section of the page. source: where in the paper; see: what a reader should find in the pictures;
-    body: HTML."""
+    """One section of the page. source: where in the paper; see: what the pictures should show; body: HTML."""
     return (f"<section><h2>{html.escape(title)}</h2><p class=source>{html.escape(source)}</p>{body}"
             + (f"<p class=see><b>What should I see?</b> {html.escape(see)}</p>" if see else "")
             + "</section>")
 
 
 def training_section(run):
-    """Curves of one training run, from its metrics.jsonl, or nothing if it is not one of ours."""
+    """Curves of one training run, from its metrics.jsonl; "" for any other folder."""
     records = checkpoints.read_metrics(run)
     if not records or not (run / "config.json").exists():
         return ""
@@ -176,9 +154,8 @@ def training_section(run):
                                       ("loss near data, t < 0.1", lambda r: r["loss_t"][0]),
                                       ("loss near noise, t > 0.9", lambda r: r["loss_t"][last]))}
         body, title, source = "", f"Training the diffusion model ({run.name})", "Sec. 4.1; Table 8; Fig. 2b"
-        see = ("All three fall and flatten. The loss is not zero at its best: the noise in x_t cannot be "
-               "told from the data in it exactly. It does not compare between tokenizers: each has "
-               "other latents.")
+        see = ("All three fall and flatten, but not to zero: noise and data in x_t cannot be separated "
+               "exactly. Losses of different tokenizers do not compare, because their latents differ.")
     else:
         return ""
     curves = {title: series for title, series in curves.items() if series[""]}
@@ -186,11 +163,10 @@ def training_section(run):
 
 
 def write_report(folder, sheet=""):
-    """Write folder/report.html from what the folder holds; returns its path.
+    """Write folder/report.html from the folder's files; returns its path.
 
     Sections: the contact sheet (sample.py --report; by default folder/report.png), training runs in this
-    folder or one level below, and each result of evaluate.py with the pictures of its name. Files that are no
-    results are passed over.
+    folder or one level below, and each result of evaluate.py with its pictures. Other files are ignored.
     """
     folder, sections = Path(folder), []
     sheet = Path(sheet or folder / "report.png")
@@ -205,14 +181,14 @@ def write_report(folder, sheet=""):
             result = json.loads(path.read_text())
         except (ValueError, OSError):
             continue
-        if isinstance(result, dict) and result.get("command") in SECTIONS:
-            results.append((list(SECTIONS).index(result["command"]), path, result))
-    for _, path, result in sorted(results, key=lambda entry: entry[:2]):
-        title, source, see = SECTIONS[result["command"]]
+        if isinstance(result, dict) and (entry := SECTIONS.get(result.get("command"), result.get("page"))):
+            order = list(SECTIONS.values()).index(entry) if entry in SECTIONS.values() else len(SECTIONS)
+            results.append((order, path, result, entry))
+    for _, path, result, (title, source, see) in sorted(results, key=lambda entry: entry[:2]):
         pictures = [path.with_name(name) for name in (f"{path.stem}.png", f"{path.stem}_classes.png",
                                                       f"{path.stem}_mixtures.png", f"{path.stem}_curve.png")]
         body = "".join(embedded(picture) for picture in pictures if picture.exists())
-        body += f"<table>{number_table(result)}</table>"
+        body += f"<table>{number_table(result, MEANINGS | result.get('meanings', {}))}</table>"
         body += "".join(f"<p class=source>{html.escape(str(result[key]))}</p>"
                         for key in ("what_it_shows", "caveat", "protocol") if key in result)
         sections.append(section(f"{title} ({path.stem})", source, see, body))
@@ -226,5 +202,5 @@ def write_report(folder, sheet=""):
             "that paper's.</p>"
             + "\n".join(filter(None, sections)) + "</html>\n")
     path = folder / "report.html"
-    checkpoints.atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    files.atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path

@@ -20,8 +20,9 @@ import common    # before torch, see there
 
 import torch
 
-import checkpoints
+from runtime import files
 from common import UserError
+from runtime.processes import run
 from pictures.draw import line_chart
 from study.study import Study, read_done, unit_folder
 
@@ -40,36 +41,44 @@ class Row:
     lengths: bool = False                                    # evaluate.py lengths, too
 
 
+def _add(name, *options):
+    """--add NAME and its options."""
+    return ["--add", name, *options]
+
+
 FEW = (1, 2, 4, 25)
 ROWS = {
     "baseline": Row("", sampler_steps=FEW, lengths=True),
-    "latent noise 0.4": Row(stage2=["--latent-noise", 0.4]),
-    "latent noise 0.8": Row(stage2=["--latent-noise", 0.8]),
-    "latent noise 1.6": Row(stage2=["--latent-noise", 1.6]),
-    "time shift by size": Row(diffusion=["--time-shift", 0]),
-    "time shift 3": Row(diffusion=["--time-shift", 3]),
-    "x-prediction": Row(diffusion=["--x-prediction"]),
+    "latent noise 0.4": Row(stage2=_add("latent_noise", "--latent-noise", 0.4)),
+    "latent noise 0.8": Row(stage2=_add("latent_noise", "--latent-noise", 0.8)),
+    "latent noise 1.6": Row(stage2=_add("latent_noise", "--latent-noise", 1.6)),
+    "time shift by size": Row(diffusion=_add("time_shift", "--time-shift", 0)),
+    "time shift 3": Row(diffusion=_add("time_shift", "--time-shift", 3)),
+    "x-prediction": Row(diffusion=_add("x_prediction")),
     "8 channels": Row(tokenizer=["--latent-dim", 8]),
-    "8 channels, x-prediction": Row("8 channels", diffusion=["--x-prediction"]),
+    "8 channels, x-prediction": Row("8 channels", diffusion=_add("x_prediction")),
     "64 channels": Row(tokenizer=["--latent-dim", 64]),
-    "64 channels, x-prediction": Row("64 channels", diffusion=["--x-prediction"]),
-    "nested dropout": Row(tokenizer=["--nested-dropout"], lengths=True),
-    "MeanFlow": Row(diffusion=["--mean-flow", 0.25], sampler_steps=FEW),
-    "Muon": Row(tokenizer=["--muon", 2]),
-    "Muon, SiT's too": Row("Muon", diffusion=["--muon", 4]),
+    "64 channels, x-prediction": Row("64 channels", diffusion=_add("x_prediction")),
+    "nested dropout": Row(tokenizer=_add("nested_dropout"), lengths=True),
+    "MeanFlow": Row(diffusion=_add("mean_flow", "--mean-flow", 0.25), sampler_steps=FEW),
+    "Muon": Row(tokenizer=_add("muon", "--muon", 2)),
+    "Muon, SiT's too": Row("Muon", diffusion=_add("muon", "--muon", 4)),
     # One latent a patch, of as many values in all: {channels}, see SCALE.
     "KL-VAE, image tokens": Row(variants="vae,image-latents",
                                 tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6]),
     "VA-VAE": Row("KL-VAE, image tokens", variants="va-vae",
-                  tokenizer=["--latent-dim", "{channels}", "--kl-weight", 8e-6, "--align", TEACHER]),
+                  tokenizer=_add("alignment", "--latent-dim", "{channels}", "--kl-weight", 8e-6,
+                                 "--align", TEACHER)),
     # Also of the paper and its rebuttal.
-    "guidance-free": Row(diffusion=["--guidance-free"]),
-    "guidance-free, fine-tuned": Row("guidance-free", diffusion=["--guidance-free", "--init", "{baseline}"]),
+    "guidance-free": Row(diffusion=_add("guidance_free")),
+    "guidance-free, fine-tuned": Row("guidance-free",
+                                     diffusion=_add("guidance_free", "--init", "{baseline}")),
     "images, not a cache": Row(diffusion=["--no-cache"]),
     "REPA, decoder": Row("images, not a cache",
-                         diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2]),
-    "REPA, MLP": Row("REPA, decoder", diffusion=["--no-cache", "--repa", TEACHER, "--repa-block", 2,
-                                                 "--repa-head", "mlp"]),
+                         diffusion=_add("repa", "--no-cache", "--repa", TEACHER, "--repa-block", 2)),
+    "REPA, MLP": Row("REPA, decoder",
+                     diffusion=_add("repa", "--no-cache", "--repa", TEACHER, "--repa-block", 2,
+                                    "--repa-head", "mlp")),
 }
 # Preset -> (options of every row's tokenizer, channels of an image token). CIFAR-10's are the study's.
 SCALE = {"shapes": ([], 16),
@@ -107,9 +116,7 @@ def commands(args, name, seed):
                   "--cache", Path(args.out) / "cache"]
     tokenizer = ["train_tokenizer.py", "--preset", f"{preset},{row.variants}".rstrip(","), *everywhere,
                  "--seed", seed, *scale, *(channels if o == "{channels}" else o for o in row.tokenizer),
-                 "--steps", plan["steps"],
-                 "--stage2-steps", plan["stage2_steps"], "--grid-every", plan["steps"],
-                 "--eval-images", plan["images"], "--latent-images", plan["images"]]
+                 "--steps", plan["steps"], "--stage2-steps", plan["stage2_steps"]]
     stage1, stage2, diffusion = (part(args, name, seed, which) for which in ("stage1", "stage2", "diffusion"))
     result = {}
     if stage1.parent == folder:
@@ -128,7 +135,7 @@ def commands(args, name, seed):
             "train_diffusion.py", "--preset", preset, *everywhere, "--seed", seed, "--tokenizer", stage2,
             "--width", 128, "--depth", 6, "--heads", 4, "--batch-size", 64, "--lr", 1e-3, "--warmup", 100,
             "--ema", 0.998, "--no-flip", "--cache-images", 5 * plan["images"], "--steps", steps,
-            "--save-every", plan["diffusion_steps"], "--grid-every", steps, *options, "--out", diffusion]
+            "--save-every", plan["diffusion_steps"], *options, "--out", diffusion]
     for steps in row.sampler_steps:
         result[f"samples, {steps} steps"] = [
             "evaluate.py", "cfg", diffusion, *classifier, "--gap", "--tokenizer", stage2, "--num-images",
@@ -144,17 +151,17 @@ def commands(args, name, seed):
 
 def measured(args, name, seed):
     """{measure: number} of one row and seed, from what its commands wrote."""
-    recon = checkpoints.read_json(part(args, name, seed, "stage2").parent / "recon.json")
+    recon = files.read_json(part(args, name, seed, "stage2").parent / "recon.json")
     result = {"psnr": recon["psnr"], "distance of reconstructions": next(
         value for key, value in recon.items() if "not_fid" in key)}
     for steps in ROWS[name].sampler_steps:
-        rows = checkpoints.read_json(unit_folder(args, name, seed) / f"samples_{steps}.json")["rows"]
+        rows = files.read_json(unit_folder(args, name, seed) / f"samples_{steps}.json")["rows"]
         for row in rows:
             distance = next(value for key, value in row.items() if "not_fid" in key)
             result |= {f"distance, guidance {row['scale']:g}, {steps} steps": distance,
                        f"gap, guidance {row['scale']:g}, {steps} steps": row["diffusion_gap"]}
     if ROWS[name].lengths:
-        rows = checkpoints.read_json(unit_folder(args, name, seed) / "lengths.json")["rows"]
+        rows = files.read_json(unit_folder(args, name, seed) / "lengths.json")["rows"]
         result |= {f"psnr from {row['tokens']} tokens": row["psnr"] for row in rows}
     return result
 
@@ -180,7 +187,7 @@ def report(args):
             if all(entry["done"] for entry in done.values()):
                 result = {"row": name, "against": ROWS[name].against, "seed": seed, "data": args.data,
                           **measured(args, name, seed), "commands": done}
-                checkpoints.write_json(unit_folder(args, name, seed) / "result.json", result)
+                files.write_json(unit_folder(args, name, seed) / "result.json", result)
                 results.setdefault(name, {})[seed] = result
     lines = ["| row | against | measure | row, mean and how far seeds lie from it | baseline | verdict |",
              "|---|---|---|---|---|---|"]
@@ -195,9 +202,9 @@ def report(args):
                              + (f"{spread(list(theirs.values()))} | {verdict(key, ours, theirs)} |" if theirs
                                 else "– | – |"))
     out, charts = Path(args.out), {}
-    checkpoints.write_json(out / "after.json", {"setting": args.plan, "data": args.data, "rows": results})
-    checkpoints.atomic_write(out / "after.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    noises = {"baseline": 0.0} | {name: row.stage2[1] for name, row in ROWS.items() if row.stage2}
+    files.write_json(out / "after.json", {"setting": args.plan, "data": args.data, "rows": results})
+    files.atomic_write(out / "after.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    noises = {"baseline": 0.0} | {name: row.stage2[-1] for name, row in ROWS.items() if row.stage2}
     for name, strength in noises.items():
         for key in ("psnr", "distance, guidance 1, 25 steps", "distance, guidance 2, 25 steps"):
             values = [result[key] for result in results.get(name, {}).values()]
@@ -205,7 +212,7 @@ def report(args):
                 charts.setdefault(key, {"": []})[""].append((strength, sum(values) / len(values), min(values),
                                                              max(values)))
     if charts:
-        checkpoints.write_png(out / "latent_noise.png", line_chart(charts, "latent noise in stage 2"))
+        files.write_png(out / "latent_noise.png", line_chart(charts, "latent noise in stage 2"))
     print(f"wrote {args.out}/after.json, after.md")
 
 
@@ -220,8 +227,9 @@ def main(argv=None):
     add("--out", help="default: runs/after-DATA-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS),
         help="only these and what they are held against (default: all)")
-    add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
-    add("--minutes", type=common.Weight, default=0, help="stop after so long; the same command resumes")
+    add("--seeds", type=common.number(common.Count), help="seeds 0 .. N-1 (default: the setting's)")
+    add("--minutes", type=common.number(common.Weight), default=0,
+        help="stop after so long; the same command resumes")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
     args.plan = SETTINGS[args.setting] | ({"seeds": args.seeds} if args.seeds else {})
@@ -234,7 +242,7 @@ def main(argv=None):
         wanted = [name for name in wanted if TEACHER not in (*ROWS[name].tokenizer, *ROWS[name].diffusion)]
         print("rows with EfficientNet as a teacher are left out: its packages are not installed")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    checkpoints.lock(args.out)
+    files.lock(args.out)
     # One command at a time, in order: a row needs the parts of the one it is held against.
     args.plan["rows"] = [name for name in ROWS if name in wanted]
     args.jobs, args.threads = 1, torch.get_num_threads()
@@ -247,4 +255,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -1,26 +1,27 @@
-"""Pack a trained diffusion run for shipping: EMA weights of SiT and tokenizer alone, in float16.
+"""Pack a trained diffusion run: only the EMA weights of SiT and tokenizer, in float16.
 
     python -m study.box RUN assets/shapes.pt        # RUN of train_diffusion.py; `make box` trains it first
 """
 import sys
 
+from runtime.processes import UserError, run    # before torch, see there
+
 import torch
 
 import checkpoints
-import common
-from common import UserError
+from runtime import files
 
 
-def pack(run, out):
-    """Write what sampling needs of a checkpoint or run folder of train_diffusion.py. Raises UserError."""
-    state = checkpoints.load_checkpoint(run)
+def pack(path, out):
+    """Write the part of a checkpoint or run folder of train_diffusion.py that sampling needs."""
+    state = checkpoints.load_checkpoint(path)
     if state.get("kind") != "diffusion":
-        raise UserError(f"{run} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
+        raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
     half = lambda weights: {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
-    content = {key: state[key] for key in ("kind", "step", "config")} | {"classes": state.get("classes", [])}
+    content = {key: state[key] for key in ("kind", "step", "config", "add", "classes")}
     content["ema"] = half(state["ema"])
     content["tokenizer"] = state["tokenizer"] | {"ema": half(state["tokenizer"]["ema"])}
-    checkpoints.atomic_write(out, lambda path: torch.save(content, path))
+    files.atomic_write(out, lambda path: torch.save(content, path))
 
 
 def main(argv=None):
@@ -33,4 +34,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -13,6 +13,7 @@ import scipy.stats
 from PIL import Image
 
 import checkpoints
+from runtime import files
 from pictures.draw import image_grid, line_chart, plot_curves, sheet_of
 
 DISTANCE = "frechet_in_{}_features_not_fid".format         # network: the small "classifier" or "efficientnet"
@@ -333,7 +334,7 @@ def report(args, units, sources):
               f"features of a classifier trained on the real images (right on {100 * accuracy:.0f} % of the "
               "test images), or of EfficientNet-Lite0 (not FID); "
               "seeds of each row: " + ", ".join(f"{name} {len(seeds)}" for name, seeds in rows.items())}
-    checkpoints.write_json(out / f"{args.setting}.json", result)
+    files.write_json(out / f"{args.setting}.json", result)
     tables = {"Summary": SUMMARY, "Tokenizers": TOKENIZERS,
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
@@ -344,10 +345,10 @@ def report(args, units, sources):
                "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
     print(f"\n{tables}")
-    checkpoints.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
+    files.atomic_write(out / f"{args.setting}.md", lambda p: p.write_text(tables + "\n"))
     charts = {**line_charts(rows), "samples": sample_sheet(units), **loss_chart(result["reference_curves"])}
     for name, picture in charts.items():
-        checkpoints.write_png(out / f"{args.setting}_{name}.png", picture)
+        files.write_png(out / f"{args.setting}_{name}.png", picture)
     print(f"wrote {out}/{args.setting}.json, .md, _{'.png, _'.join(charts)}.png")
 
 

@@ -1,17 +1,18 @@
-"""evaluate.py speed: how fast each part runs, and how near that is to what the machine can do.   [Sec. 4.5]
+"""How fast each part runs, and how close that is to what the machine can do.                       [Sec. 4.5]
 
-Every row is timed in this one run: warm-up, several repeats, the median. "of peak" divides the
-floating-point operations per second that a row achieves by those of a large matrix product in the same dtype,
-measured in the same run, before and after the rows, so that it means something on a noisy machine too. It can
-exceed 100: on AMD processors common.Linear is a convolution, which runs on a faster library; "of conv."
-divides by a large product of that kind. Operations are counted by PyTorch's own counter on the meta device:
-matrix products, convolutions and attention, forward and backward, two operations a multiply-accumulate (with
---checkpointing the full objective's second forward pass too). What else a step does (norms, GELU, optimizer,
-copies) takes time but counts as nothing.
+    python evaluate.py speed                       # of every part of this code
+    python evaluate.py speed --compare             # beside other libraries
 
-A file of its own because it imports every other one.
+All rows are timed in one run: warm-up, several repeats, the median. "of peak" divides the floating-point
+operations per second of a row by those of a large matrix product in the same dtype, measured before, between
+and after the rows, so that it means something on a noisy machine too. It can exceed 100: on AMD processors
+large linear layers are computed as convolutions, by a faster library (processes.faster_products); "of conv."
+divides by a large product of that kind. Operations are counted by PyTorch: matrix products, convolutions and
+attention, forward and backward, two per multiply-accumulate (with --checkpointing the tokenizer step's second
+forward pass too). Everything else in a step (norms, GELU, optimizer, copies) takes time but is not counted.
 """
 import ctypes
+import functools
 import gc
 import importlib.util
 import itertools
@@ -22,29 +23,49 @@ import time
 import warnings
 from pathlib import Path
 
+import common    # before torch, see runtime/processes.py
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+import losses
 import metrics
-from common import UserError
+from runtime import processes
+from common import Count, UserError, Whole, number
 from data import build_dataset
 from flow import drop_labels, flow_matching_loss, sample_times
+from frozen import pretrained
+from measures.features import Report
 from hog import hog_features
-from losses import adaptive_weight, build_objective, compute_targets, distance, draw_views, generator_loss
-from maetok import Block, MAETok, masked_feature_loss, random_mask
-from sit import Block as SiTBlock
+from maetok import MAETok, random_mask
+from runtime.processes import Processes, autocast, autocast_dtype, cast_matrices, faster_products
 from sit import SIZES, SiT, SiTConfig
-from train_tokenizer import PRESETS, Config, build_optimizer
+from train_tokenizer import Method, Stage, train_step
+
+Config, PRESETS, USES = Method.Config, Method.PRESETS, ()
+
+
+def add_arguments(add):
+    add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
+    add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
+    add("--compare", action="store_true", help="instead: the ratio to other libraries (scikit-image, "
+        "scikit-learn, sqrtm, Pillow, where installed), and what the host draws for a step")
+    add("--repeats", type=number(Count), default=7, help="timed calls per row at most (default 7)")
+    add("--images", help="folder of photos, for the JPEG rows")
+    add("--checkpointing", action="store_true", help="training steps with activation checkpointing")
+    add("--plain-linear", action="store_true", help="no convolutions on AMD processors, to compare")
+    for part, cpu, gpu in (("tokenizer", 2, 64), ("encode", 4, 64), ("sit", 2, 256), ("sample", 4, 64)):
+        add(f"--{part}-batch", type=number(Whole), default=0,
+            help=f"images at 128 tokens (default {cpu}, on GPUs {gpu}; as many tokens at other lengths)")
 
 
 # ------------------------------------------------ measuring ------------------------------------------------
 
 def synchronise(device):
-    """Wait until the GPU has done what it was given."""
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -59,7 +80,7 @@ def once(function, device):
 
 
 def seconds(function, device, repeats, budget=20.0):
-    """Median wall time of a call after warm-up; 3 repeats at least, more while they take under `budget` s."""
+    """Median wall time of a call after warm-up; at least 3 repeats, more while they take under `budget` s."""
     for _ in range(3 if device.type == "cuda" else 1):
         function()
     synchronise(device)
@@ -70,8 +91,8 @@ def seconds(function, device, repeats, budget=20.0):
 
 
 def reset_peak_memory(device):
-    """On Linux the kernel forgets the process's peak when 5 is written here. What the C library keeps of
-    freed memory goes back to the system first, or it would count as the next row's."""
+    """On Linux, writing 5 to clear_refs resets the process's peak. Freed memory that the C library keeps goes
+    back to the system first, or it would count as the next row's."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -91,7 +112,7 @@ def peak_memory(device):
 
 
 def matmul_peak(dtype, device, repeats):
-    """FLOP/s of a large square matrix product, and of the same as a 1 x 1 convolution of n pixels."""
+    """FLOP/s of a large square matrix product, and of the same product as a 1 x 1 convolution of n pixels."""
     n = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     picture = a.view(16, 1, n // 16, n).permute(0, 3, 1, 2)              # (16, n, 1, n / 16), channels last
@@ -100,7 +121,7 @@ def matmul_peak(dtype, device, repeats):
 
 
 def cpu_name():
-    """The processor's name, where the system tells it."""
+    """The processor's name, or its kind where the system does not say more."""
     path = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
@@ -114,76 +135,62 @@ def count_flops(function):
 
 
 # -------------------------------------------------- rows --------------------------------------------------
-# Each function returns (call, images a call, FLOPs a call or None).
+# Each function returns (call, images per call, FLOPs per call or None).
 
-def autocast(args):
-    """The autocast context of --dtype."""
-    return torch.autocast(args.device.type, args.torch_dtype, enabled=args.torch_dtype != torch.float32)
+class NoLog:
+    """In place of checkpoints.Log: every method does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *values, **more: None
 
 
 def tokenizer_step(args, full):
-    """One step of stage 1 at maetok-b-256: all terms with random frozen networks, or pixels and HOG alone."""
-    config = Config(**PRESETS["maetok-b-256"] | dict(checkpointing=args.checkpointing) |
-                    (dict(random_frozen=True) if full else
-                     dict(targets="hog", percep_weight=0.0, disc="none")))
-    B, size, N = args.tokenizer_batch, config.image_size, 256
-    model = MAETok(config).to(args.device)
+    """One step of stage 1 at maetok-b-256 by train_tokenizer.py: all terms with random frozen networks, or
+    only pixels and HOG."""
+    few = {} if full else dict(targets="hog", percep_weight=0.0, disc="none")
+    config = Config(**PRESETS["maetok-b-256"] | few | dict(
+        batch_size=args.tokenizer_batch, checkpointing=args.checkpointing, dtype=args.dtype, disc_start=0))
+    for name in ("load_vgg16", "load_lpips_heads", "load_vit", "load_teacher"):
+        setattr(losses, name, functools.partial(getattr(pretrained, name), random=True))
+    method = Method(config, args.device)
+    model = faster_products(Method.Model(config, method.targets)).to(args.device)
     if args.checkpointing:
-        common.recompute_blocks(model, Block)
-    teachers, lpips, adversary = build_objective(config, args.device)
-    ema = common.EMA(model, config.ema)
-    optimizers = [build_optimizer(config, part, args.device) for part in (model, adversary) if part]
-    images = torch.rand(B, 3, size, size, device=args.device) * 2 - 1
-    mask = random_mask([np.random.default_rng(i) for i in range(B)], N).to(args.device)
-
-    def loss_of(model, images, mask, targets):
-        with autocast(args):
-            output = model(images, mask)
-        y = output.reconstruction.float()
-        loss = F.mse_loss(y, images)
-        if full:
-            loss = loss + lpips(y, images).mean()
-            adversary.requires_grad_(False)
-            adv = generator_loss(adversary.discriminator(y))
-            loss = loss + 0.4 * adaptive_weight(loss, adv, model.decoder.head.weight) * adv
-        for name, target in targets.items():
-            loss = loss + masked_feature_loss(output.aux[name], target, mask, distance(config, name))
-        return loss, y.detach()
+        common.recompute_blocks(model)
+    state = common.TrainState(model, common.EMA(model, config.ema), method.optimizer(model))
+    if full:
+        method.adversary = method.build_adversary()
+        state.others = {"adversary_optimizer": method.optimizer(method.adversary)}
+    B, stage = config.batch_size, Stage(1, 0, config.steps)
+    batches = method.batches(None, 0, stage.end, Processes(0, 1, args.device))
+    images = torch.randint(0, 256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    loader = itertools.repeat((images.to(args.device), torch.zeros(B)))
 
     def call():
-        loss, y = loss_of(model, images, mask, compute_targets(config, images, teachers))
-        loss.backward()
-        if full:
-            adversary.requires_grad_(True)
-            adversary(images, y, lecam_weight=config.lecam)[0].backward()
-        for optimizer in optimizers:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(model)
+        train_step(method, stage, state, batches, loader, model, method.adversary, NoLog())
 
     def on_meta():
-        tokenizer, x = MAETok(config), torch.empty(B, 3, size, size)
-        output = tokenizer(x, torch.empty(B, N, dtype=torch.bool))
+        tokenizer, N = Method.Model(config, method.targets), (config.image_size // config.patch_size) ** 2
+        output = tokenizer(torch.empty(images.shape), torch.empty(B, N, dtype=torch.bool))
         (output.reconstruction.sum() + sum(a.sum() for a in output.aux.values())).backward()
 
-    if full:                        # the frozen networks would not run on the meta device: a real step counts
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return call, B, counter.get_total_flops()
-    return call, B, count_flops(on_meta)
+    if not full:
+        return call, B, count_flops(on_meta)
+    # Frozen networks do not run on the meta device: a real step is counted.
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return call, B, counter.get_total_flops()
 
 
 def tokenizer_pass(args, decode):
     """Encoding or decoding alone, without gradients."""
     config = Config(**PRESETS["maetok-b-256"] | dict(targets=""))
     B = args.encode_batch
-    model = MAETok(config).to(args.device).eval()
+    model = faster_products(MAETok(config)).to(args.device).eval()
     images = torch.rand(B, 3, 256, 256, device=args.device)
     latents = torch.randn(B, 128, 32, device=args.device)
 
     def call():
-        with torch.no_grad(), autocast(args):
+        with torch.no_grad(), autocast(args.dtype, args.device):
             model.decode(latents) if decode else model.encode(images)
 
     def on_meta():
@@ -194,12 +201,12 @@ def tokenizer_pass(args, decode):
 
 
 def sit(args, size, tokens, train):
-    """SiT: a training step with AdamW and EMA, or a sampler's call (a guided one has twice the batch)."""
+    """SiT: a training step with AdamW and EMA, or a sampler's call (with guidance the batch is doubled)."""
     config = SiTConfig(**SIZES[size], num_latents=tokens)
     B = max(1, (args.sit_batch if train else args.sample_batch) * 128 // tokens)
-    model = SiT(config).to(args.device)
+    model = faster_products(SiT(config)).to(args.device)
     if args.checkpointing:
-        common.recompute_blocks(model, SiTBlock)
+        common.recompute_blocks(model)
     x, t = torch.randn(B, tokens, 32, device=args.device), torch.rand(B, device=args.device)
     y = torch.randint(1000, (B,), device=args.device)
 
@@ -210,14 +217,14 @@ def sit(args, size, tokens, train):
 
     if not train:
         def call():
-            with torch.no_grad(), autocast(args):
+            with torch.no_grad(), autocast(args.dtype, args.device):
                 model(x, t, y)
         return call, B, count_flops(on_meta)
     ema = common.EMA(model, 0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def call():
-        with autocast(args):
+        with autocast(args.dtype, args.device):
             v = model(x, t, y)
         flow_matching_loss(v, x).mean().backward()
         optimizer.step()
@@ -228,8 +235,8 @@ def sit(args, size, tokens, train):
 
 
 def jpeg_loading(args, plain):
-    """A folder's images to (3, 256, 256) tensors on one core, as in a loader's worker: ours, or Pillow's
-    open, resize, crop."""
+    """Images of a folder to (3, 256, 256) tensors on one core, as in a loader's worker: by data.py, or by
+    Pillow's open, resize, crop."""
     if not args.images:
         raise UserError("the JPEG rows need --images FOLDER of photos")
     dataset = build_dataset(args.images, "test", 256)
@@ -310,17 +317,16 @@ def host_work(args):
         drop_labels(streams, torch.zeros(32, dtype=torch.int64), 1000, 0.1)
 
     calls = {"masks, 64 images of 256 patches": lambda: random_mask(rngs("mask", 64), 256),
-             "discriminator's views, 64 images": lambda: draw_views(config, 7, 0, range(64),
-                                                                    torch.device("cpu")),
+             "discriminator's windows": lambda: losses.draw_windows(config, 7, 0),
              "times, noise and labels, 32 latents of 128 x 32": latents}
     return {name: seconds(call, torch.device("cpu"), 101) for name, call in calls.items()}
 
 
-# ------------------------------------ beside what one would use instead ------------------------------------
+# ------------------------------------------ beside other libraries ------------------------------------------
 # Each function returns (ours, theirs): two calls that do the same work.
 
 def hog_beside_scikit_image(args):
-    """Nine unsigned orientations in 8-px cells of sixteen photos' size."""
+    """Nine unsigned orientations in 8-px cells of sixteen images of 256 px."""
     from skimage.feature import hog
     images = torch.rand(16, 3, 256, 256)
     arrays = images.permute(0, 2, 3, 1).numpy()
@@ -375,21 +381,20 @@ def jpeg_beside_pillow(args):
     return jpeg_loading(args, plain=False)[0], jpeg_loading(args, plain=True)[0]
 
 
-def linear_beside_nn_linear(args):
-    """SiT-B's velocity with common.Linear, and with nn.Linear."""
-    def call(plain):
-        common.AMD_PROCESSOR = not plain and amd
-        model()
-        common.AMD_PROCESSOR = amd
-    amd, model = common.AMD_PROCESSOR, sit(args, "B", 128, False)[0]
-    return lambda: call(False), lambda: call(True)
+def convolution_beside_linear(args):
+    """SiT-B's velocity with faster_products, and without."""
+    ours = sit(args, "B", 128, False)[0]
+    here, processes.AMD_PROCESSOR = processes.AMD_PROCESSOR, False
+    theirs = sit(args, "B", 128, False)[0]
+    processes.AMD_PROCESSOR = here
+    return ours, theirs
 
 
 def weights_cast_once(args):
-    """SiT-B's velocity under bfloat16 autocast: matrices cast once, and cast anew in every call."""
+    """SiT-B's velocity under bfloat16 autocast: matrices cast once, and cast in every call."""
     from copy import deepcopy
     model = SiT(SiTConfig(**SIZES["B"], num_latents=128)).to(args.device).eval().requires_grad_(False)
-    once = common.cast_matrices(deepcopy(model), torch.bfloat16)
+    once = cast_matrices(deepcopy(model), torch.bfloat16)
     x, t = torch.randn(4, 128, 32, device=args.device), torch.rand(4, device=args.device)
     y = torch.zeros(4, dtype=torch.int64, device=args.device)
 
@@ -404,13 +409,13 @@ COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
                "EM, 5 steps / scikit-learn": (mixture_beside_scikit_learn, "sklearn"),
                "linear probe / scikit-learn": (probe_beside_scikit_learn, "sklearn"),
                "JPEG to tensor / plain Pillow": (jpeg_beside_pillow, "PIL"),
-               "SiT-B call, common.Linear / nn.Linear": (linear_beside_nn_linear, "torch"),
+               "SiT-B call, faster_products / nn.Linear": (convolution_beside_linear, "torch"),
                "SiT-B call in bfloat16, cast once / autocast": (weights_cast_once, "torch")}
 
 
 def compare(args):
     """{name: {ours, theirs: seconds, times: theirs / ours, median of the repeats, lowest, highest}}. The two
-    take turns, so that what else the machine does hits both. What is not installed is left out."""
+    take turns, so that other work on the machine slows both. Packages that are not installed are left out."""
     result = {}
     for name, (build, package) in COMPARISONS.items():
         if importlib.util.find_spec(package) is None or package == "PIL" and not args.images:
@@ -431,26 +436,32 @@ def compare(args):
 
 # -------------------------------------------------- table --------------------------------------------------
 
-def measure_speed(args):
-    """All rows: (result for JSON, table of strings)."""
-    dtype = args.torch_dtype = common.autocast_dtype(args.dtype, args.device)
+def measure(args):
+    """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios
+    to other libraries. [Sec. 4.5]"""
+    args.dtype = str(autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
     cuda = args.device.type == "cuda"
-    common.AMD_PROCESSOR = common.AMD_PROCESSOR and not args.plain_linear
+    processes.AMD_PROCESSOR = processes.AMD_PROCESSOR and not args.plain_linear
     args.tokenizer_batch = args.tokenizer_batch or (64 if cuda else 2)
     args.encode_batch = args.encode_batch or (64 if cuda else 4)
     args.sit_batch = args.sit_batch or (256 if cuda else 2)
     args.sample_batch = args.sample_batch or (64 if cuda else 4)
-    if args.compare:
-        found = compare(args)
-        table = [("ours / instead of", "ours, s", "theirs, s", "times as fast", "lowest", "highest")]
-        table += [(name, *(f"{value:.4g}" for value in row.values())) for name, row in found.items()]
-        name = torch.cuda.get_device_name() if cuda else cpu_name()
-        return {"ratios": found, "host_work_seconds": host_work(args),
-                "protocol": f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; the two "
-                            f"take turns, {args.repeats} times; ratio of the times, median, "
-                            "lowest, highest"}, table
+    if not args.compare:
+        return measure_rows(args)
+    found = compare(args)
+    table = [("ours / instead of", "ours, s", "theirs, s", "times as fast", "lowest", "highest")]
+    table += [(name, *(f"{value:.4g}" for value in row.values())) for name, row in found.items()]
+    protocol = (f"{torch.cuda.get_device_name() if cuda else cpu_name()}, {torch.get_num_threads()} threads; "
+                f"torch {torch.__version__}; the two take turns, {args.repeats} times; ratio of the times, "
+                "median, lowest, highest")
+    return Report({"ratios": found, "host_work_seconds": host_work(args), "protocol": protocol}, table)
+
+
+def measure_rows(args):
+    """The Report of all rows."""
+    dtype, cuda = getattr(torch, args.dtype), args.device.type == "cuda"
     rows = {name: build for name, build in all_rows(args).items()
-            if (not args.only or any(part in name for part in args.only))}
+            if not args.only or any(part in name for part in args.only)}
     if not rows:
         raise UserError(f"--only {' '.join(args.only)}: no row has that in its name")
     peaks, result = [matmul_peak(dtype, args.device, args.repeats)], {}
@@ -466,17 +477,9 @@ def measure_speed(args):
         del call
         peaks.append(matmul_peak(dtype, args.device, args.repeats))
     peak, convolution_peak = map(statistics.median, zip(*peaks))
-    table = [("", "batch", "s a call", "images/s", "GFLOP", "GFLOP/s", "of peak", "of conv.", "GiB")]
-    for name, row in result.items():
-        for share, highest in (("share_of_peak", peak), ("share_of_convolution_peak", convolution_peak)):
-            row[share] = row["flops_per_second"] / highest if row["flops"] else None
-        show = lambda value, form: "-" if value is None else format(value, form)
-        table.append((name, row["batch"], show(row["seconds"], ".4g"), show(row["images_per_second"], ".4g"),
-                      show(row["flops"] and row["flops"] / 1e9, ".4g"),
-                      show(row["flops"] and row["flops_per_second"] / 1e9, ".4g"),
-                      show(row["share_of_peak"] and 100 * row["share_of_peak"], ".0f"),
-                      show(row["flops"] and 100 * row["share_of_convolution_peak"], ".0f"),
-                      show(row["peak_memory_gib"], ".2f")))
+    for row in result.values():
+        for part, highest in (("share_of_peak", peak), ("share_of_convolution_peak", convolution_peak)):
+            row[part] = row["flops_per_second"] / highest if row["flops"] else None
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     summary = {"device": name, "peak_gflops": peak / 1e9, "convolution_peak_gflops": convolution_peak / 1e9,
                "peak_gflops_lowest_highest": [min(peaks)[0] / 1e9, max(peaks)[0] / 1e9]}
@@ -486,9 +489,23 @@ def measure_speed(args):
         if few and many:
             summary[f"SiT-{size}_throughput_128_over_1024_tokens"] = (few["images_per_second"]
                                                                       / many["images_per_second"])
-    summary["protocol"] = (f"{name}; torch {torch.__version__}; {args.torch_dtype}; median of up to "
+    summary["protocol"] = (f"{name}; torch {torch.__version__}; {dtype}; median of up to "
                            f"{args.repeats} repeats after warm-up; peak is the median of matrix products "
                            "before, between and after the rows; random weights"
                            + ("; activation checkpointing in training" if args.checkpointing else "")
-                           + ("; Linear by convolution" if common.AMD_PROCESSOR and not cuda else ""))
-    return {"rows": result, **summary}, table
+                           + ("; large linear layers as convolutions" if processes.AMD_PROCESSOR and not cuda
+                              else ""))
+    return Report({"rows": result, **summary}, table_of(result))
+
+
+def table_of(result):
+    """The rows to print."""
+    show = lambda value, form, scale=1.0: "-" if value is None else format(value * scale, form)
+    table = [("", "batch", "s per call", "images/s", "GFLOP", "GFLOP/s", "of peak", "of conv.", "GiB")]
+    for name, row in result.items():
+        table.append((name, row["batch"], show(row["seconds"], ".4g"), show(row["images_per_second"], ".4g"),
+                      show(row["flops"], ".4g", 1e-9), show(row["flops_per_second"], ".4g", 1e-9),
+                      show(row["share_of_peak"], ".0f", 100),
+                      show(row["share_of_convolution_peak"], ".0f", 100),
+                      show(row["peak_memory_gib"], ".2f")))
+    return table

@@ -36,11 +36,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
+from runtime import files
 import common
 from common import UserError
+from runtime.processes import run, start_processes
 from data import build_dataset
-from frozen.features import load_classifier
+from measures.features import load_classifier
 from frozen.pretrained import EfficientNetTeacher
 from study.report import report
 
@@ -131,13 +132,12 @@ def commands(args, name, seed):
     classifier = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
     everywhere = ["--data", args.data, "--device", args.device]
-    muon = ["--muon", s["muon"]] if "muon" in s else []
+    muon = ["--add", "muon", "--muon", s["muon"]] if "muon" in s else []
     kl = ["--kl-weight", f"{row.kl * scale['kl']:g}"] if "vae" in row.variants else []
     tokenizer = ["train_tokenizer.py", "--preset", ",".join(filter(None, (s["scale"], row.variants))),
                  *everywhere, *muon, "--seed", seed, *scale["tokenizer"],
                  *(scale["patch"] if o == "{patch}" else o for o in row.options), *kl,
-                 *shlex.split(args.tokenizer_options), "--steps", s["steps"], "--grid-every", s["steps"],
-                 "--eval-images", images, "--latent-images", images]
+                 *shlex.split(args.tokenizer_options), "--steps", s["steps"]]
     diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, "--seed", seed,
                  "--tokenizer", folder / "stage2", *scale["diffusion"], "--cache-images", s["cache_images"],
                  "--log-every", 50]
@@ -160,7 +160,7 @@ def commands(args, name, seed):
                     "--components", *((1, 2) if tiny else (1, 5, 20, 50)), "--starts", 1, "--iterations", 50,
                     "--out", folder / "latents"],
         "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds, "--keep-every",
-                      thirds, "--grid-every", s["diffusion_steps"], "--out", folder / "diffusion"],
+                      thirds, "--out", folder / "diffusion"],
         "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
         "guided curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--cfg", 2,
                          "--out", folder / "guided_curve"],
@@ -175,8 +175,7 @@ def commands(args, name, seed):
         "samples stage1": ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",
                            folder / "stage1", *guidance, "--out", folder / "samples_stage1"],
         "unconditional": [*diffusion, "--unconditional", "--steps", s["unconditional_steps"], "--save-every",
-                          s["unconditional_steps"], "--grid-every", s["unconditional_steps"],
-                          "--out", folder / "unconditional"],
+                          s["unconditional_steps"], "--out", folder / "unconditional"],
         "samples unconditional": ["evaluate.py", "curve", folder / "unconditional", *samples,
                                   "--out", folder / "samples_unconditional"],
     }
@@ -219,7 +218,7 @@ def read_done(args, name, seed, of=None):
     command, in order, of `of`, see Study. Raises UserError if one was run with other arguments."""
     folder = unit_folder(args, name, seed)
     path = folder / "done.json"
-    found, done = checkpoints.read_json(path) if path.exists() else {}, {}
+    found, done = files.read_json(path) if path.exists() else {}, {}
     for title, arguments in (of or commands)(args, name, seed).items():
         fresh = {"arguments": [str(a) for a in arguments], "seconds": 0.0, "done": False, "machine": None}
         done[title] = found.get(title, fresh)
@@ -282,7 +281,7 @@ class Study:
             finally:
                 entry["seconds"] += time.time() - start
                 entry["machine"] = self.args.machine
-                checkpoints.write_json(folder / "done.json", done)
+                files.write_json(folder / "done.json", done)
             if not entry["done"]:
                 return False
         return True
@@ -327,10 +326,10 @@ def main(argv=None):
         help="labelled images: cifar10 (downloaded once), a folder or an .npz file")
     add("--out", help="default: runs/study-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
-    add("--seeds", type=common.Count, help="seeds 0 .. N-1 (default: the setting's)")
-    add("--jobs", type=common.Whole, default=0,
+    add("--seeds", type=common.number(common.Count), help="seeds 0 .. N-1 (default: the setting's)")
+    add("--jobs", type=common.number(common.Whole), default=0,
         help="commands at a time (default: as many as cores, 4 at most; on a GPU 1)")
-    add("--minutes", type=common.Weight, default=0,
+    add("--minutes", type=common.number(common.Weight), default=0,
         help="stop after so long; the same command resumes. "
         "The longest part without a checkpoint, a third of the diffusion model's steps, must fit")
     add("--tokenizer-options", default="", metavar="OPTIONS",
@@ -354,9 +353,9 @@ def main(argv=None):
         raise UserError("no row is left to run")
     args.out = args.out or f"runs/study-{args.setting}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    checkpoints.lock(args.out)
+    files.lock(args.out)
     cores = os.cpu_count()
-    _, _, device = common.start_processes(args.device)
+    _, _, device = start_processes(args.device)
     args.jobs = args.jobs or (1 if device.type == "cuda" else min(4, cores))
     args.threads = max(1, cores // args.jobs)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} CPU cores"
@@ -380,4 +379,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -1,9 +1,13 @@
 """Theorem 2.1 in a toy world: samples needed to learn the score of a mixture of K Gaussians. [App. A]
 
-`evaluate.py theory` prints what `samples_needed` finds, `evaluate.py compactness` the rebuttal's toy.
+    python evaluate.py theory
+    python evaluate.py theory --panels K d B
+
 Letters: n samples · d dimensions · K modes, with means of norm B.
 """
 import math
+
+from common import Count, Positive, Range, UserError, number    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
@@ -11,16 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
-from common import UserError
-from pictures.draw import line_chart, scatter_chart, sheet_of
+from measures.features import Report
+from pictures.draw import line_chart, sheet_of
+
+USES = ()
+PAGE = {"page": ["Theorem 2.1 in a toy world", "Sec. 2, App. A",
+                 "More modes need more samples for the same error: the lines are further right as K grows."],
+        "meanings": {"exponent": "The samples needed grow as this power of K; Theorem 2.1's bound has 4."}}
+
+
+def add_arguments(add):
+    add("--components", type=number(Count), nargs="+", default=[2, 4, 8, 16, 32], help="K")
+    add("--panels", nargs="+", choices=("K", "d", "B"), default=["K"],
+        help="what is varied, of the theorem's K^4 d^5 B^6 (default K)")
+    add("--fixed-components", type=number(Count), default=8, help="K where d or B is varied (default 8)")
+    add("--panel-dims", type=number(Count), nargs="+", default=[4, 8, 16, 32, 64], help="d that are tried")
+    add("--panel-norms", type=number(Positive), nargs="+", default=[3.0, 4.5, 6.0, 9.0, 12.0],
+        help="B that are tried")
+    add("--dims", type=number(Count), default=16, help="d (default 16)")
+    add("--norm", type=number(Positive), default=6.0, help="B, of the means (default 6)")
+    add("--time", type=Range(float, 0, 1, low_open=True, high_open=True), default=0.5,
+        help="noise time t of the score (default 0.5)")
+    add("--samples", type=number(Count), nargs="+", default=[64, 256, 1024, 4096, 16384],
+        help="n that are tried")
+    add("--error", type=number(Positive), default=0.1, help="the error to reach (default 0.1)")
+    add("--steps", type=number(Count), default=300, help="of training (default 300)")
+    add("--repeats", type=number(Count), default=4, help="with other mixtures and samples (default 4)")
 
 
 def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
     """Score of sum_i N(mean_i, I) / K after time t of dx = -x dt + sqrt(2) dW.                    [Eq. 11-14]
 
-    x (n, d), means (K, d): true ones give the oracle, parameters the network of Eq. 13. The process leaves
-    the covariance at I and shrinks means by exp(-t).
+    x (n, d), means (K, d): the true ones give the exact score, learned ones the network of Eq. 13. The
+    process leaves the covariance at I and shrinks means by exp(-t).
     """
     means = means * math.exp(-t)
     weights = (x @ means.T - 0.5 * means.square().sum(1)).softmax(1)          # w_i(x): |x|^2 cancels [Eq. 14]
@@ -29,12 +56,12 @@ def mixture_score(x: Tensor, means: Tensor, t: float) -> Tensor:
 
 def fit_score(samples: Tensor, start: Tensor, t: float, steps: int = 300, batch: int = 2048, lr: float = 0.05,
               seed: int = 0) -> Tensor:
-    """Train Eq. 13's network at noise scale t on the given samples (n, d),
-    from means `start` (K, d). [Eq. 10]
+    """Train Eq. 13's network at noise scale t on samples (n, d), from means `start` (K, d).        [Eq. 10]
 
-    The oracle in Eq. 10 is not known to who has samples; as in DDPM it is replaced by the score of x_t given
-    x_0, -noise / sigma, whose mean given x_t it is: the same minimiser (Vincent 2011). Fresh noise every
-    step, so that n counts samples of the data alone. Adam, lr falling linearly to 0. Returns means (K, d).
+    The exact score in Eq. 10 is not known in training. As in DDPM it is replaced by the score of x_t given
+    x_0, -noise / sigma, whose mean given x_t is the exact score, so the minimiser is the same (Vincent 2011).
+    Noise is new in every step, so that n counts samples of the data alone. Adam, lr falling linearly to 0.
+    Returns means (K, d).
     """
     generator = torch.Generator().manual_seed(seed)
     means = start.clone().requires_grad_()
@@ -85,14 +112,13 @@ def error_curve(args, K, d, B, bar):
     return points
 
 
-def samples_needed(args):
-    """The samples n with which Eq. 13's network reaches the error --error, for each K, d or B.  [Theorem 2.1]
+def measure(args):
+    """The samples with which a score is learned to a fixed error, for each K, d or B. [Theorem 2.1]
 
     For each of --components, with --panels also of --panel-dims and --panel-norms, the others fixed: draw n
-    samples of a mixture, fit the network to them, measure how far its score is from the true one; repeat for
-    growing n, and read off the n at which the error falls below --error. The slope of log n over log K, d or
-    B is the exponent that the theorem bounds from above by 4, 5 or 6.
-    args: the options of `evaluate.py theory`. Returns (result, table, PIL image).
+    samples of a mixture, fit the network of Eq. 13 to them, and measure the error of its score. Growing n
+    gives the n at which the error falls below --error. The slope of log n over log K, d or B is the exponent
+    that the theorem bounds from above by 4, 5 or 6.
     """
     K, d, B = args.fixed_components, args.dims, args.norm
     cases = {"K": [(v, d, B) for v in args.components], "d": [(K, v, B) for v in args.panel_dims],
@@ -105,7 +131,7 @@ def samples_needed(args):
             for setting in settings:
                 points = error_curve(args, *setting, bar)
                 log_n, log_e = np.log(points).T
-                # The error falls with n; where it crosses the target is read off between neighbours.
+                # The error falls with n; interpolated between the two n beside the target.
                 needed = (math.exp(np.interp(-math.log(args.error), -log_e, log_n))
                           if log_e[-1] <= math.log(args.error) <= log_e[0] else None)
                 curves[f"{letter} = {setting[place]:g}"] = points
@@ -130,47 +156,5 @@ def samples_needed(args):
     protocol = (f"where not varied K = {K}, d = {d}, means of norm {B:g} in random directions; noise time "
                 f"{args.time:g}, error {args.error:g} = E|s - score|^2 summed over d, {args.repeats} "
                 f"repeats, {args.steps} Adam steps, seed {args.seed}")
-    result = {"panels": panels, "theorem": THEOREM, "what_it_shows": sentence, "protocol": protocol}
-    return panels.get("K", {}) | result, table, sheet_of(charts)
-
-
-def compactness(args, count=3000):
-    """The rebuttal's toy: 30 close modes (A) and 4 distant ones (B), each seen in two dimensions.  [rebuttal]
-
-    A looks more compact than B and yet has more modes: how compact a picture of latents is (Fig. 4) says
-    little about how many modes they need (Fig. 2). Views: PCA, and UMAP where the package umap-learn is
-    installed. The rebuttal gives no sizes: here means of norm 4 and 12 [ours].
-    Returns (result, table, PIL image), as samples_needed.
-    """
-    views, rows, titles = {}, [], {"A, 30 close modes": (30, 4.0), "B, 4 distant modes": (4, 12.0)}
-    for title, (K, norm) in titles.items():
-        generator = torch.Generator().manual_seed(args.seed)
-        means = F.normalize(torch.randn(K, args.dims, generator=generator), dim=1) * norm
-        mode = torch.randint(K, (count,), generator=generator)
-        x = means[mode] + torch.randn(count, args.dims, generator=generator)
-        centre, axes, _ = metrics.pca(x, dims=2)
-        shown = {"PCA": ((x.double() - centre) @ axes).numpy()}
-        if args.umap:
-            from umap import UMAP                        # optional; evaluate.py has looked for it
-            shown["UMAP"] = UMAP(random_state=args.seed).fit_transform(x.numpy())
-        train, test = metrics.standardise(x[: count // 2], x[count // 2:])
-        nll = {k: metrics.negative_log_likelihood(
-            metrics.fit_mixture(train, k, False, starts=10, seed=args.seed)[0], test.double()).mean().item()
-            for k in (1, 4, 30)}
-        row = {"mixture": title, "nll": nll}
-        for name, points in shown.items():
-            views[f"{name}: {title}"] = points, (mode % 10).tolist()
-            row[f"radius_{name.lower()}"] = float(np.sqrt(points.var(0).sum()))
-        rows.append(row)
-    radii = [key for key in rows[0] if "radius" in key]
-    table = [("mixture", *(f"NLL, {k} components" for k in rows[0]["nll"]), *radii)]
-    table += [(row["mixture"], *row["nll"].values(), *(row[key] for key in radii)) for row in rows]
-    sentence = "; ".join(f"{row['mixture']}: radius {row['radius_pca']:.1f} in the PCA's plane, best "
-                         f"described by {min(row['nll'], key=row['nll'].get)} components of 1, 4 and 30"
-                         for row in rows)
-    protocol = (f"{count} samples each, d = {args.dims}, unit covariance, means of norm 4 and 12 in random "
-                "directions; mixtures with diagonal covariances on standardised halves, NLL in nats on the "
-                f"other half; seed {args.seed}"
-                + ("" if args.umap else "; no UMAP: pip install umap-learn, then --umap"))
-    return ({"rows": rows, "what_it_shows": sentence, "protocol": protocol}, table,
-            scatter_chart(views, ["modes"]))
+    result = {"panels": panels, "theorem": THEOREM, "what_it_shows": sentence, "protocol": protocol} | PAGE
+    return Report(panels.get("K", {}) | result, table, {".png": sheet_of(charts)})

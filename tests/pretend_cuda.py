@@ -4,10 +4,10 @@ obey a GPU's rules, so that a script's own main() can be run against these rules
 The rules, each broken one a RuleBroken:
     an operation's tensors are all on one device (a scalar tensor on the CPU may join, as in PyTorch)
     a collective's tensors, and DistributedDataParallel's, are on the GPU
-What makes the host wait for the GPU is no error but counted, with the line of ours that asked for it:
+What makes the host wait for the GPU is not an error. It is counted, with the line of ours that asked for it:
 numbers read back, sizes that depend on values, copies to the host, copies from memory that is not pinned.
 
-What it cannot show: speed, memory, races between streams, what a CUDA kernel does otherwise than the CPU's,
+What it cannot show: speed, memory, races between streams, differences between CUDA's kernels and the CPU's,
 and bfloat16: autocast is entered but casts nothing, since these tensors are on the meta device to C++.
 """
 import contextlib
@@ -18,13 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 
-import common
 import losses
 from frozen import pretrained
-import train_diffusion
-import train_tokenizer
+from runtime import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -95,12 +92,30 @@ class Pretended(torch.Tensor):
 ACTIVE = []                                                                 # the Gpu in use
 
 
+def leaves(x):
+    """What is in nested lists, tuples and dicts. torch's own functions for this take twice as long."""
+    if isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from leaves(part)
+    else:
+        yield x
+
+
+def tree_map(function, x):
+    """function of each of these, in the same lists, tuples and dicts."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([tree_map(function, part) for part in x])
+    if isinstance(x, dict):
+        return {key: tree_map(function, part) for key, part in x.items()}
+    return function(x)
+
+
 def our_line():
     """The innermost line of this project, not of its tests, that is running: "data.py:12"."""
     frame = sys._getframe(2)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.parent == ROOT:
+        if path.parent == ROOT or path.parent.parent == ROOT and path.parent.name != "tests":
             return f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
@@ -132,8 +147,7 @@ class Gpu(TorchDispatchMode):
 
     def dispatch(self, function, args, kwargs):
         name = function.overloadpacket.__name__
-        leaves, _ = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         pretended = [t for t in tensors if isinstance(t, Pretended)]
         plain = [t for t in tensors if not isinstance(t, Pretended)]
         asked = kwargs.get("device")
@@ -192,6 +206,14 @@ class Gpu(TorchDispatchMode):
                                  f"{tuple(tensor.shape)}")
 
 
+def replace_everywhere(patch, name, value):
+    """Put value in place of processes.NAME, also in the modules that imported it by name."""
+    real = getattr(processes, name)
+    for module in list(sys.modules.values()):
+        if vars(module).get(name) is real:
+            patch.setattr(module, name, value)
+
+
 class DistributedDataParallel(torch.nn.Module):
     """As torch's to the caller; sends nothing."""
 
@@ -221,7 +243,7 @@ def pretend_cuda(monkeypatch, world=1):
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: CUDA)
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-        patch.setattr(common, "cast_matrices", lambda model, dtype: model)         # as autocast does not cast
+        replace_everywhere(patch, "cast_matrices", lambda model, dtype: model)     # as autocast does not cast
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: gpu.pinned.setdefault(id(tensor), tensor))
         # Module.to would put a GPU's data into a parameter of the CPU's class.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -236,11 +258,10 @@ def pretend_cuda(monkeypatch, world=1):
             patch.setattr(dist, "broadcast_object_list", lambda objects: gpu.collective())
             patch.setattr(dist, "all_reduce", lambda tensor, op=dist.ReduceOp.SUM, group=None: (
                 None if group == "gloo" else gpu.all_reduce(tensor, op, world)))
-            patch.setattr(common, "_cpu_group", lambda: "gloo")
+            patch.setattr(processes, "_cpu_group", lambda: "gloo")
+            patch.setattr(processes, "DistributedDataParallel", DistributedDataParallel)
             patch.setattr(losses.dist_grad, "all_reduce",
                           lambda tensor: (gpu.collective(tensor), tensor * world)[1])
-            for trainer in (train_tokenizer, train_diffusion):
-                patch.setattr(trainer, "DistributedDataParallel", DistributedDataParallel)
         try:
             with torch.autograd.set_multithreading_enabled(False):         # a mode belongs to its thread
                 yield gpu

@@ -1,10 +1,11 @@
-"""Extensions from after the paper (docs/after.md): each is off by default, does what its name says,
-and resumes.
+"""Extensions from after the paper (docs/after.md), of after/ and variants/repa.py: each does what its name
+says, attaches with --add, and resumes.
 
-One section for each; deleting an extension deletes its section.
+One section for each, with its own imports; deleting an extension deletes its section.
 """
 import argparse
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_frozen import use_random_networks
 
 import checkpoints
 import common
@@ -24,20 +26,14 @@ import sample
 import sit
 import train_diffusion
 import train_tokenizer
-from after.alignment import alignment_loss
-from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target
-from after.muon import Muon, orthogonal
-from after.nested_dropout import draw_lengths, keep_first, possible_lengths
-from after.time_shift import shift_of, shift_times
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
-from losses import build_objective
-from study import after as study
+from losses import build_adversary
 
 TOKENIZER = ("--image-size 16 --patch-size 4 --width 32 --heads 2 --encoder-depth 1 --decoder-depth 1 "
              "--aux-depth 1 --num-latents 4 --latent-dim 4 --hog-cell 4 --batch-size 8 --steps 4 "
-             "--stage2-steps 2 --warmup 2 --stage2-warmup 1 --log-every 1 --save-every 1000 --grid-every 0 "
-             "--eval-images 16 --latent-images 64 --device cpu").split()
+             "--stage2-steps 2 --warmup 2 --stage2-warmup 1 --log-every 1 --save-every 1000 "
+             "--device cpu").split()
 
 
 def tokenize(out, *options):
@@ -56,6 +52,13 @@ def test_images(count=64):
 
 test_images.__test__ = False
 
+
+def attached(names, **config):
+    """A new diffusion model with these extras."""
+    kind = common.attach(sit.Diffusion, names)
+    return kind.Model(kind.Config(**config))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -63,8 +66,13 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def random_networks(monkeypatch):
+    use_random_networks(monkeypatch.setattr)
+
+
 DIFFUSION = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 6 --warmup 2 "
-             "--log-every 1 --save-every 1000 --grid-every 0 --device cpu").split()
+             "--log-every 1 --save-every 1000 --device cpu").split()
 
 
 def diffuse(out, tokenizer, *options):
@@ -84,8 +92,10 @@ def losses(out):
 
 # ---------------------------------------------- latent noise ----------------------------------------------
 
+from after.latent_noise import draw_noise  # noqa: E402
+
+
 def test_latent_noise_is_half_normal_over_images_and_an_images_own():
-    from after.latent_noise import draw_noise
     noise = draw_noise(streams(400), (16, 8), 0.8)
     sigmas = noise.std((1, 2))
     # |N(0, s^2)| has mean s sqrt(2/pi) and median 0.674 s: one sigma for all images would have both equal.
@@ -96,7 +106,9 @@ def test_latent_noise_is_half_normal_over_images_and_an_images_own():
 @pytest.mark.slow
 def test_latent_noise_changes_stage_2_alone_and_makes_the_decoder_bear_it(tmp_path):
     options = ["--steps", 100, "--stage2-steps", 200, "--lr", 3e-3, "--stage2-lr", 3e-3]
-    exact, noisy = (tokenize(tmp_path / strength, *options, "--latent-noise", strength) for strength in "01")
+    options += ["--add", "latent_noise", "--latent-noise"]
+    exact, noisy = (tokenize(tmp_path / strength, *options, strength) for strength in "01")
+    assert noisy["add"] == []                                              # the checkpoint needs no extra
     records = [[r["recon"] for r in checkpoints.read_metrics(tmp_path / name) if "recon" in r]
                for name in "01"]
     assert records[0][:100] == records[1][:100] and records[0][101] < records[1][101]
@@ -116,6 +128,9 @@ def test_latent_noise_changes_stage_2_alone_and_makes_the_decoder_bear_it(tmp_pa
 
 # ----------------------------------------------- time shift -----------------------------------------------
 
+from after.time_shift import shift_of, shift_times  # noqa: E402
+
+
 def test_shifted_times_have_shifted_odds_of_noise_to_data():
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     shifted = shift_times(t, 3.0)
@@ -124,14 +139,17 @@ def test_shifted_times_have_shifted_odds_of_noise_to_data():
     # LightningDiT counts time from noise to data: its 0.3 is our 1 / 0.3.
     torch.testing.assert_close(1 - shift_times(1 - t, 0.3), shift_times(t, 1 / 0.3))
     # MAETok's latents are as large as RAE's base; four times as many values double the shift.
-    assert shift_of(sit.SiTConfig(time_shift=0)) == 1
-    assert shift_of(sit.SiTConfig(time_shift=0, latent_dim=128)) == 2
-    assert shift_of(sit.SiTConfig(latent_dim=128)) == 1 and shift_of(sit.SiTConfig(time_shift=3)) == 3
+    config = common.attach(sit.Diffusion, ["time_shift"]).Config
+    assert shift_of(config()) == 1 and shift_of(config(latent_dim=128)) == 2
+    assert shift_of(config(latent_dim=128, time_shift=3)) == 3
 
 
 @pytest.mark.parametrize("sampler", flow.SAMPLERS)
 def test_shifted_samplers_spend_their_steps_near_the_noise_and_still_end_at_the_data(sampler):
-    plain, shifted = (flow.sampling_times(sampler, 20, shift) for shift in (1.0, 4.0))
+    small = dict(num_latents=2, latent_dim=2, width=16, depth=1, heads=2)
+    model = attached(["time_shift"], **small, time_shift=4.0)
+    plain = flow.sampling_times(sit.SiT(sit.SiTConfig(**small)), sampler, 20)
+    shifted = flow.sampling_times(model, sampler, 20)
     assert len(plain) == len(shifted) and shifted[0] == 1
     assert np.median(shifted) > 0.7 > np.median(plain)
     if sampler == "euler-maruyama":
@@ -139,32 +157,33 @@ def test_shifted_samplers_spend_their_steps_near_the_noise_and_still_end_at_the_
     # Data N(0, 1/4) on the linear path: the velocity is known and leads from N(0, 1) to N(0, 1/4).
     velocity = lambda x, t, **_: (t - (1 - t) / 4) / (t * t + (1 - t) ** 2 / 4) * x
     x = torch.randn(400, 4, 2, generator=torch.Generator().manual_seed(0))
-    run = {"euler": flow.euler, "heun": flow.heun, "euler-maruyama": flow.euler_maruyama}[sampler]
-    assert run(velocity, x, 100, shift=4.0).std() == pytest.approx(0.5, rel=0.1)
+    found = model.samplers[sampler](velocity, x, flow.state_times(model, sampler, 100))
+    assert found.std() == pytest.approx(0.5, rel=0.1)
 
 
 def test_time_shift_trains_on_shifted_times_and_samples_alike(tmp_path, tokenizer):
     diffuse(tmp_path / "plain", tokenizer)
-    state = diffuse(tmp_path / "shifted", tokenizer, "--time-shift", 8)
+    state = diffuse(tmp_path / "shifted", tokenizer, "--add", "time_shift", "--time-shift", 8)
     counts = [[sum(n is not None for n in r["loss_t"][:5]) for r in checkpoints.read_metrics(tmp_path / name)]
               for name in ("plain", "shifted")]
     assert sum(counts[1]) < sum(counts[0])                                  # fewer steps had a time below 1/2
     assert state["config"]["time_shift"] == 8
-    own, plain, again = (draw(tmp_path / "shifted", tmp_path / f"{n}.npz", "--sampler", "euler", *options) for
-                         n, options in enumerate(([], ["--time-shift", 1], ["--time-shift", 8])))
+    shift = lambda s: ["--add", "time_shift", "--time-shift", s]
+    own, plain, again = (draw(tmp_path / "shifted", tmp_path / f"{n}.npz", "--sampler", "euler", *options)
+                         for n, options in enumerate(([], shift(1), shift(8))))
     assert np.array_equal(own, again) and np.abs(own - plain).max() > 0
-    # An older checkpoint knows no shift: none is its shift.
-    del state["config"]["time_shift"]
-    torch.save(dict(state), tmp_path / "old.pt")
-    assert shift_of(sit.load_diffusion(tmp_path / "old.pt")[0].config) == 1
+    # A model that was trained without a shift can be sampled with one.
+    plain, shifted = (draw(tmp_path / "plain", tmp_path / f"{n}.npz", "--sampler", "euler", *options)
+                      for n, options in enumerate(([], shift(8)), 3))
+    assert np.abs(shifted - plain).max() > 0
 
 
 # ---------------------------------------------- x-prediction ----------------------------------------------
 
 @pytest.mark.parametrize("name", ["sit", "lightningdit", "usit"])
 def test_x_prediction_turns_the_data_into_the_velocity_down_to_its_clip(name):
-    build, config = sit.model_classes(name)
-    model = build(config(num_latents=3, latent_dim=2, width=16, depth=2, heads=2, x_prediction=True))
+    extras = ["x_prediction"] if name == "sit" else [name, "x_prediction"]
+    model = attached(extras, num_latents=3, latent_dim=2, width=16, depth=2, heads=2)
     x, noise = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
     last = model.linear if name == "usit" else model.final_layer.linear
     last.register_forward_hook(lambda module, inputs, output: x)                 # a model that knows the data
@@ -177,20 +196,23 @@ def test_x_prediction_turns_the_data_into_the_velocity_down_to_its_clip(name):
 
 
 def test_x_prediction_trains_samples_and_wants_the_linear_path(tmp_path, tokenizer):
-    state = diffuse(tmp_path / "run", tokenizer, "--x-prediction", "--steps", 60, "--lr", 3e-3)
+    state = diffuse(tmp_path / "run", tokenizer, "--add", "x_prediction", "--steps", 60, "--lr", 3e-3)
     curve = losses(tmp_path / "run")
     assert np.mean(curve[-10:]) < 0.8 * np.mean(curve[:3])
-    assert state["config"]["x_prediction"] and sit.load_diffusion(tmp_path / "run")[0].config.x_prediction
+    assert state["add"] == ["x_prediction"]
     draw(tmp_path / "run", tmp_path / "x.npz", "--cfg", 2)
     # A new model answers 0, the mean of the data: v = x_t / t and not 0,
     # so the first loss tells the two apart.
     diffuse(tmp_path / "plain", tokenizer, "--steps", 1)
     assert losses(tmp_path / "plain")[0] != curve[0]
     with pytest.raises(UserError, match="linear path, not --path cosine"):
-        diffuse(tmp_path / "cosine", tokenizer, "--x-prediction", "--path", "cosine")
+        diffuse(tmp_path / "cosine", tokenizer, "--add", "x_prediction", "--path", "cosine")
 
 
 # --------------------------------------------- nested dropout ---------------------------------------------
+
+from after.nested_dropout import draw_lengths, keep_first, possible_lengths  # noqa: E402
+
 
 def test_lengths_are_powers_of_two_equally_often_and_zero_what_comes_after():
     assert possible_lengths(6) == [1, 2, 4, 6] and possible_lengths(8) == [1, 2, 4, 8]
@@ -206,7 +228,7 @@ def test_lengths_are_powers_of_two_equally_often_and_zero_what_comes_after():
 def test_nested_dropout_makes_few_tokens_worth_more(tmp_path, capsys):
     options = ["--steps", 300, "--stage2-steps", 1, "--lr", 3e-3, "--mask-low", 0, "--mask-high", 0]
     psnr = {}
-    for name, more in (("plain", []), ("nested", ["--nested-dropout"])):
+    for name, more in (("plain", []), ("nested", ["--add", "nested_dropout"])):
         tokenize(tmp_path / name, *options, *more)
         evaluate.main(["lengths", str(tmp_path / name), "--num-images", "64", "--device", "cpu"])
         rows = json.loads((tmp_path / name / "lengths.json").read_text())["rows"]
@@ -221,11 +243,37 @@ def test_nested_dropout_makes_few_tokens_worth_more(tmp_path, capsys):
 
 
 def test_nested_dropout_is_for_latents_without_a_place(tmp_path):
-    with pytest.raises(UserError, match="--nested-dropout orders learnable latents"):
-        tokenize(tmp_path, "--nested-dropout", "--no-learnable-latents")
+    with pytest.raises(UserError, match="--add nested_dropout orders learnable latents"):
+        tokenize(tmp_path, "--add", "nested_dropout", "--no-learnable-latents")
+
+
+def test_each_image_of_a_batch_is_decoded_from_its_own_length(tmp_path):
+    kind = common.attach(maetok.Tokenizer, ["nested_dropout"])
+    model = kind.Model(kind.Config(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=1,
+                                   decoder_depth=1, num_latents=4, latent_dim=4))
+    images, lengths = torch.randn(3, 3, 16, 16), torch.tensor([4, 1, 2])
+    output, whole = model(images, lengths=lengths), model(images)
+    assert torch.equal(output.latents, keep_first(whole.latents, lengths))
+    torch.testing.assert_close(output.reconstruction, model.decode(output.latents))
+
+
+def test_the_order_of_add_is_the_order_of_what_is_done_to_the_latents():
+    latents, noise, lengths = torch.randn(2, 4, 4), torch.randn(2, 4, 4), torch.tensor([1, 2])
+    for names in (["nested_dropout", "latent_noise"], ["latent_noise", "nested_dropout"]):
+        kind = common.attach(maetok.Tokenizer, names)
+        model = kind.Model(kind.Config(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=1,
+                                       decoder_depth=1, num_latents=4, latent_dim=4))
+        found = model.decode_all(latents, (4, 4), added=noise, lengths=lengths).latents
+        noisy_first = names[-1] == "latent_noise"                        # the last name is asked first
+        expected = (keep_first(latents + noise, lengths) if noisy_first
+                    else keep_first(latents, lengths) + noise)
+        assert torch.equal(found, expected)
 
 
 # ------------------------------------------------ MeanFlow ------------------------------------------------
+
+from after.mean_flow import adaptive_weights, draw_spans, mean_flow_target  # noqa: E402
+
 
 class GaussianAverage(torch.nn.Module):
     """The average velocity of data N(0, s^2), in closed form: x_t is N(0, a(t)^2),
@@ -250,7 +298,7 @@ def test_the_mean_flow_target_of_the_true_average_velocity_is_itself():
 
 
 def test_the_derivative_of_a_sit_is_that_of_finite_differences():
-    model = sit.SiT(sit.SiTConfig(num_latents=3, latent_dim=2, width=16, depth=2, heads=2, mean_flow=0.25))
+    model = attached(["mean_flow"], num_latents=3, latent_dim=2, width=16, depth=2, heads=2)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x, v, y = torch.randn(4, 3, 2), torch.randn(4, 3, 2), torch.zeros(4, dtype=torch.int64)
@@ -266,7 +314,7 @@ def test_the_derivative_of_a_sit_is_that_of_finite_differences():
 
 def test_spans_are_ordered_and_apart_in_their_part():
     t, other = torch.rand(4000), torch.rand(4000)
-    later, span = draw_spans(streams(4000), t, other, 0.25)
+    later, span = draw_spans(torch.rand(4000) < 0.25, t, other)
     apart = span > 0
     assert abs(apart.float().mean() - 0.25) < 0.03 and torch.equal(later[~apart], t[~apart])
     assert torch.equal(later[apart], torch.maximum(t, other)[apart]) and (later - span > -1e-6).all()
@@ -277,41 +325,48 @@ def test_one_step_of_mean_flow_finds_the_modes_where_one_of_euler_finds_their_me
     distances = {}
     for part in (0.0, 0.75):
         torch.manual_seed(0)
-        model = sit.SiT(sit.SiTConfig(num_latents=2, latent_dim=2, width=32, depth=1, heads=2, num_classes=0,
-                                      mean_flow=part))
+        model = attached(["mean_flow"], num_latents=2, latent_dim=2, width=32, depth=1, heads=2,
+                         num_classes=0)
         optimizer, y = (torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)),
                         torch.zeros(64, dtype=torch.int64))
         for step in range(250):                                         # data: all 2 or all -2, deviation 0.1
             common.set_learning_rate(optimizer, 5e-3 * (1 - step / 250))
             rngs = [common.sample_rng(0, "test", step, i) for i in range(64)]
             x = torch.randint(0, 2, (64, 1, 1)) * 4.0 - 2 + 0.1 * torch.randn(64, 2, 2)
-            t, span = draw_spans(rngs, flow.sample_times(rngs), flow.sample_times(rngs), part)
+            t, other = flow.sample_times(rngs), flow.sample_times(rngs)
+            t, span = draw_spans(torch.tensor([rng.random() < part for rng in rngs]), t, other)
             x_t, v = flow.interpolate(x, torch.randn(64, 2, 2), t)
             target = mean_flow_target(model, x_t, v, t, y, span) if part else v
             losses = flow.flow_matching_loss(model(x_t, t, y, span=span), target)
             (losses * adaptive_weights(losses) if part else losses).mean().backward()
             common.optimizer_step(optimizer, 1.0)
-        velocity = flow.guided_velocity(model.eval(), torch.zeros(200, dtype=torch.int64))
-        samples = flow.euler(velocity, torch.randn(200, 2, 2), 1, average=part > 0)
+        velocity = model.eval().velocity(torch.zeros(200, dtype=torch.int64))
+        sampler = model.samplers["euler"] if part else flow.euler
+        samples = sampler(velocity, torch.randn(200, 2, 2), [1.0, 0.0])
         distances[part] = (samples.abs() - 2).abs().mean().item()
     # Measured, with two seeds: 0.2 against 1.2 and 1.4.
     assert distances[0.75] < 0.5 * distances[0.0] and distances[0.0] > 0.7
 
 
 def test_mean_flow_trains_resumes_and_samples_in_one_step(tmp_path, tokenizer):
-    whole = diffuse(tmp_path / "whole", tokenizer, "--mean-flow", 0.5, "--grid-every", 6)
-    diffuse(tmp_path / "cut", tokenizer, "--mean-flow", 0.5, "--grid-every", 6, "--save-every", 3)
+    options = ["--add", "mean_flow", "--mean-flow", 0.5]
+    whole = diffuse(tmp_path / "whole", tokenizer, *options)
+    diffuse(tmp_path / "cut", tokenizer, *options, "--save-every", 3)
     (tmp_path / "cut" / "step_0000006.pt").unlink()
     (tmp_path / "cut" / "last.pt").unlink()
-    again = diffuse(tmp_path / "cut", tokenizer, "--mean-flow", 0.5, "--grid-every", 6, "--save-every", 3)
+    again = diffuse(tmp_path / "cut", tokenizer, *options, "--save-every", 3)
     assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
     assert any("span_embedder" in k for k in whole["ema"]) and np.isfinite(losses(tmp_path / "whole")).all()
     draw(tmp_path / "whole", tmp_path / "x.npz", "--sampler", "euler", "--steps", 1, "--cfg", 2)
-    with pytest.raises(UserError, match="--mean-flow is for sit"):
-        diffuse(tmp_path / "other", tokenizer, "--mean-flow", 0.5, "--model", "lightningdit")
+    with pytest.raises(UserError, match="--add mean_flow is for sit"):
+        diffuse(tmp_path / "other", tokenizer, "--add", "lightningdit,mean_flow")
 
 
 # ----------------------------------------------- alignment -----------------------------------------------
+
+from after.alignment import TEACHERS, AlignmentTarget, alignment_loss  # noqa: E402
+from frozen import pretrained  # noqa: E402
+
 
 def test_the_alignment_loss_is_its_formula_patch_by_patch_and_zero_within_the_margins():
     z, f = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
@@ -327,30 +382,65 @@ def test_the_alignment_loss_is_its_formula_patch_by_patch_and_zero_within_the_ma
     assert alignment_loss(near, f) == 0
 
 
+def test_the_constant_to_beat_is_the_mean_direction(monkeypatch):
+    monkeypatch.setattr("losses.load_teacher", lambda *args: None)
+    config = argparse.Namespace(patch_size=4, weights_dir="", aux_weight=1.0)
+    target, y = AlignmentTarget("dinov2-s", config, "cpu"), torch.randn(3, 4, 5) + 1
+    mean = torch.nn.functional.normalize(y, dim=-1).mean((0, 1)).expand_as(y)
+    found = target.constant_loss([y[:2], y[2:]], None)
+    expected = (2 * alignment_loss(mean[:2], y[:2]) + alignment_loss(mean[2:], y[2:])) / 3
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_alignment_loss_has_its_adaptive_weight(tmp_path, random_networks, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "PERCEP_WARMUP", 4)
+    seen, weight = [], train_tokenizer.adaptive_weight
+
+    def remember(reconstruction, term, layer):
+        seen.append((reconstruction.item(), weight(reconstruction, term, layer).item(), layer.shape))
+        return torch.tensor(seen[-1][1])
+
+    monkeypatch.setattr("after.alignment.adaptive_weight", remember)
+    tokenize(tmp_path, "--preset", "shapes,va-vae", "--add", "alignment", "--align", "dinov2-s", "--stage", 1,
+             "--percep-weight", 0.5, "--align-weight", 0.3)
+    records = [r for r in checkpoints.read_metrics(tmp_path) if "loss" in r]
+    assert len(seen) == len(records) == 4
+    for step, (r, (reconstruction, ratio, shape)) in enumerate(zip(records, seen)):
+        expected = r["recon"] + 0.5 * step / 4 * r["percep"]
+        assert reconstruction == pytest.approx(expected, rel=1e-5) and shape == (8, 32)       # mean, variance
+        assert r["loss"] == pytest.approx(expected + 0.3 * ratio * r["align"] + 1e-6 * r["kl"], rel=1e-5)
+
+
 @pytest.mark.slow
-def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_2(tmp_path):
-    options = ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen", "--steps", 80,
+def test_va_vae_aligns_its_latents_in_stage_1_and_drops_the_projection_in_stage_2(tmp_path, random_networks,
+                                                                                    monkeypatch):
+    monkeypatch.setitem(TEACHERS, "dinov2-s", pretrained._dinov2("s", 48, 2, 3, 0))              # a small one
+    options = ["--preset", "shapes,va-vae", "--add", "alignment", "--align", "dinov2-s", "--steps", 80,
                "--lr", 3e-3]
     found = {}
     for weight in (0, 1):
         state = tokenize(tmp_path / str(weight), *options, "--align-weight", weight, "--stage", 1)
         found[weight] = [r["align"] for r in checkpoints.read_metrics(tmp_path / str(weight)) if "align" in r]
-        assert state["ema"]["align.weight"].shape == (384, 4)
+        assert state["ema"]["aux_decoders.align.weight"].shape == (48, 4) and state["add"] == []
+    end = checkpoints.read_metrics(tmp_path / "1")[-1]
+    assert end["align_loss"] < end["align_constant"]
     assert np.mean(found[1][-10:]) < 0.9 * np.mean(found[1][:5])
     assert np.mean(found[1][-10:]) < 0.95 * np.mean(found[0][-10:])
-    model = maetok.load_tokenizer(tmp_path / "1")
-    assert model.encode(test_images(2)).shape == (2, 16, 4) and model.align.out_features == 384
+    assert maetok.load_tokenizer(tmp_path / "1").encode(test_images(2)).shape == (2, 16, 4)
     state = tokenize(tmp_path / "2", *options, "--stage", 2, "--init", tmp_path / "1")
     assert not any("align" in name for name in state["ema"])
     maetok.tokenizer_of(state, "stage 2")
     for message, wrong in (("choose dinov2-s", ["--align", "clip", "--no-learnable-latents"]),
-                           ("which --compile has not", [*options[:5], "--compile"]),
+                           ("which --compile does not give", [*options[:2], "--compile"]),
                            ("add --no-learnable-latents", ["--align", "dinov2-s"])):
         with pytest.raises(UserError, match=message):
-            tokenize(tmp_path / "3", *wrong)
+            tokenize(tmp_path / "3", "--add", "alignment", *wrong)
 
 
 # -------------------------------------------------- Muon --------------------------------------------------
+
+from after.muon import Muon, orthogonal  # noqa: E402
+
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 12, 40), (40, 12)])
 def test_orthogonal_keeps_singular_vectors_and_makes_all_values_about_one(shape):
@@ -383,35 +473,44 @@ def test_muon_takes_the_steps_of_pytorchs_and_adamw_those_of_the_rest():
         assert (moved - expected).norm() < (0.03 if i < 4 else 1e-6) * expected.norm() and expected.norm() > 0
 
 
-def test_muon_is_for_matrices_of_blocks_and_nothing_is_left_out():
-    config = train_tokenizer.Config(**train_tokenizer.PRESETS["shapes"]
-                                    | dict(muon=2.0, latent_modulation=True, class_token=True))
-    whole, frozen = maetok.MAETok(config), maetok.MAETok(config)
-    frozen.freeze_encoder()
-    cpu = torch.device("cpu")
-    made = [(model, train_tokenizer.build_optimizer(config, model, cpu)) for model in (whole, frozen)]
-    for kind in ("sit", "lightningdit", "usit"):
-        diffusion = train_diffusion.Config(model=kind, num_latents=4, latent_dim=4, width=32, depth=2,
-                                           heads=2, num_classes=3, muon=4.0)
-        model = train_diffusion.build_model(dataclasses.asdict(diffusion))
-        made.append((model, train_diffusion.build_optimizer(diffusion, model, cpu)))
-    for model, optimizer in made:
+def test_muon_is_for_matrices_of_blocks_and_nothing_is_left_out(random_networks):
+    cpu, made = torch.device("cpu"), []
+    for names in (["muon"], ["released", "muon"], ["muon", "released"]):
+        kind = common.attach(train_tokenizer.Method, names)
+        config = kind.Config(**kind.PRESETS["shapes"])
+        method = kind(config, cpu)
+        whole, frozen = (method.Model(config, method.targets) for _ in range(2))
+        for model in (whole, frozen.freeze_encoder()):
+            made.append((model, method.optimizer(model), 0.0 if "released" in names else 1e-4))
+    for names in (["muon"], ["lightningdit", "muon"], ["usit", "muon"]):
+        kind = common.attach(train_diffusion.Method, names)
+        config = kind.Config(num_latents=4, latent_dim=4, width=32, depth=2, heads=2, num_classes=3)
+        method, model = kind(config, None, cpu), kind.Model(config)
+        made.append((model, method.optimizer(model), 0.0))
+        assert made[-1][1].defaults["betas"] == method.BETAS
+    for model, optimizer, weight_decay in made:
         given = [p for group in optimizer.param_groups for p in group["params"]]
         trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         assert sorted(map(id, given)) == sorted(trained)
-        blocks = {trained[id(p)] for group in optimizer.param_groups if "muon" in group
-                  for p in group["params"]}
+        groups = [group for group in optimizer.param_groups if "muon" in group]
+        blocks = {trained[id(p)] for group in groups for p in group["params"]}
         expected = {name for name in trained.values() if re.search(
             r"block.*\b(attn\.(qkv|q|kv|proj)|mlp\.[\w.]+|skip_linear)\.weight$", name)}
         assert blocks == expected and len(blocks) >= 8
+        assert [group["weight_decay"] for group in groups] == [weight_decay]
+    kind = common.attach(train_tokenizer.Method, ["muon"])
     for disc in ("patch", "dino"):                                      # discriminators keep AdamW
-        adversary = build_objective(dataclasses.replace(config, disc=disc, random_frozen=True), cpu).adversary
-        assert type(train_tokenizer.build_optimizer(config, adversary, cpu)) is torch.optim.AdamW
+        config = kind.Config(**kind.PRESETS["shapes"] | dict(disc=disc))
+        adversary = build_adversary(config, cpu)
+        assert type(kind(config, cpu).optimizer(adversary)) is torch.optim.AdamW
 
 
-def test_muon_resumes_bit_for_bit_in_both_stages_and_only_as_muon(tmp_path):
+def test_muon_resumes_bit_for_bit_in_both_stages_and_only_as_muon(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "KEEP", 9)
+
     def train(out, muon=2.0, *options):
-        return tokenize(out, "--stage2-steps", 4, "--muon", muon, "--keep", 9, *options)
+        add = ["--add", "muon", "--muon", muon] if muon else []
+        return tokenize(out, "--stage2-steps", 4, *add, *options)
 
     whole = train(tmp_path / "whole")
     for cut in (3, 6):                                              # within stage 1 [0, 4) and stage 2 [4, 8)
@@ -425,16 +524,17 @@ def test_muon_resumes_bit_for_bit_in_both_stages_and_only_as_muon(tmp_path):
         assert all(torch.equal(w, again["model"][k]) for k, w in whole["model"].items())
     other = train(tmp_path / "other", 0)
     assert any(not torch.equal(w, other["model"][k]) for k, w in whole["model"].items() if "blocks" in k)
-    with pytest.raises(UserError, match="muon 2.0 -> 0.0"):
-        train(tmp_path / "whole", 0)
+    for muon, message in ((0, "add 'muon' -> ''"), (1.0, "muon 2.0 -> 1.0")):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "whole", muon)
 
 
 def test_sit_trains_with_muon_and_resumes(tmp_path, tokenizer):
-    whole = diffuse(tmp_path / "whole", tokenizer, "--muon", 2)
-    diffuse(tmp_path / "cut", tokenizer, "--muon", 2, "--save-every", 3)
+    whole = diffuse(tmp_path / "whole", tokenizer, "--add", "muon")
+    diffuse(tmp_path / "cut", tokenizer, "--add", "muon", "--save-every", 3)
     for name in ("step_0000006.pt", "last.pt"):
         (tmp_path / "cut" / name).unlink()
-    again = diffuse(tmp_path / "cut", tokenizer, "--muon", 2, "--save-every", 3)
+    again = diffuse(tmp_path / "cut", tokenizer, "--add", "muon", "--save-every", 3)
     assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
     adamw = diffuse(tmp_path / "adamw", tokenizer)
     assert any(not torch.equal(w, adamw["ema"][k]) for k, w in whole["ema"].items())
@@ -444,17 +544,17 @@ def test_sit_trains_with_muon_and_resumes(tmp_path, tokenizer):
 
 def test_guidance_free_fine_tuning_starts_from_the_trained_model(tmp_path, tokenizer):
     trained = diffuse(tmp_path / "trained", tokenizer, "--steps", 40, "--lr", 3e-3)
-    diffuse(tmp_path / "tuned", tokenizer, "--guidance-free", "--init", tmp_path / "trained", "--steps", 1,
-            "--lr", 1e-9, "--warmup", 0)
+    diffuse(tmp_path / "tuned", tokenizer, "--add", "guidance_free", "--init", tmp_path / "trained",
+            "--steps", 1, "--lr", 1e-9, "--warmup", 0)
     model, old = (sit.load_diffusion(tmp_path / name)[0] for name in ("tuned", "trained"))
     x, t, y = torch.randn(3, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 4, 10])
     for beta in (torch.ones(3), torch.full((3,), 0.3)):
-        torch.testing.assert_close(model(x, t, y, beta), old(x, t, y), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x, t, y, beta=beta), old(x, t, y), rtol=1e-4, atol=1e-4)
     # One step moves the new embedder: it has a gradient although it answers 0.
-    state = diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained",
+    state = diffuse(tmp_path / "more", tokenizer, "--add", "guidance_free", "--init", tmp_path / "trained",
                     "--steps", 2, "--lr", 1e-3)
     assert state["model"]["beta_embedder.mlp.2.weight"].abs().max() > 0
-    assert diffuse(tmp_path / "more", tokenizer, "--guidance-free", "--init", tmp_path / "trained",
+    assert diffuse(tmp_path / "more", tokenizer, "--add", "guidance_free", "--init", tmp_path / "trained",
                    "--steps", 2, "--lr", 1e-3)["step"] == 2                                       # it resumes
     before, after = (s["final_layer.linear.weight"] for s in (trained["ema"], state["model"]))
     assert not torch.equal(before, after)
@@ -465,8 +565,8 @@ def test_init_refuses_other_latents_and_other_models(tmp_path, tokenizer):
     diffuse(tmp_path / "trained", tokenizer)
     tokenize(tmp_path / "other", "--seed", 1)
     for message, its, options in (("another tokenizer's latents", tmp_path / "other", []),
-                                  ("path 'linear' -> 'cosine'", tokenizer, ["--path", "cosine"]),
-                                  ("model 'sit' -> 'usit'", tokenizer, ["--model", "usit"]),
+                                  ("--path linear -> cosine", tokenizer, ["--path", "cosine"]),
+                                  ("another kind of model", tokenizer, ["--add", "usit"]),
                                   ("weights of another model", tokenizer, ["--depth", 1])):
         with pytest.raises(UserError, match=message):
             diffuse(tmp_path / "run", its, "--init", tmp_path / "trained", *options)
@@ -474,28 +574,30 @@ def test_init_refuses_other_latents_and_other_models(tmp_path, tokenizer):
 
 # ------------------------------- REPA with the authors' recipe for 1D latents -------------------------------
 
-def test_repas_mlp_repeats_every_token_along_its_patches(tmp_path, tokenizer):
+from variants.repa import MLPHead, Repa  # noqa: E402
+
+
+def test_repas_mlp_repeats_every_token_along_its_patches():
     model = sit.SiT(sit.SiTConfig(num_latents=4, latent_dim=4, width=32, depth=2, heads=2, num_classes=3))
-    repa = train_diffusion.Repa(model, 1, maetok.load_tokenizer(tokenizer), 7, "mlp", hidden=16)
+    repa = Repa(model, model, 1, MLPHead(16, 4, 32, 7))
     args = torch.randn(2, 4, 4), torch.rand(2), torch.zeros(2, dtype=torch.int64)
-    v, features = repa(*args)
-    _, hidden = model(*args, hidden_after=1)
-    assert v.shape == (2, 4, 4) and features.shape == (2, 16, 7)                    # 16 patches: four a token
+    hidden = []
+    model.blocks[0].register_forward_hook(lambda block, inputs, tokens: hidden.append(tokens))
+    assert repa(*args).shape == (2, 4, 4) and repa.features.shape == (2, 16, 7)     # 16 patches: four a token
     for patch in range(16):
-        torch.testing.assert_close(features[:, patch], repa.head(hidden[:, patch // 4]))
-    odd = sit.SiT(sit.SiTConfig(num_latents=5, latent_dim=4, width=32, depth=2, heads=2))
+        torch.testing.assert_close(repa.features[:, patch], repa.head.layers(hidden[0][:, patch // 4]))
     with pytest.raises(UserError, match="5 tokens do not divide the 16 patches"):
-        train_diffusion.Repa(odd, 1, maetok.load_tokenizer(tokenizer), 7, "mlp")
+        MLPHead(16, 5, 32, 7)
 
 
 @pytest.mark.slow
-def test_repa_with_the_mlp_learns_its_teacher(tmp_path, tokenizer):
-    options = "--no-cache --repa dinov2-s --repa-block 1 --repa-head mlp --random-frozen --steps 30 --lr 3e-3"
+def test_repa_with_the_mlp_learns_its_teacher(tmp_path, tokenizer, random_networks):
+    options = "--no-cache --add repa --repa dinov2-s --repa-block 1 --repa-head mlp --steps 30 --lr 3e-3"
     diffuse(tmp_path, tokenizer, *options.split())
     agreement = [r["repa"] for r in checkpoints.read_metrics(tmp_path)]
     assert agreement[-1] < agreement[0] - 0.2                                                      # -cos
     with pytest.raises(UserError, match="choose decoder or mlp"):
-        diffuse(tmp_path / "other", tokenizer, "--repa-head", "linear")
+        diffuse(tmp_path / "other", tokenizer, "--add", "repa", "--no-cache", "--repa-head", "linear")
 
 
 # ---------------------------------- the theorem's other exponents, the toy ----------------------------------
@@ -523,12 +625,15 @@ def test_many_close_modes_look_compact_and_still_need_many_components(tmp_path):
 
 
 def test_umap_is_asked_for_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install umap-learn; or leave --umap out"):
         evaluate.main(["compactness", "--umap", "--device", "cpu", "--out", str(tmp_path / "c")])
 
 
 # --------------------------------------------- the measurements ---------------------------------------------
+
+from study import after as study  # noqa: E402
+
 
 def test_rows_share_what_they_do_not_change():
     args = argparse.Namespace(out="runs/x", plan=study.SETTINGS["smoke"], data="shapes", preset="shapes",
@@ -576,38 +681,33 @@ def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys):
 
 
 def test_usit_2b_has_dc_aes_own_values():
-    config = train_diffusion.Config(**train_diffusion.PRESETS["usit-2b"])
-    assert (config.batch_size, config.beta1, config.beta2, config.warmup, config.lr, config.weight_decay,
-            config.steps) == (1024, 0.99, 0.99, 5000, 1e-4, 0.0, 500_000)
+    kind = common.attach(train_diffusion.Method, ["usit"])
+    config = kind.Config(**kind.PRESETS["usit-2b"])
+    assert (config.batch_size, kind.BETAS, config.warmup, config.lr, config.steps) == (
+        1024, (0.99, 0.99), 5000, 1e-4, 500_000)
 
 
-@pytest.mark.parametrize("module", [train_tokenizer, train_diffusion])
-def test_all_are_off_by_default_and_out_of_the_short_help(module):
-    off = dict(latent_noise=0, nested_dropout=False, align="", time_shift=1, x_prediction=False, mean_flow=0,
-               muon=0)
-    fields = {f.name: f.default for f in dataclasses.fields(module.Config)} | {"align_weight": None}
-    assert all(fields[name] == value for name, value in off.items() if name in fields)
-    assert len(off.keys() & fields) == 4 and not (off.keys() | {"align_weight"}) & set(module.SHOWN)
-    assert not any(set(preset) & off.keys() for name, preset in module.PRESETS.items() if name != "va-vae")
+@pytest.mark.parametrize("method", [train_tokenizer.Method, train_diffusion.Method])
+def test_an_extras_options_are_there_only_with_it(method, capsys):
+    plain = {f.name for f in dataclasses.fields(method.Config)}
+    options = {"latent_noise": {"latent_noise"}, "nested_dropout": set(), "muon": {"muon"},
+               "alignment": {"align", "align_weight"}, "time_shift": {"time_shift"}, "x_prediction": set(),
+               "guidance_free": set(), "mean_flow": {"mean_flow"}}
+    for name, own in options.items():
+        if not hasattr(common.find_extra(name), f"AddTo{method.ROLE}"):
+            with pytest.raises(UserError, match=f"after/{name}.py cannot be added here"):
+                common.attach(method, [name])
+            continue
+        assert not own & plain
+        kind = common.attach(method, [name])
+        assert {f.name for f in dataclasses.fields(kind.Config)} - plain == own
+        with pytest.raises(SystemExit):
+            common.parse_config(kind.Config, kind.PRESETS, list(method.PRESETS), "", ["--help"])
+        printed = capsys.readouterr().out
+        assert all(f"--{option.replace('_', '-')}" in printed for option in own)
 
 
-def test_runs_from_before_the_extensions_resume(tmp_path, tokenizer):
-    young = {"align", "latent_noise", "nested_dropout", "align_weight", "time_shift", "x_prediction",
-             "mean_flow", "repa_head", "muon"}
-    tokenize(tmp_path / "tokenizer")
-    diffuse(tmp_path / "sit", tokenizer)
-    for run, again in (("tokenizer", lambda: tokenize(tmp_path / "tokenizer")),
-                       ("sit", lambda: diffuse(tmp_path / "sit", tokenizer))):
-        state = dict(checkpoints.load_checkpoint(tmp_path / run))
-        state["config"] = {k: v for k, v in state["config"].items() if k not in young}
-        for path in (tmp_path / run).glob("*.pt"):
-            path.unlink()
-        torch.save(state, tmp_path / run / "last.pt")
-        assert again()["step"] == state["step"]
-    assert sit.load_diffusion(tmp_path / "sit")[0].config.mean_flow == 0
-
-
-@pytest.mark.parametrize("options", [["--mean-flow", 0.5], ["--x-prediction", "--time-shift", 0]])
+@pytest.mark.parametrize("options", [["--add", "mean_flow"], ["--add", "x_prediction,time_shift"]])
 def test_checkpointing_changes_nothing_in_diffusion(tmp_path, tokenizer, options):
     plain, less = (diffuse(tmp_path / name, tokenizer, *options, *more)["model"]
                    for name, more in (("plain", []), ("less", ["--checkpointing"])))
@@ -615,9 +715,10 @@ def test_checkpointing_changes_nothing_in_diffusion(tmp_path, tokenizer, options
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--nested-dropout", "--latent-noise", 0.8],
-                                     ["--preset", "shapes,va-vae", "--align", "dinov2-s", "--random-frozen"]])
-def test_checkpointing_changes_nothing_in_tokenizers(tmp_path, options):
+@pytest.mark.parametrize("options", [["--add", "nested_dropout,latent_noise"],
+                                     ["--preset", "shapes,va-vae", "--add", "alignment",
+                                      "--align", "dinov2-s"]])
+def test_checkpointing_changes_nothing_in_tokenizers(tmp_path, options, random_networks):
     plain, less = (tokenize(tmp_path / name, *options, *more)["model"]
                    for name, more in (("plain", []), ("less", ["--checkpointing"])))
     assert all(torch.equal(w, less[k]) for k, w in plain.items())

@@ -1,6 +1,6 @@
 """course/: blanks, folders, the tests that grade, and the grader against submissions that misbehave.
 
-`make course` does more of the same: every made submission of every assignment, and each folder's own tests.
+`make course` does more: all made submissions of every assignment, and each folder's own tests.
 """
 import ast
 import base64
@@ -43,7 +43,7 @@ def test_the_list_of_blanks_is_in_order():
         for i, b in enumerate(listed):
             assert set(b.needs) <= {other.id for other in listed[:i]}, b.id
             assert b.tests and b.hidden and b.hint and len(b.wrong) >= 3
-    assert sum(len(b.wrong) for b in BLANKS) >= 60
+    assert len(BLANKS) >= 32 and sum(len(b.wrong) for b in BLANKS) >= 183
 
 
 @every_blank
@@ -71,7 +71,7 @@ def test_handouts_carry_the_table_of_blanks():
     for page in sorted((ROOT / "course").glob("A?.md")):
         assert make.with_table(page.read_text(), page.stem) == page.read_text(), (
             "python course/make.py --handouts")
-    assert make.with_table("a\n<!-- blanks -->\nold\n<!-- /blanks -->\nb\n", "A3").count("| A3.") == 10
+    assert make.with_table("a\n<!-- blanks -->\nold\n<!-- /blanks -->\nb\n", "A3").count("| A3.") == 13
     with pytest.raises(UserError, match="goes between"):
         make.with_table("no marks", "A3")
 
@@ -113,6 +113,17 @@ def test_wrong_answers_are_edits_that_apply_once():
     for b in BLANKS:
         for wrong in b.wrong:
             compile(grade.wrong_text(b, wrong), b.file, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_no_blank_is_called_when_tests_are_collected(tmp_path, name):
+    """A blank in a decorator, or at a test file's top, would break every other test of that file."""
+    make.student_folder(name, tmp_path / name)
+    listed = dict.fromkeys(test.split("::")[0] for b in assignments.ASSIGNMENTS[name] for test in b.tests)
+    found = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", *listed],
+                           cwd=tmp_path / name, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:]
 
 
 @pytest.mark.slow
@@ -165,7 +176,7 @@ def test_an_experiment_needs_a_report_and_two_seeds(tmp_path, kind):
     ("def sobel(images, size=print('hello')):\n    return images", "its signature is"),
     ("sobel = 3", "hog.py has no function sobel"),
     ("class sobel: pass", "hog.py has no function sobel"),
-    ("def sobel(images): return images", "it stands on one line"),
+    ("def sobel(images): return images", "it is on one line"),
     ("def sobel(images):\n    from math import *\n", "hog.py does not parse: import * only allowed"),
     ("(" * 10_000, "does not parse"),
     ("#" * 2_000_000, "hog.py has 2000000 bytes")])
@@ -219,7 +230,7 @@ PATCHES = """
 READS = f"""
     source = open({str(ROOT / "maetok.py")!r}).read()
     exec(source, globals())
-    return self.forward(grid, before, after)
+    return self.forward(grid, others)
 """
 DELETES = """
     import shutil, os
@@ -274,7 +285,7 @@ def test_misbehaviour_gets_points_for_what_works_and_harms_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
-    """Asleep, with a child in its group: the fence is down, as if it had been got around."""
+    """Asleep, with a child in its group; without the fence, as if that had failed."""
     b = assignments.blank_of("A1.5")
     source = ("def gaussian_window(cell_size, device=None):\n    import subprocess, sys, time\n"
               "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', 'MARK-7c1'])\n"
@@ -310,19 +321,19 @@ def test_the_notebook_is_made_of_its_script():
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_image_to_sample(tmp_path, monkeypatch):
-    """With an untrained model of the small one's form; what the pictures show is not tested."""
+    """With a small model that is not trained; what the pictures show is not tested."""
     tokenizer = maetok.MAETok(maetok.MAETokConfig(image_size=32, patch_size=8, width=16, heads=2,
                                                   encoder_depth=1, decoder_depth=1, num_latents=4,
                                                   latent_dim=4))
     model = sit.SiT(sit.SiTConfig(num_latents=4, latent_dim=4, width=16, heads=2, depth=1, num_classes=10))
     as_dict = lambda part: vars(part.config)
-    torch.save({"kind": "diffusion", "step": 1, "config": as_dict(model) | {"model": "sit", "path": "linear"},
-                "ema": model.state_dict(), "classes": [],
-                "tokenizer": {"kind": "tokenizer", "config": as_dict(tokenizer),
+    torch.save({"kind": "diffusion", "step": 1, "config": as_dict(model) | {"path": "linear"},
+                "add": [], "ema": model.state_dict(), "classes": [],
+                "tokenizer": {"kind": "tokenizer", "config": as_dict(tokenizer), "add": [],
                               "ema": tokenizer.state_dict(), "stage": 1, "measured": True}},
                tmp_path / "run.pt")
     box.pack(tmp_path / "run.pt", tmp_path / "box.pt")
-    monkeypatch.setattr(checkpoints, "BOX", tmp_path / "box.pt")
+    monkeypatch.setattr(checkpoints, "DEFAULT_MODEL", tmp_path / "box.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     script = (ROOT / "course/walkthrough.py").read_text().replace("Path.cwd().parent", f"Path({str(ROOT)!r})")

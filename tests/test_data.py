@@ -1,8 +1,11 @@
-"""data.py: every kind of source, broken files, preprocessing,
-and samples that depend on (seed, epoch, index) alone."""
+"""data.py: every kind of source, broken files, preprocessing, and samples that depend on (seed, epoch, index)
+alone."""
+import functools
 import hashlib
+import http.server
 import shutil
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -10,9 +13,9 @@ import torch
 from PIL import Image
 
 import data
-from common import UserError
+from common import UserError, sample_rng
 from data import (CIFAR10_CLASSES, GlobalBatches, build_dataset, center_crop, collate,
-                  some_images, random_crop, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
+                  some_images, read_npz, resize_short_side, to_float, to_rgb, to_uint8)
 from shapes import SHAPES, Shapes
 
 
@@ -25,18 +28,18 @@ def array(dataset, index, epoch=0):
     return dataset[epoch, index][0].numpy()
 
 
-def test_a_folders_paths_are_bytes_in_two_arrays(tmp_path):
-    """Also names that are no UTF-8; nothing per path that a worker's garbage collector could write to."""
-    names = ["a/x.png", "b/\u00fc.png", "b/z.png"]
+def test_a_folders_paths_are_bytes_in_one_array(tmp_path):
+    """Also names that are not UTF-8; no object per path to which a worker's garbage collector could write."""
+    names = ["a/x.png", "b/\u00fc.png", "b/z.png", "b/\udcff and a longer name.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     source = data.Folder(tmp_path, "train")
     assert sorted(p.relative_to(tmp_path).as_posix() for p in source.files) == sorted(names)
-    assert {type(v) for v in vars(source.files).values()} == {bytes, np.ndarray}
+    assert isinstance(source.files.names, np.ndarray) and source.files.names.dtype.kind == "S"
     assert isinstance(source.labels, np.ndarray) and source[2][1] == 1
     with pytest.raises(IndexError):
-        source.files[3]
+        source.files[4]
 
 
 def test_npz_files_are_mapped_not_read(tmp_path):
@@ -154,19 +157,19 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
         build_dataset(str(tmp_path), "train", 16)
 
 
-def test_corrupt_file_is_named_or_skipped_and_counted(folder):
+def test_corrupt_file_is_named_also_from_a_worker_process(folder):
     path = folder / "train/a/cmyk.jpg"
     path.write_bytes(path.read_bytes()[:200])
     index = [f.name for f in build_dataset(str(folder), "train", 16).source.files].index("cmyk.jpg")
-    strict = build_dataset(str(folder), "train", 16)
-    error = collate([strict[0, index]])
-    assert isinstance(error, UserError) and str(path) in str(error) and "--skip-corrupt" in str(error)
-    loader = torch.utils.data.DataLoader(build_dataset(str(folder), "train", 16, skip_corrupt=True),
-                                         num_workers=1, batch_sampler=[[(0, i) for i in range(8)]],
-                                         collate_fn=collate)
-    images, labels = next(iter(loader))
-    assert len(images) == 8 and loader.dataset.skipped == 1                         # counted across processes
-    assert torch.equal(images[index], images[index + 1])                            # its neighbour stands in
+    dataset = build_dataset(str(folder), "train", 16)
+    assert all(isinstance(dataset[0, i], UserError) == (i == index) for i in range(8))
+    loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=collate,
+                                         batch_sampler=[[(0, i) for i in range(8)], [(1, index + 1)]])
+    error, (images, labels) = loader
+    assert isinstance(error, UserError) and len(images) == len(labels) == 1
+    assert str(path) in str(error) and "replace or delete it" in str(error) and "\n" not in str(error)
+    with pytest.raises(UserError, match="cmyk.jpg"):
+        list(some_images(dataset, 8))
 
 
 # ------------------------------------------------ arrays ------------------------------------------------
@@ -184,9 +187,12 @@ def test_npz_in_adm_layout(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (dict(images=np.zeros(3)), "no array 'arr_0'"), (dict(arr_0=np.zeros((2, 4, 4, 3))), "should be uint8"),
-    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "one label"),
+    (dict(images=np.zeros(3)), r"no array 'arr_0' \(found: images\)"),
+    (dict(arr_0=np.zeros((2, 4, 4, 3))), "should be uint8"),
+    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "class numbers.* of 2 images"),
     (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array(["cat"])), "class numbers"),
+    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array([0.5])), "class numbers"),
+    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8), arr_1=np.array([-2])), "class numbers"),
     (None, "cannot read")])
 def test_bad_npz_is_refused(tmp_path, content, message):
     path = tmp_path / "bad.npz"
@@ -278,14 +284,23 @@ def test_resampling_is_pillows_but_for_rounding(monkeypatch, size, fast):
     assert levels[3:].sum() == 0 and levels[2] < 1e-4 * levels.sum() and levels[1] < 0.01 * levels.sum()
 
 
-def test_random_crop_stays_within_its_range():
-    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 100).astype(np.uint8)[:, None, None], (1, 100, 3)))
-    spans = []
-    for seed in range(50):
-        crop = random_crop(ramp, 32, np.random.default_rng(seed)).numpy().astype(float)
-        assert crop.shape == (3, 32, 32)
-        spans.append((crop[0, -1, 0] - crop[0, 0, 0]) / 255)
-    assert 0.72 < min(spans) < 0.85 < 0.93 < max(spans) <= 1.01
+def test_download_appears_under_its_name_only_when_it_is_whole(tmp_path):
+    (tmp_path / "server").mkdir()
+    content = np.random.default_rng(0).bytes(3 << 20)
+    (tmp_path / "server/file.bin").write_bytes(content)
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(handler, directory=tmp_path / "server")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address, path = f"http://127.0.0.1:{server.server_port}", tmp_path / "here/file.bin"
+        with pytest.raises(UserError, match="arrived damaged"):
+            data.download(f"{address}/file.bin", path, "0" * 32)
+        with pytest.raises(UserError, match="cannot download .*404.*without network, put the file at"):
+            data.download(f"{address}/nowhere", path, "0" * 32)
+        assert list(path.parent.iterdir()) == []                                     # and no temporary file
+        data.download(f"{address}/file.bin", path, hashlib.md5(content).hexdigest())
+        assert path.read_bytes() == content
+        server.shutdown()
 
 
 def test_transparency_over_white_and_palette_with_transparency():
@@ -317,6 +332,14 @@ def test_flips_depend_on_seed_epoch_and_index_alone(folder):
     assert np.array_equal(batches[1][0].numpy(), array(dataset, 5, 0))
 
 
+def test_another_crop_takes_the_place_of_adms_and_its_draws_come_before_the_flip(folder):
+    dataset = build_dataset(str(folder), "train", 16, flip=True, seed=1)
+    dataset.crop = lambda image, size, rng: torch.full((3, size, size), int(rng.integers(256)))
+    for key in ((0, 1), (0, 2), (4, 1)):
+        rng = sample_rng(1, "augment", *key)
+        assert (dataset[key][0] == rng.integers(256)).all()
+
+
 # ------------------------------------------------ batches ------------------------------------------------
 
 def test_global_batches_are_the_same_images_for_any_split():
@@ -334,6 +357,18 @@ def test_global_batches_are_the_same_images_for_any_split():
     assert list(GlobalBatches(None, 4, 3, 4)) == [[(0, 12), (0, 13), (0, 14), (0, 15)]]
 
 
+def test_what_a_source_returns_after_the_label_is_passed_on():
+    class Source:
+        classes, length = None, 3
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (8, 8)), index, f"caption {index}", {"more": index}
+
+    images, labels, captions, more = collate([data.ImageDataset(Source(), 8)[0, i] for i in range(3)])
+    assert images.shape == (3, 3, 8, 8) and labels.tolist() == [0, 1, 2]
+    assert captions == ("caption 0", "caption 1", "caption 2") and more[2] == {"more": 2}
+
+
 def test_some_images_are_of_all_classes_and_end_with_the_data(folder, tmp_path):
     for i in range(60):                                     # files are sorted by class: 30 of a, then 32 of b
         photo(20, 20, i).save(folder / f"val/{'ab'[i // 30]}/{i}.png")
@@ -345,9 +380,3 @@ def test_some_images_are_of_all_classes_and_end_with_the_data(folder, tmp_path):
     np.savez(tmp_path / "x.npz", np.zeros((5, 8, 8, 3), np.uint8))
     dataset = build_dataset(str(tmp_path / "x.npz"), "test", 8)
     assert [len(images) for images, _ in some_images(dataset, 1000, batch_size=2)] == [2, 2, 1]
-
-
-def test_a_folder_of_nothing_but_broken_files_ends(tmp_path):
-    (tmp_path / "x.png").write_bytes(b"junk")
-    dataset = build_dataset(str(tmp_path), "train", 8, skip_corrupt=True)
-    assert "unreadable images in a row" in str(dataset[0, 0])

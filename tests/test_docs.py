@@ -1,19 +1,33 @@
-"""Every link, file and symbol that README and docs name is there, at the line they say; every equation that
-the code is tagged with stands in docs/equations.md; the study's tables are what its JSON says.
+"""Every link, file and symbol that README and docs name is there, at the line they say; every command is
+understood; every equation that the code is tagged with is in docs/equations.md; the study's tables are what
+its JSON says; CONTRIBUTING.md's examples work.
 
-`python -m tests.test_docs` writes line numbers and tables anew.
+`python -m tests.test_docs` rewrites line numbers and tables.
 """
 import ast
 import json
 import re
+import shlex
+import types
 from pathlib import Path
 
 import pytest
 
+import checkpoints
+import common
+import evaluate
+import losses
+import sample
+import train_diffusion
+import train_tokenizer
 from study import report
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "study/README.md",
+         *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
+FOLDERS = ("after", "frozen", "measures", "pictures", "runtime", "study", "variants")
+CODE = re.compile(r"^```bash\n(.*?)^```|`((?:python|torchrun) [^`]+)`", re.M | re.S)     # blocks; inline
+SCRIPT = re.compile(r"\b(train_tokenizer|train_diffusion|sample|evaluate)\.py\b(.*)")
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
 TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
 # Settings of the tables, "by seed" the one that holds runs of one seed beside each other: of these files.
@@ -86,11 +100,12 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_no_script_or_module_imports_a_script():
-    """But study/speed.py, which times the training step, and course/hidden.py, which is tests."""
+    """Except study/speed.py, which times the training step, course/hidden.py, which is tests, and
+    after/alignment.py, which needs a constant of the training script."""
     scripts = {"train_tokenizer", "train_diffusion", "sample", "evaluate"}
-    for path in [*ROOT.glob("*.py"), *(file for folder in ("after", "frozen", "variants", "study", "course")
+    for path in [*ROOT.glob("*.py"), *(file for folder in (*FOLDERS, "course")
                                        for file in (ROOT / folder).glob("*.py")
-                                       if file.name not in ("speed.py", "hidden.py"))]:
+                                       if file.name not in ("speed.py", "hidden.py", "alignment.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             imported = ([node.module] if isinstance(node, ast.ImportFrom) else
                         [name.name for name in node.names] if isinstance(node, ast.Import) else [])
@@ -101,7 +116,7 @@ def test_no_script_or_module_imports_a_script():
 @pytest.mark.parametrize("page", [p for p in PAGES if p.parent != ROOT / "course"],
                          ids=lambda page: page.name)
 def test_every_file_that_is_named_exists(page):
-    known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {"NAME.py"}
     for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", page.read_text()):
         assert name in known, name
 
@@ -112,7 +127,7 @@ def test_every_equation_of_the_code_is_in_the_table():
     for low, high in re.findall(r"^\| Eq\. (\d+)(?:–(\d+))? \|", table, re.M):
         there |= set(range(int(low), int(high or low) + 1))
     assert there == set(range(1, 15))
-    for path in [*ROOT.glob("*.py"), *(ROOT / "variants").glob("*.py"), *(ROOT / "frozen").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))]:
         for tag in re.findall(r"\[[^\]]*\bEq\. ?([\d, -]+)", path.read_text()):
             for number in re.findall(r"\d+", tag):
                 assert int(number) in there, f"{path.name}: Eq. {number}"
@@ -139,6 +154,79 @@ def test_the_studys_page_has_every_row():
     table = TABLE.search((ROOT / "docs/study.md").read_text())[0]
     names = {re.sub(r" \[.*", "", line.split("|")[1]).strip() for line in table.splitlines()[2:]}
     assert names == set(measured_rows("sharp"))
+
+
+# ------------------------------------------------ commands ------------------------------------------------
+
+def commands(page):
+    """(script, its arguments) of every command on a page that is written out: in blocks and inline."""
+    for block, inline in CODE.findall(page.read_text()):
+        for line in re.split(r"\n|&&", re.sub(r"\s*\\\n\s*", " ", block or inline.replace("\n", " "))):
+            if found := SCRIPT.search(line):
+                argv = shlex.split(found[2].replace("$row", "ae"), comments=bool(block))
+                yield found[1], [re.sub(r"\$\w+", "1", word) for word in argv if word != "..."]
+
+
+def parse(script, argv):
+    """Read a command line as the script does. UserError where it refuses."""
+    if script in ("sample", "evaluate"):
+        return {"sample": sample, "evaluate": evaluate}[script].parse(argv)
+    module = {"train_tokenizer": train_tokenizer, "train_diffusion": train_diffusion}[script]
+    method = common.attach_named(module.Method, argv)
+    return common.parse_config(method.Config, method.PRESETS, list(getattr(module, "SCALES", method.PRESETS)),
+                               "", argv)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_understood(page):
+    for script, argv in commands(page):
+        if "no_positions" in argv:                                       # an extra that a student writes
+            continue
+        try:
+            parse(script, argv)
+        except common.UserError as e:
+            raise AssertionError(f"{page.name}: {script}.py {shlex.join(argv)}: {e}") from e
+
+
+def test_commands_are_found_and_wrong_ones_refused():
+    assert sum(len(list(commands(page))) for page in PAGES) > 80
+    for script in ("train_tokenizer", "train_diffusion", "sample", "evaluate"):
+        with pytest.raises(common.UserError):
+            parse(script, ["--no-such-option"])
+
+
+# --------------------------------------------- CONTRIBUTING.md ---------------------------------------------
+
+TINY = """--stage 1 --steps 3 --batch-size 4 --log-every 1 --width 16 --heads 2 --encoder-depth 1
+    --decoder-depth 1 --num-latents 4 --lr 1e-3""".split()
+
+
+def contributed(number):
+    """The Python block of that number in CONTRIBUTING.md."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    return blocks[number]
+
+
+def test_the_target_in_contributing_works_as_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "TARGETS", dict(losses.TARGETS))                # both are undone afterwards
+    monkeypatch.setattr(losses, "ColourTarget", None, raising=False)
+    exec(contributed(0), vars(losses))
+    train_tokenizer.main([*TINY, "--targets", "hog,colour", "--out", str(tmp_path)])
+    *steps, end = checkpoints.read_metrics(tmp_path)
+    assert len(steps) == 3 and all(0 < record["colour"] < 4 for record in steps)     # in [-1, 1]
+    assert end["colour_loss"] > 0 and end["colour_constant"] > 0
+
+
+def test_the_extra_in_contributing_works_as_printed(tmp_path, monkeypatch):
+    module, find = types.ModuleType("constant_rate"), common.find_extra
+    exec(contributed(1), vars(module))
+    monkeypatch.setattr(common, "find_extra", lambda name: module if name == "constant_rate" else find(name))
+    rates = {}
+    for added in ("", "constant_rate"):
+        train_tokenizer.main([*TINY, "--add", added, "--out", str(tmp_path / f"run{added}")])
+        rates[added] = [r["lr"] for r in checkpoints.read_metrics(tmp_path / f"run{added}") if "lr" in r]
+    assert rates["constant_rate"] == [1e-3] * 3 and rates[""] != rates["constant_rate"]
 
 
 def test_the_readme_is_one_page():

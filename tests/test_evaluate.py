@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +22,14 @@ from sklearn.preprocessing import StandardScaler
 
 import checkpoints
 import evaluate
-import flow
 import maetok
-from frozen import features
 import sample
 import train_diffusion
 import train_tokenizer
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
+from measures import features, image_sets, latent_space
 from shapes import Shapes
-from study import speed
 from test_train_tokenizer import TINY
 
 
@@ -47,7 +46,7 @@ class Output(NamedTuple):
 
 
 def tiny_inception(weights_dir="", device="cpu", random=False):
-    """Stands in for the FID network: 12 colour means of 2 x 2 areas; --resize changes their scale."""
+    """In place of the FID network: 12 colour means of 2 x 2 areas; --resize changes their scale."""
     def network(images, resize="tf1"):
         x = F.adaptive_avg_pool2d(images.double(), 2).flatten(1) / (255 if resize == "tf1" else 128)
         return Output(x, x[:, :5] * 3, x[:, 5:])
@@ -71,7 +70,7 @@ def diffusion(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("diffusion")
     train_diffusion.main(["--tokenizer", str(tokenizer), "--out", str(folder), *(
         "--width 32 --depth 1 --heads 2 --cache-images 40 --batch-size 8 --steps 10 --save-every 5 "
-        "--grid-every 0 --device cpu").split()])
+        "--device cpu").split()])
     return folder
 
 
@@ -145,7 +144,7 @@ def test_two_processes_give_the_same_distance(tmp_path, cache):
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             ROOT / "evaluate.py", "generation", tmp_path / "s.npz", "--data", "shapes", "--features",
             "classifier", "--classifier-steps", "150", "--test-images", "200", "--reference-images", "200",
-            "--cache", cache, "--device", "cpu", "--json", tmp_path / "two.json"]
+            "--cache", cache, "--device", "cpu", "--out", tmp_path / "two"]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
@@ -182,7 +181,7 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
         measure("recon", tokenizer, "--size", 30)
 
 
-# ------------------------------------- latents, curve, cfg and theory -------------------------------------
+# ------------------------------------------ latents, curve, cfg ------------------------------------------
 
 @pytest.mark.slow
 def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
@@ -201,7 +200,7 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
         score = probe.fit(*vectors["train"]).score(*vectors["test"])
         assert found["one"][f"{what}_probe_accuracy"] == pytest.approx(score, abs=0.011)
     single, three = found["one"]["mixtures"]
-    # At K = 1 standardised latents have this likelihood whatever they are; more components fit better.
+    # At K = 1 standardised latents have this likelihood for any latents; more components fit better.
     assert single["nll_full_train"] == pytest.approx(2 * (1 + np.log(2 * np.pi)), abs=1e-3)
     assert three["nll_full_train"] < single["nll_full_train"] and single["largest_mean_norm_full"] < 1e-6
     assert "equal d" in capsys.readouterr().out
@@ -210,9 +209,9 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
 
 
 def test_the_picture_has_whole_classes_however_many_there_are():
-    images = features.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000),
+    images = image_sets.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000),
                              lambda index: index)
-    chosen = evaluate.first_classes(images)
+    chosen = latent_space.first_classes(images)
     assert 500 < len(chosen.labels) <= 1000 and chosen.labels.max() == 9
     assert all(images.labels[chosen.read(i)] == label for i, label in enumerate(chosen.labels))
 
@@ -230,8 +229,8 @@ def test_mixtures_without_full_covariances_and_curves_in_bfloat16(tmp_path, toke
     rows = json.loads((tmp_path / "l.json").read_text())[str(tokenizer)]["mixtures"]
     assert "nll_diagonal" in rows[0] and "nll_full" not in rows[0]
     monkeypatch.setattr(features, "load_inception", tiny_inception)
-    seen, draw = [], evaluate.sample_latents
-    monkeypatch.setattr(evaluate, "sample_latents", lambda *args, **options: (
+    seen, draw = [], image_sets.sample_latents
+    monkeypatch.setattr(image_sets, "sample_latents", lambda *args, **options: (
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         or draw(*args, **options)))
     measure("curve", diffusion, "--num-images", 8, "--steps", 2, "--reference-images", 30,
@@ -294,47 +293,11 @@ def test_samples_without_a_class_are_the_null_class_of_the_model(tmp_path, diffu
     measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 60)
     assert (json.loads((tmp_path / "s.npz.json").read_text())["gfid"]
             == pytest.approx(rows[1]["gfid"], rel=1e-6))
-    for message, wrong in (("stands alone", ["--classes", "null", "3"]), ("leads away", ["--cfg", "2"])):
+    for message, wrong in (("cannot be joined", ["--classes", "null", "3"]), ("leads away", ["--cfg", "2"])):
         with pytest.raises(UserError, match=message):
             sample.main([*draw, *wrong, "--out", str(tmp_path / "x.png")])
     with pytest.raises(UserError, match="leads away"):
         measure("curve", diffusion, *options, "--null-class", "--cfg", 2)
-
-
-def test_a_gaussian_of_the_latents_is_measured_as_the_null_class_is(tmp_path, diffusion, monkeypatch):
-    monkeypatch.setattr(features, "load_inception", tiny_inception)
-    options = ("--num-images", 40, "--steps", 100, "--sampler", "euler", "--reference-images", 60)
-    measure("gaussian", diffusion, *options, "--latent-images", 200, "--gap", "--out", tmp_path / "g")
-    found = json.loads((tmp_path / "g.json").read_text())
-    # By hand: draws from the latents' mean and covariance, decoded.
-    model, tokenizer, config = evaluate.load_diffusion(diffusion)
-    images = features.open_data(Namespace(data_root="data"), config["data"], "train", 16, 200)
-    z = tokenizer.encode(to_float(torch.stack([images.read(i) for i in range(200)])), normalize=True)
-    flat = z.flatten(1).double()
-    roots = torch.linalg.eigvalsh(torch.cov(flat.T)).clamp(min=0).sqrt()
-    assert found["gaussian_loss"] == pytest.approx(np.pi / 2 * roots.mean().item(), rel=0.01)
-    records = [json.loads(line) for line in (diffusion / "metrics.jsonl").read_text().splitlines()]
-    assert found["diffusion_loss"] == pytest.approx([r["loss"] for r in records if "loss" in r][-1])
-    assert found["gfid"] > 0 and "diffusion_gap" in found and "no classes" in found["protocol"]
-    assert "too few for 16 values" in found["protocol"]
-    seen, score = [], evaluate.score_samples
-    monkeypatch.setattr(evaluate, "score_samples", lambda args, model, *rest: seen.append(model) or score(
-        args, model, *rest))
-    measure("gaussian", diffusion, *options, "--latent-images", 200, "--out", tmp_path / "g")
-    drawn = flow.sample_latents(seen[0], np.arange(2000), np.zeros(2000), 0, sampler="euler", steps=100)
-    assert (drawn.flatten(1).mean(0) - flat.mean(0)).abs().max() < 0.1
-    spread = [torch.cov(vectors.T.double()).trace().item() for vectors in (drawn.flatten(1), flat)]
-    assert spread[0] == pytest.approx(spread[1], rel=0.1)
-
-
-def test_a_gaussian_stands_beside_plain_velocity_losses_alone(tmp_path, diffusion, monkeypatch):
-    monkeypatch.setattr(features, "load_inception", tiny_inception)
-    for key, value in (("path", "cosine"), ("times", "logit-normal"), ("time_shift", 3.0)):
-        state = torch.load(diffusion / "last.pt", weights_only=True)
-        state["config"][key] = value
-        torch.save(state, tmp_path / "other.pt")
-        with pytest.raises(UserError, match="was trained with --" + key.split("_")[0]):
-            measure("gaussian", tmp_path / "other.pt", "--num-images", 4, "--reference-images", 8)
 
 
 def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw(
@@ -343,7 +306,7 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
     options = ("--num-images", 30, "--steps", 3, "--reference-images", 60, "--gap")
     measure("curve", diffusion, *options, "--out", tmp_path / "curve")
     found = json.loads((tmp_path / "curve.json").read_text())["rows"][-1]["diffusion_gap"]
-    images = features.open_data(Namespace(data_root="data"), "shapes", "train", 16, 60)
+    images = image_sets.open_data(Namespace(data_root="data"), "shapes", "train", 16, 60)
     model = maetok.load_tokenizer(tokenizer)
     x = to_float(torch.stack([images.read(i) for i in range(60)]))
     np.savez(tmp_path / "redrawn.npz",
@@ -360,8 +323,6 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
                 "--out", tmp_path / "cfg")
         gap = json.loads((tmp_path / "cfg.json").read_text())["rows"][0]["diffusion_gap"]
         assert (gap == pytest.approx(found, rel=1e-6)) == (name == tokenizer)
-    measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "other", "--scales", 2, "--intervals",
-            "0:1", "--guide-ckpt", next(diffusion.glob("step_*05.pt")), "--out", tmp_path / "cfg")
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
     with pytest.raises(UserError, match="another encoder"):
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
@@ -384,69 +345,40 @@ def test_distance_in_efficientnet_features(tmp_path):
     assert not any("assigned" in key for key in found)
 
 
-def test_theory_finds_that_more_modes_need_more_samples(tmp_path):
-    measure("theory", "--components", 2, 8, "--dims", 8, "--samples", 64, 512, 4096, "--repeats", 2,
-            "--steps", 150, "--out", tmp_path / "t")
-    found = json.loads((tmp_path / "t.json").read_text())
-    # Well apart, each of K means is estimated from n / K samples: an error of about dK/n, an exponent near 1.
-    assert 0.5 < found["exponent"] < 1.6 and "K^4" in found["what_it_shows"]
-    for row in found["rows"]:
-        assert [e for _, e in row["errors"]] == sorted((e for _, e in row["errors"]), reverse=True)
+# ------------------------------------------------ commands ------------------------------------------------
+
+def test_a_module_with_measure_is_a_command(tmp_path, monkeypatch, capsys):
+    """As those of study/: its options, those of its groups, its result, its pictures."""
+    seen = []
+
+    def measure_toy(args):
+        """A toy. [nowhere]"""
+        seen.append(args)
+        return features.Report({"length": args.length, "protocol": "by hand"}, [("a", "b"), (1, 0.25)],
+                               {"_x.png": Image.new("RGB", (8, 8))})
+
+    toy = SimpleNamespace(measure=measure_toy, USES=("data",), add_arguments=lambda add: add(
+        "--length", type=float, default=1.0, help="m"))
+    monkeypatch.setattr(evaluate, "find_extras", lambda: {"toy": "A toy. [nowhere]"})
+    monkeypatch.setattr(evaluate.common, "find_extra", {"toy": toy}.__getitem__)
+    measure("toy", "--length", 2.5, "--data-root", "here", "--seed", 3, "--out", tmp_path / "t")
+    assert (seen[0].length, seen[0].data_root, seen[0].seed, seen[0].rank) == (2.5, "here", 3, 0)
+    assert json.loads((tmp_path / "t.json").read_text()) == {"command": "toy", "length": 2.5,
+                                                             "protocol": "by hand"}
+    assert "1  0.2500" in capsys.readouterr().out and Image.open(tmp_path / "t_x.png").size == (8, 8)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert "toy" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named_with_those_that_exist(monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extras", dict)
+    with pytest.raises(UserError, match="'speed'") as error:
+        evaluate.main(["speed"])
+    assert all(name in str(error.value) for name in evaluate.COMMANDS) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------ bad input ------------------------------------------------
-
-@pytest.mark.slow
-def test_speed_counts_every_product_of_a_row(tmp_path):
-    measure("speed", "--only", "SiT-B sampling call, 128", "HOG", "--sample-batch", 1, "--repeats", 1,
-            "--out", tmp_path / "speed")
-    result = json.loads((tmp_path / "speed.json").read_text())
-    T, D, C, depth = 128, 768, 32, 12
-    block = 12 * D * D * T + 2 * T * T * D + 6 * D * D                    # products, attention's two, adaLN
-    around = 2 * T * D * C + 2 * D * D + 256 * D + D * D                  # in and out, last adaLN, time
-    row = result["rows"]["SiT-B sampling call, 128 tokens"]
-    assert list(result["rows"]) == ["HOG, 256 px", "SiT-B sampling call, 128 tokens"]
-    assert row["flops"] == 2 * (depth * block + around)
-    assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
-    assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / result["peak_gflops"] / 1e9)
-    assert 0.1 < row["peak_memory_gib"] < 20                    # its 130 M weights alone are 0.5
-    with pytest.raises(UserError, match="no row"):
-        measure("speed", "--only", "SiT-Z")
-
-
-def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, capsys):
-    calls, clock = [], [0.0]
-
-    def work(name, cost):
-        def call():
-            calls.append(name)
-            clock[0] += cost
-        return call
-
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(speed, "COMPARISONS", {
-        "ours / theirs": (lambda args: (work("ours", 2.0), work("theirs", 6.0)), "torch"),
-        "absent": (lambda args: 1 / 0, "no_such_package"), "JPEG": (lambda args: 1 / 0, "PIL")})
-    monkeypatch.setattr(speed, "host_work", lambda args: {"masks": 1e-4})
-    measure("speed", "--compare", "--repeats", 3, "--out", tmp_path / "c")
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["ratios"] == {"ours / theirs": {"ours": 2, "theirs": 6, "times": 3, "lowest": 3,
-                                                 "highest": 3}}
-    assert calls == ["ours", "theirs"] * 4 and found["host_work_seconds"] == {"masks": 1e-4}
-    assert "absent: left out" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["HOG / scikit-image", "EM, 5 steps / scikit-learn",
-                                  "linear probe / scikit-learn", "SiT-B call, common.Linear / nn.Linear"])
-def test_both_sides_of_a_comparison_run(name):
-    build, package = speed.COMPARISONS[name]
-    pytest.importorskip(package)
-    args = Namespace(device=torch.device("cpu"), dtype="float32", sit_batch=1, sample_batch=1,
-                     seed=0, checkpointing=False, torch_dtype=torch.float32)
-    for call in build(args):
-        call()
-
 
 def test_bad_input_is_named(tmp_path, cache):
     images, labels = shapes(4)
@@ -493,19 +425,17 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert checkpoints.numbered_checkpoints(tmp_path) == []
 
 
-def test_the_sweep_compares_autoguidance_and_protocols_name_the_guidance(tmp_path, diffusion, monkeypatch):
+def test_protocols_name_how_samples_were_drawn(tmp_path, diffusion, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)
-    guides = []
-    monkeypatch.setattr(evaluate, "sample_latents", lambda *args, guide=None, **options: (
-        guides.append(guide), flow.sample_latents(*args, guide=guide, **options))[1])
-    options = ("--num-images", 20, "--steps", 3, "--reference-images", 40, "--scales", 3, "--intervals",
-               "0:1")
-    for name, guide in (("autoguidance", ["--guide-ckpt", diffusion]), ("classifier-free", [])):
-        measure("cfg", diffusion, *options, *guide, "--out", tmp_path / name)
-        assert name in json.loads((tmp_path / f"{name}.json").read_text())["protocol"]
-    assert guides[0].config.width == 32 and guides[-1] is None
     sample.main(["--ckpt", str(diffusion), "--num", "20", "--steps", "3", "--cfg", "2.5", "--seed", "7",
                  "--device", "cpu", "--out", str(tmp_path / "s.npz")])
     measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 40)
     protocol = json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
-    assert "cfg 2.5" in protocol and "seed 7" in protocol
+    assert "cfg 2.5" in protocol and "seed 7" in protocol and "steps 3" in protocol
+    (tmp_path / "s.npz.settings.json").unlink()
+    measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 40)
+    assert "steps and seed unknown" in json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
+    measure("curve", diffusion, "--num-images", 8, "--steps", 3, "--reference-images", 30, "--cfg", 2.5,
+            "--seed", 7, "--out", tmp_path / "curve")
+    protocol = json.loads((tmp_path / "curve.json").read_text())["protocol"]
+    assert "guidance 2.5 in (0.0, 1.0)" in protocol and "seed 7" in protocol and "3 steps" in protocol

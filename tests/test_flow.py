@@ -10,12 +10,13 @@ import scipy.stats
 import torch
 import torch.nn as nn
 
-from variants.lightningdit import LightningDiT, LightningDiTConfig
-from flow import (drop_labels, euler, euler_maruyama, flow_matching_loss, guidance_free_mixture,
-                  guided_velocity, heun, interpolate, path_coefficients, sample_times, sampling_times,
-                  score_from_velocity, expected_noise)
+import flow
+from common import UserError
+from flow import (LAST, call, check_guidance, choose_labels, drop_labels, euler, euler_maruyama,
+                  expected_noise, flow_matching_loss, guided_velocity, heun, inside, interpolate,
+                  path_coefficients, sample_latents, sample_times, sampling_times, state_times, time_grid)
 from sit import SiT, SiTConfig
-from test_sit import TINY, randomised, tiny
+from test_sit import TINY, tiny
 
 PATHS = ("linear", "cosine")
 
@@ -29,10 +30,12 @@ def test_an_unconditional_model_has_the_null_class_only():
     assert model.y_embedder.embedding_table.weight.shape == (1, 32)
     y = drop_labels(rngs(4), torch.tensor([3, 1, 4, 1]), null_class=0, probability=1.0)
     assert torch.equal(y, torch.zeros(4, dtype=torch.int64))
-    samples = euler(guided_velocity(model, y), torch.randn(4, 5, 6), steps=3)
+    samples = euler(guided_velocity(model, y), torch.randn(4, 5, 6), time_grid(3))
     assert samples.shape == (4, 5, 6) and samples.isfinite().all()
-    with pytest.raises(ValueError, match="unconditional"):
-        guided_velocity(model, y, cfg_scale=1.5)
+    check_guidance(model, 1.0)
+    for refuses in (lambda: guided_velocity(model, y, cfg_scale=1.5), lambda: check_guidance(model, 1.5)):
+        with pytest.raises(UserError, match="unconditional"):
+            refuses()
 
 
 # ------------------------------------------- paths and objective -------------------------------------------
@@ -116,27 +119,20 @@ def gaussian(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
 def test_score_is_the_gradient_of_the_log_density(path, t):
+    def score(v, x):                                                     # s = -E[eps | x_t] / sigma
+        return -expected_noise(v, x, t, path) / modes.coefficients(t)[1]
+
     x = torch.randn(20, 1, 2, dtype=torch.float64, requires_grad=True)
     modes = GaussianMixture([0.3, 0.7], [[1.0, 0.5], [-1.0, 0.2]], 0.4, path)
     gradient, = torch.autograd.grad(modes.log_density(x, t).sum(), x)
-    score = score_from_velocity(modes.velocity(x, t), x, t, path)
-    torch.testing.assert_close(score, gradient)
-    torch.testing.assert_close(
-        score_from_velocity(modes.velocity(x, t), x, torch.full((20,), t).double(), path), score)
+    torch.testing.assert_close(score(modes.velocity(x, t), x), gradient)
+    at_once = expected_noise(modes.velocity(x, t), x, torch.full((20,), t).double(), path)
+    torch.testing.assert_close(at_once, expected_noise(modes.velocity(x, t), x, t, path))
     closed = gaussian(path)                                                # N(alpha m, alpha^2 s^2 + sigma^2)
     alpha, sigma, *_ = closed.coefficients(t)
     x = x.detach()[..., :1]
-    torch.testing.assert_close(score_from_velocity(closed.velocity(x, t), x, t, path),
+    torch.testing.assert_close(score(closed.velocity(x, t), x),
                                -(x - alpha * 1.5) / (alpha ** 2 * 0.25 + sigma ** 2))
-
-
-def test_there_is_no_score_of_data_without_noise():
-    x = torch.randn(2, 5, 6)
-    with pytest.raises(ValueError, match="t = 0"):
-        score_from_velocity(x, x, 0.0)
-    with pytest.raises(ValueError, match="t = 0"):
-        score_from_velocity(x, x, torch.tensor([0.5, 0.0]))
-    assert score_from_velocity(x, x, torch.tensor([0.5, 0.01])).isfinite().all()
 
 
 def test_unknown_paths_and_times_are_refused():
@@ -165,50 +161,6 @@ def test_training_times_have_the_distribution_they_are_named_after(kind):
     assert good > 0.01 and bad < 1e-6
     # a sample's time is its generator's alone
     assert torch.equal(sample_times(rngs(3000)[7:9], kind), times[7:9])
-
-
-@pytest.mark.slow
-def test_euler_maruyama_as_released_takes_2t_on_the_cosine_path_too():
-    """A naive loop by the score: drift v - t s, noise sqrt(2 t dt);
-    on the linear path both choices are one."""
-    def velocity(x, t):
-        return torch.sin(3 * x) + t
-
-    def naive(x, steps, path):
-        times = [*np.linspace(1, 0.04, steps), 0.0]
-        for step, (t, following) in enumerate(zip(times, times[1:])):
-            v = velocity(x, t)
-            x = x + (following - t) * (v - t * score_from_velocity(v, x, t, path))
-            if following > 0:
-                x = x + (2 * t * (t - following)) ** 0.5 * noise[step]
-        return x
-
-    start, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(9, 2, 3, 4, dtype=torch.float64)
-    run = lambda path, kind: euler_maruyama(velocity, start, 10, noise=lambda step: noise[step], path=path,
-                                            diffusion=kind)
-    for path in ("linear", "cosine"):
-        torch.testing.assert_close(run(path, "t"), naive(start, 10, path))
-    torch.testing.assert_close(run("linear", "t"), run("linear", "sigma"))
-    assert (run("cosine", "t") - run("cosine", "sigma")).abs().max() > 0.05
-    with pytest.raises(ValueError, match="sigma or t"):
-        run("linear", "2t")
-
-
-def test_heun_decides_on_guidance_at_each_call_or_once_a_step():
-    batches = []
-
-    class Model(torch.nn.Linear):
-        config = SiTConfig(num_latents=2, latent_dim=3, width=8, heads=2, depth=1, num_classes=4)
-
-        def forward(self, x, t, y):
-            batches.append((round(t[0].item(), 3), len(x)))
-            return x
-
-    velocity = guided_velocity(Model(1, 1), torch.tensor([1]), 2.0, (0.0, 0.5))
-    for decide, doubled in (("call", [0.5, 0.5, 0.25, 0.25]), ("step", [0.5, 0.25, 0.25])):
-        batches.clear()
-        heun(velocity, torch.zeros(1, 2, 3), steps=4, decide=decide)
-        assert [t for t, size in batches if size == 2] == doubled
 
 
 def test_logit_normal_times_are_logit_normal_in_sigma_over_alpha_on_both_paths():
@@ -240,12 +192,18 @@ def recorded(velocity, calls):
 SAMPLERS = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}
 
 
+def draw(name, velocity, x, steps=250, last=LAST, **options):
+    """A sampler's result, with its own times."""
+    times = time_grid(steps, last if name == "euler_maruyama" else None)
+    return SAMPLERS[name](velocity, x, times, **options)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sampler, ratio", [(euler, 2), (heun, 4)])
 def test_order_of_the_ode_samplers(sampler, ratio, path):
     # The exact flow of a Gaussian takes the noise x_1 to m + s x_1.
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1)
-    samples = [sampler(gaussian(path).velocity, x, steps) for steps in (40, 80, 160)]
+    samples = [sampler(gaussian(path).velocity, x, time_grid(steps)) for steps in (40, 80, 160)]
     error = [(sample - (1.5 + 0.5 * x)).abs().max().item() for sample in samples]
     assert error[0] < 0.1
     for coarse, fine in zip(error, error[1:]):
@@ -258,8 +216,8 @@ def test_order_of_the_ode_samplers(sampler, ratio, path):
 def test_samplers_reach_the_mean_and_variance_of_a_gaussian(name, options, path):
     x = torch.randn(20_000, 1, 1, dtype=torch.float64)
     if name == "euler_maruyama":
-        options = options | dict(path=path, generator=torch.Generator().manual_seed(1))
-    samples = SAMPLERS[name](gaussian(path).velocity, x, **options).flatten().numpy()
+        options = options | dict(path=path)
+    samples = draw(name, gaussian(path).velocity, x, **options).flatten().numpy()
     assert abs(samples.mean() - 1.5) < 0.02                          # standard error 0.0035
     assert abs(samples.var() / 0.25 - 1) < 0.05                      # standard error 0.01
     assert scipy.stats.kstest((samples[:2000] - samples.mean()) / samples.std(), "norm").pvalue > 0.01
@@ -272,8 +230,8 @@ def test_samplers_reach_the_mean_and_variance_of_a_gaussian(name, options, path)
 def test_modes_of_a_mixture_are_hit_in_the_right_proportions(name, path):
     weights, means = [0.1, 0.2, 0.3, 0.4], [[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]]
     modes = GaussianMixture(weights, means, 0.3, path)
-    options = dict(path=path, generator=torch.Generator().manual_seed(1)) if name == "euler_maruyama" else {}
-    samples = SAMPLERS[name](modes.velocity, torch.randn(6000, 1, 2, dtype=torch.float64), **options)
+    options = dict(path=path) if name == "euler_maruyama" else {}
+    samples = draw(name, modes.velocity, torch.randn(6000, 1, 2, dtype=torch.float64), **options)
     nearest = (samples - modes.means).square().sum(-1).argmin(-1)                                   # (B,)
     for k in range(4):
         mine = samples[nearest == k, 0]
@@ -282,21 +240,23 @@ def test_modes_of_a_mixture_are_hit_in_the_right_proportions(name, path):
         assert 0.22 < mine.std(0).mean() < 0.36
 
 
-def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times():
-    target, calls, asked = gaussian("linear"), [], []
+@pytest.mark.parametrize("path", PATHS)
+def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times(path):
+    target, calls, asked = gaussian(path), [], []
     x = torch.randn(6, 1, 3, dtype=torch.float64)
     noises = torch.randn(9, 6, 1, 3, dtype=torch.float64)
     noise = lambda step: asked.append(step) or noises[step]
-    ours = euler_maruyama(recorded(target.velocity, calls), x, 10, noise=noise)
-    # d = v - w/2 s with w = 2t, and x += d dt + sqrt(2t) sqrt(|dt|) n; the last step, 0.04 to 0, without n.
+    ours = euler_maruyama(recorded(target.velocity, calls), x, time_grid(10, LAST), noise=noise, path=path)
+    # d = v - w/2 s with w = 2 sigma, and x += d dt + sqrt(w) sqrt(|dt|) n; the last step, 0.04 to 0, without.
     times = np.linspace(1, 0.04, 10)
     for step, t in enumerate(times):
         dt = (times[step + 1] if step < 9 else 0.0) - t
+        alpha, sigma, d_alpha, d_sigma = target.coefficients(t)
         v = target.velocity(x, t)
-        score = -((1 - t) * v + x) / t
-        x = x + (v - t * score) * dt
+        score = (d_alpha * x - alpha * v) / (alpha * d_sigma - d_alpha * sigma) / sigma
+        x = x + (v - sigma * score) * dt
         if step < 9:
-            x = x + math.sqrt(2 * t) * math.sqrt(abs(dt)) * noises[step]
+            x = x + math.sqrt(2 * sigma) * math.sqrt(abs(dt)) * noises[step]
     torch.testing.assert_close(ours, x)
     assert [t for _, t in calls] == pytest.approx(times) and asked == list(range(9))
 
@@ -304,7 +264,7 @@ def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times():
 def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
     calls, asked, states = [], [], []
     still = lambda x, t: -x / (2 - t)                                    # the drift, (2 - t) v + x, is then 0
-    euler_maruyama(recorded(still, calls), torch.zeros(1, 1, 1), trajectory=states,
+    euler_maruyama(recorded(still, calls), torch.zeros(1, 1, 1), time_grid(250, LAST), trajectory=states,
                    noise=lambda step: asked.append(step) or torch.ones(1, 1, 1))
     assert len(calls) == 250 and calls[0][1] == 1.0 and calls[-1][1] == pytest.approx(0.04)
     assert asked == list(range(249))
@@ -315,13 +275,13 @@ def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
 
 @pytest.mark.parametrize("sampler, times", [(euler, [1.0, 0.75, 0.5, 0.25]),
                                             (heun, [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])])
-def test_ode_samplers_call_at_evenly_spaced_times_from_1(sampler, times):
+def test_ode_samplers_call_at_the_times_of_their_steps(sampler, times):
     calls = []
-    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), 4)
+    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), time_grid(4))
     assert [t for _, t in calls] == times
     calls.clear()
-    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1))
-    assert len(calls) == (250 if sampler is euler else 249)
+    sampler(recorded(lambda x, t: x, calls), torch.zeros(1, 1, 1), time_grid(250))
+    assert len(calls) == (250 if sampler is euler else 499)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -331,7 +291,7 @@ def test_time_runs_from_noise_at_1_to_data_at_0(name):
     options = dict(steps=200, last=1e-3) if name == "euler_maruyama" else dict(steps=20)
     velocity = lambda x, t: (x - p) / t
     calls = []
-    sample = SAMPLERS[name](recorded(velocity, calls), torch.randn(5, 1, 2), **options)
+    sample = draw(name, recorded(velocity, calls), torch.randn(5, 1, 2), **options)
     assert calls[0][1] == 1.0
     torch.testing.assert_close(sample, p.expand(5, 1, 2), rtol=0,
                                atol=0.1 if name == "euler_maruyama" else 1e-5)
@@ -341,7 +301,7 @@ def test_time_runs_from_noise_at_1_to_data_at_0(name):
 def test_state_is_float64_and_the_result_has_the_inputs_dtype(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         calls, states, x = [], [], torch.randn(2, 1, 3, dtype=dtype)
-        result = SAMPLERS[name](recorded(lambda x, t: x.to(torch.bfloat16), calls), x, 3, trajectory=states)
+        result = draw(name, recorded(lambda x, t: x.to(torch.bfloat16), calls), x, 3, trajectory=states)
         assert all(x.dtype == torch.float64 for x, _ in calls) and result.dtype == dtype
         assert all(x.dtype == dtype for _, x in states)
 
@@ -351,7 +311,7 @@ def test_state_is_float64_and_the_result_has_the_inputs_dtype(name):
                           ("euler_maruyama", [1, 0.68, 0.36, 0.04, 0])])
 def test_trajectory_holds_every_state_from_noise_to_result(name, times):
     calls, states, x = [], [], torch.randn(2, 1, 3, dtype=torch.float64)
-    result = SAMPLERS[name](recorded(gaussian("linear").velocity, calls), x, 4, trajectory=states)
+    result = draw(name, recorded(gaussian("linear").velocity, calls), x, 4, trajectory=states)
     assert [t for t, _ in states] == pytest.approx(times)
     assert torch.equal(states[0][1], x) and torch.equal(states[-1][1], result)
     seen = calls[::2] if name == "heun" else calls                       # the state at the start of each step
@@ -360,27 +320,41 @@ def test_trajectory_holds_every_state_from_noise_to_result(name, times):
 
 def test_a_sample_does_not_depend_on_its_batch():
     x, noises = torch.randn(4, 1, 3), torch.randn(4, 10, 1, 3)
-    velocity = gaussian("linear").velocity
-    sample = lambda rows: euler_maruyama(velocity, x[rows], 10, noise=lambda step: noises[rows, step])
+    velocity, times = gaussian("linear").velocity, time_grid(10, LAST)
+    sample = lambda rows: euler_maruyama(velocity, x[rows], times, noise=lambda step: noises[rows, step])
     assert torch.equal(sample(slice(0, 4))[2:3], sample(slice(2, 3)))
-    run = lambda seed: euler_maruyama(velocity, x, 10, generator=torch.Generator().manual_seed(seed))
+
+
+def test_without_given_noise_it_comes_from_torchs_generator():
+    def run(seed):
+        torch.manual_seed(seed)
+        return euler_maruyama(gaussian("linear").velocity, torch.ones(4, 1, 3), time_grid(10, LAST))
+
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
 
+def test_times_are_equally_spaced_from_1_to_0():
+    assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0] and time_grid(1) == [1, 0]
+    assert time_grid(4, 0.04) == pytest.approx([1, 0.68, 0.36, 0.04, 0]) and time_grid(1, 0.04) == [1, 0]
+    for times, last in ((time_grid(250), 0), (time_grid(251, LAST)[:-1], LAST)):               # float64
+        np.testing.assert_allclose(times, np.linspace(1, last, 251), rtol=0, atol=1e-15)
+
+
 def test_impossible_steps_are_refused():
-    x = torch.zeros(1, 1, 1)
-    for sampler in SAMPLERS.values():
+    for last in (None, LAST):
         with pytest.raises(ValueError, match="at least one step"):
-            sampler(lambda x, t: x, x, 0)
+            time_grid(0, last)
     for last in (0.0, 1.0):
         with pytest.raises(ValueError, match="last"):
-            euler_maruyama(lambda x, t: x, x, 5, last=last)
+            time_grid(5, last)
 
 
 # ------------------------------------------------ guidance ------------------------------------------------
 
 class FakeModel(nn.Module):
-    """Velocity = label + 1, as c would be (null class 10: 11), and a record of every call."""
+    """Velocity = label + 1, as c would be (null class 10: 11), and a record of every call. It is sampled as
+    a SiT is."""
+    velocity, times, samplers = SiT.velocity, SiT.times, SiT.samplers
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -405,6 +379,13 @@ def test_guidance_extrapolates_from_the_null_class_in_one_batch():
     assert y.tolist() == [2, 0, 7, 10, 10, 10]
 
 
+def test_an_interval_includes_both_ends_and_what_rounding_makes_of_them():
+    for t in (0.2, 0.5, 0.75, 0.2 - 1e-9, 0.75 + 1e-9):
+        assert inside(t, (0.2, 0.75))
+    assert inside(0.1 + 0.2, (0.0, 0.3)) and inside(0.0, (0.0, 1.0)) and inside(1.0, (0.0, 1.0))
+    assert not inside(0.1999, (0.2, 0.75)) and not inside(0.7501, (0.2, 0.75))
+
+
 @pytest.mark.parametrize("t, rows",
                          [(0.1999, 3), (0.2, 6), (0.5, 6), (0.75, 6), (0.7501, 3), (1.0, 3), (0.0, 3)])
 def test_the_interval_includes_both_ends_and_saves_the_rest(t, rows):
@@ -419,79 +400,61 @@ def test_interval_ends_survive_the_rounding_of_a_samplers_times():
     # Of 10 even steps, 0.3 comes out as 0.30000000000000004; of 20, 0.55 comes out as 0.5499999999999999.
     for steps, low, high in ((10, 0.0, 0.3), (20, 0.55, 0.75)):
         model = FakeModel()
-        euler(guided_velocity(model, Y, 2.0, (low, high)), X, steps)
+        euler(guided_velocity(model, Y, 2.0, (low, high)), X, time_grid(steps))
         guided = [len(x) == 6 for x, _, _ in model.calls]
         assert guided == [round(low * steps) <= steps - i <= round(high * steps) for i in range(steps)]
 
 
+def test_heun_decides_on_guidance_at_each_call():
+    model = FakeModel()
+    heun(guided_velocity(model, Y, 2.0, (0.0, 0.5)), X, time_grid(4))
+    assert [t[0].item() for x, t, _ in model.calls if len(x) == 6] == [0.5, 0.5, 0.25, 0.25]
+
+
+def test_further_inputs_reach_both_calls_of_guidance():
+    seen = []
+
+    class Told(FakeModel):
+        def forward(self, x, t, y, span):
+            seen.append(span.tolist())
+            return super().forward(x, t, y)
+
+    for scale in (2.0, 1.0):
+        guided_velocity(Told(), Y, scale)(X, 0.4, span=0.5)
+    assert seen == [[0.5] * 6, [0.5] * 3]
+
+
 def test_scale_1_costs_one_forward_pass_of_the_batch():
     model = FakeModel()
-    euler(guided_velocity(model, Y, 1.0), X, 10)
+    euler(guided_velocity(model, Y, 1.0), X, time_grid(10))
     assert [len(x) for x, _, _ in model.calls] == [3] * 10
     assert all(torch.equal(y, Y) for _, _, y in model.calls)
+
+
+def test_a_call_fills_the_batch_with_one_time():
+    """Further inputs, too: one float each for the whole batch."""
+    seen = {}
+
+    class Told(FakeModel):
+        def forward(self, x, t, y, **more):
+            seen.update(more)
+            return super().forward(x, t, y)
+
+    model = Told()
+    v = call(model, X, 0.4, Y, beta=0.25, span=0.0)
+    (_, t, y), = model.calls
+    torch.testing.assert_close(t, torch.full((3,), 0.4))
+    assert torch.equal(y, Y) and torch.equal(v, (Y + 1.0).double()[:, None, None].expand_as(X))
+    assert list(seen) == ["beta", "span"] and seen["beta"].dtype == torch.float32
+    assert seen["beta"].tolist() == [0.25] * 3 and seen["span"].tolist() == [0.0] * 3
 
 
 def test_the_model_is_called_in_its_own_dtype_with_float32_times():
     for dtype in (torch.float32, torch.bfloat16):
         model = FakeModel(dtype)
-        v = guided_velocity(model, Y, 1.5)(X, 0.991)
+        v = call(model, X, 0.991, Y)
         (x, t, _), = model.calls
         assert x.dtype == dtype and t.dtype == torch.float32 and v.dtype == torch.float64
-
-
-def test_autoguidance_takes_the_worse_models_velocity_for_the_null_class():
-    model, guide = tiny(), tiny()
-    t = torch.full((3,), 0.4)
-    with torch.no_grad():
-        good, bad = model(X.float(), t, Y), guide(X.float(), t, Y)                   # the same labels in both
-        v = guided_velocity(model, Y, 1.9, (0.0, 0.5), guide)(X, 0.4).float()
-        torch.testing.assert_close(v, bad + 1.9 * (good - bad), rtol=1e-4, atol=1e-4)
-        outside = guided_velocity(model, Y, 1.9, (0.0, 0.3), guide)(X, 0.4).float()
-    torch.testing.assert_close(outside, good, rtol=1e-4, atol=1e-4)
-
-
-def test_guidance_free_loss_is_least_at_the_guided_velocity():
-    """With c = label + 1 for the target and u = 11, v(x, c, beta) = u + (c - u) / beta makes it 0."""
-    model, t, beta = FakeModel(), torch.full((3,), 0.4), torch.tensor([0.25, 0.5, 1.0])
-    x = X.float()
-    c = (Y + 1.0)[:, None, None].expand_as(x)
-    guided = (11 + (c - 11) / beta[:, None, None]).requires_grad_()
-    loss = lambda prediction: flow_matching_loss(guidance_free_mixture(model, prediction, x, t, Y, beta), c)
-    assert loss(guided).shape == (3,) and loss(guided).abs().max() < 1e-6
-    assert loss(guided + 0.1).min() > 1e-4
-    assert model.calls[0][2].tolist() == [10, 10, 10]
-    # an unguided prediction is right at beta = 1 alone
-    assert (loss(c) < 1e-6).tolist() == [False, False, True]
-
-
-@pytest.mark.parametrize("kind", [SiT, LightningDiT])
-def test_guidance_free_sampling_is_one_call_that_is_told_the_scale(kind):
-    config = LightningDiTConfig if kind is LightningDiT else SiTConfig
-    model = randomised(kind(config(**TINY, guidance_free=True))).eval()
-    t = torch.full((3,), 0.4)
-    calls = []
-    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    with torch.no_grad():
-        v = guided_velocity(model, Y, 2.0, (0.0, 0.5))(X, 0.4).float()
-        outside = guided_velocity(model, Y, 2.0, (0.0, 0.3))(X, 0.4).float()
-        assert calls == [3, 3]                                          # classifier-free guidance: 6 rows
-        torch.testing.assert_close(v, model(X.float(), t, Y, torch.full((3,), 0.5)))
-        torch.testing.assert_close(outside, model(X.float(), t, Y))                       # beta = 1
-        assert (v - outside).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="from 1 on"):
-        guided_velocity(model, Y, 0.5)
-
-
-@pytest.mark.parametrize("kind", [SiT, LightningDiT])
-def test_the_middle_layer_can_be_read(kind):
-    config = LightningDiTConfig if kind is LightningDiT else SiTConfig
-    model = randomised(kind(config(**TINY))).eval()
-    seen = []
-    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.no_grad():
-        v, hidden = model(X.float(), torch.full((3,), 0.4), Y, hidden_after=1)
-        torch.testing.assert_close(v, model(X.float(), torch.full((3,), 0.4), Y))
-    assert hidden is seen[0]
 
 
 def test_guidance_of_a_real_model_agrees_with_two_separate_passes():
@@ -509,8 +472,6 @@ def test_the_state_is_given_in_the_widest_type_of_the_weights():
     seen = []
 
     class Mixed(nn.Module):
-        config = tiny().config
-
         def __init__(self):
             super().__init__()
             self.first = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
@@ -520,15 +481,69 @@ def test_the_state_is_given_in_the_widest_type_of_the_weights():
             seen.append(x.dtype)
             return x
 
-    velocity = guided_velocity(Mixed(), torch.zeros(2, dtype=torch.int64), 2.0, (0.0, 0.5))
-    for t in (0.9, 0.2):
-        assert velocity(torch.randn(2, 5, 6, dtype=torch.float64), t).dtype == torch.float64
-    assert seen == [torch.float32] * 2
+    v = call(Mixed(), torch.randn(2, 5, 6, dtype=torch.float64), 0.9, torch.zeros(2, dtype=torch.int64))
+    assert v.dtype == torch.float64 and seen == [torch.float32]
 
 
-@pytest.mark.parametrize("sampler", [euler, heun, euler_maruyama])
-def test_sampling_times_are_those_at_which_the_model_is_called(sampler):
-    called = []
+# -------------------------------------------- drawing samples --------------------------------------------
+
+@pytest.mark.parametrize("name", flow.SAMPLERS)
+def test_sampling_times_are_those_at_which_the_model_is_called(name):
+    called, model = [], tiny()
     velocity = lambda x, t: called.append(t) or -x
-    sampler(velocity, torch.randn(2, 3, 4), steps=7)
-    assert sampling_times(sampler.__name__.replace("_", "-"), 7) == pytest.approx(called)
+    flow.SAMPLERS[name](velocity, torch.randn(2, 3, 4), state_times(model, name, 7))
+    assert sampling_times(model, name, 7) == pytest.approx(called)
+
+
+def test_latents_are_drawn_by_250_steps_of_euler_maruyama_without_guidance():
+    model = FakeModel()
+    z = sample_latents(model, [3, 5], [2, 0], seed=1)
+    assert z.shape == (2, 5, 6) and z.dtype == torch.float32
+    assert [t.tolist() for _, t, _ in model.calls] == [
+        pytest.approx([t, t]) for t in np.linspace(1, 0.04, 250)]
+    assert all(y.tolist() == [2, 0] for _, _, y in model.calls)
+
+
+@pytest.mark.parametrize("name", flow.SAMPLERS)
+def test_a_drawn_sample_follows_from_seed_and_index(name):
+    model = tiny()
+    run = lambda indices, seed=1: sample_latents(model, indices, [2] * len(indices), seed, 2.0, (0.0, 0.75),
+                                                 name, steps=5)
+    z = run([3, 5, 8])
+    torch.testing.assert_close(run([5]), z[1:2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(run([3, 5, 8]), z) and not torch.allclose(run([3, 5, 8], 2), z, atol=0.01)
+
+
+def test_a_model_says_how_it_is_sampled():
+    """The places where an extra attaches: velocity, times and samplers."""
+    asked = []
+
+    class Other(FakeModel):
+        def velocity(self, y, cfg_scale, interval):
+            asked.append((y.tolist(), cfg_scale, interval))
+            return lambda x, t: -x
+
+        def times(self, steps, last=None):
+            asked.append((steps, last))
+            return [1.0, 0.5, 0.0]
+
+        samplers = flow.SAMPLERS | {"euler": lambda velocity, x, times, trajectory: velocity(x, times[1]) - 1}
+
+    z = sample_latents(Other(), [0], [4], 0, 1.5, (0.1, 0.6), "euler", 9)
+    assert asked == [([4], 1.5, (0.1, 0.6)), (9, None)]
+    start = sample_latents(Other(), [0], [4], 0, sampler="heun", steps=9, trajectory=(states := []))
+    assert torch.equal(z, -states[0][1] - 1) and start.isfinite().all()
+    sample_latents(Other(), [0], [4], 0, steps=9)
+    assert asked[-1] == (9, LAST)
+
+
+def test_labels_are_in_turn_or_drawn_by_seed_and_index():
+    assert choose_labels(7, None, 3, "balanced", 0).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert choose_labels(4, [2, 0], 3, "balanced", 0).tolist() == [2, 0, 2, 0]
+    assert choose_labels(2, ["null"], 3, "balanced", 0).tolist() == [3, 3]
+    assert choose_labels(2, None, 0, "balanced", 0).tolist() == [0, 0]
+    random = choose_labels(200, [0, 2], 3, "random", 0)
+    assert set(random) == {0, 2} and np.array_equal(choose_labels(50, [0, 2], 3, "random", 0), random[:50])
+    for classes, message in (([3], "0..2"), ([-1], "0..2"), (["null", 1], "cannot be joined")):
+        with pytest.raises(UserError, match=message):
+            choose_labels(4, classes, 3, "balanced", 0)

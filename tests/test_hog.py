@@ -1,5 +1,5 @@
-"""hog.py against a loop over pixels written from the definition,
-and scikit-image where the two recipes coincide."""
+"""hog.py against a loop over pixels written from the definition, and scikit-image where the two recipes
+coincide."""
 import math
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import hog
-from hog import gaussian_window, hog_dim, hog_features, hog_picture, sobel
+from hog import gaussian_window, hog_dim, hog_features, sobel
+from pictures.draw import hog_picture
 
 
 def naive_hog(image, patch, cell=8, bins=9):

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from variants.lightningdit import (Attention, Block, LightningDiT, LightningDiTConfig, RMSNorm, SwiGLU,
                                    rotary_angles, velocity_direction_loss)
-from flow import euler, flow_matching_loss, guided_velocity, interpolate
+from flow import euler, flow_matching_loss, guided_velocity, interpolate, time_grid
 from sit import SIZES
 
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
@@ -77,7 +77,7 @@ def test_swiglu_is_a_silu_gate_times_a_linear_layer():
 
 def test_the_hidden_width_of_swiglu_is_two_thirds_of_the_mlps():
     for width, hidden in ((1152, 3072), (384, 1024), (32, 85)):
-        assert Block(width, 4, 4.0, False).mlp.w3.in_features == hidden
+        assert Block(width, 4, False).mlp.w3.in_features == hidden
 
 
 def naive_attention(attention, x, theta=10000.0):
@@ -141,7 +141,7 @@ def test_qk_norm_is_off_by_default_and_takes_the_scale_out_of_queries_and_keys()
 
 @torch.no_grad()
 def test_block_is_adaln_zero_around_attention_and_swiglu():
-    block, rope = randomized(Block(16, 2, 4.0, False)), rotary_angles(5, 8)
+    block, rope = randomized(Block(16, 2, False)), rotary_angles(5, 8)
     x, c = torch.randn(2, 5, 16), torch.randn(2, 16)
     m = F.linear(F.silu(c), *block.adaLN_modulation[1].parameters()).reshape(2, 6, 1, 16)
     norm = lambda x, gain: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
@@ -182,7 +182,7 @@ def test_the_residual_stream_stays_float32_under_autocast(qk_norm):
 
 # ------------------------------------------------ objective ------------------------------------------------
 
-def test_direction_loss_is_one_minus_the_cosine_whatever_the_length():
+def test_direction_loss_is_one_minus_the_cosine_at_any_length():
     a, b = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
     cosine = np.array([[np.dot(p, q) / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(ps, qs)]
                        for ps, qs in zip(a.numpy(), b.numpy())])
@@ -211,7 +211,7 @@ def learn(steps=400, **changes):
         optimizer.step()
         losses.append(loss.item())
     y = torch.arange(60) % 2
-    samples = euler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), 50)
+    samples = euler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), time_grid(50))
     return losses, (samples - centre[y]).abs().mean().item()
 
 

@@ -1,12 +1,19 @@
-"""losses.py: LPIPS, hinge and LeCAM, the adaptive weight, augmentation and the two discriminators."""
+"""losses.py: LPIPS, hinge and LeCAM, the adaptive weight, the two discriminators, auxiliary targets."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (LPIPS, Adversary, BatchNorm, DinoDiscriminator, LeCAM, PatchDiscriminator, View,
-                    adaptive_weight, cut_out, diff_augment, generator_loss, hinge_loss)
+import losses
+from common import UserError
 from frozen.pretrained import IMAGENET, TEACHERS, VisionTransformer, ViTConfig
+from hog import hog_features
+from losses import (LPIPS, TARGETS, Adversary, BatchNorm, DinoDiscriminator, LeCAM, PatchDiscriminator,
+                    Target, adaptive_weight, build_adversary, build_target, draw_windows, generator_loss,
+                    hinge_loss)
+from maetok import masked_feature_loss
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------
@@ -79,50 +86,6 @@ def test_lecam_follows_a_sequence_by_hand():
     assert lecam.state_dict()["fake_ema"].item() == pytest.approx(fake_ema, rel=1e-5)
 
 
-# ----------------------------------------------- augmentation -----------------------------------------------
-
-def view(colour=False, translation=False, cutout=False, amounts=(0.5,) * 7):
-    return View(None, (colour, translation, cutout), torch.tensor([amounts]))
-
-
-def test_augmentation_off_is_the_image_itself():
-    image = torch.rand(1, 3, 8, 8)
-    assert torch.equal(diff_augment(image, view()), image)
-
-
-def test_translation_moves_by_whole_pixels_and_fills_with_zeros():
-    image = torch.rand(1, 3, 16, 16) + 1
-    moved = diff_augment(image, view(translation=True,                                   # 2 rows, -1 column
-                                     amounts=(0, 0, 0, 1.0, 0.25, 0, 0)))
-    assert torch.equal(moved[..., :14, 1:], image[..., 2:, :15])
-    assert moved[..., 14:, :].abs().max() == 0 and moved[..., 0].abs().max() == 0
-
-
-def test_colour_changes_by_the_drawn_amounts():
-    image = torch.rand(1, 3, 8, 8)
-    colour = lambda *amounts: diff_augment(image, view(colour=True, amounts=(*amounts, 0, 0, 0, 0)))
-    assert torch.allclose(colour(0.7, 0.5, 0.5), image + 0.2, atol=1e-6)
-    assert torch.allclose(colour(0.5, 0.0, 0.5), image.mean(1, keepdim=True).expand_as(image), atol=1e-6)
-    assert torch.allclose(colour(0.5, 0.5, 1.0), image.mean() + 1.5 * (image - image.mean()), atol=1e-5)
-
-
-def test_cutout_makes_a_square_of_its_size_and_lets_gradients_pass_elsewhere():
-    image = torch.ones(1, 3, 20, 20, requires_grad=True)
-    cut = cut_out(image, torch.tensor([[0.5, 0.5]]), 0.2)
-    assert (cut == 0).sum() == 3 * 4 * 4 and (cut[..., 8:12, 8:12] == 0).all()
-    cut.sum().backward()
-    assert torch.equal(image.grad, (cut != 0).float())
-
-
-def test_augmentation_of_an_image_does_not_depend_on_its_batch():
-    images, amounts, on = torch.rand(4, 3, 16, 16), torch.rand(4, 7), (True, True, True)
-    together = diff_augment(images, View(None, on, amounts))
-    assert not torch.equal(together, images)
-    for i in range(4):
-        alone = diff_augment(images[i:i + 1], View(None, on, amounts[i:i + 1]))
-        assert torch.allclose(alone, together[i:i + 1], atol=1e-6)
-
-
 # ---------------------------------------------- discriminators ----------------------------------------------
 
 def small_dino():
@@ -144,7 +107,7 @@ def test_dino_discriminator_looks_at_a_window_or_at_the_whole():
     # The spectral norms move at every call in training mode: compare like with like.
     discriminator.eval()
     window = discriminator(images[..., 16:240, 32:])
-    assert torch.allclose(discriminator(images, crop=(0.5, 0.99)), window, atol=1e-5)
+    assert torch.allclose(discriminator(images, window=(0.5, 0.99)), window, atol=1e-5)
     assert not torch.allclose(discriminator(images), window, atol=1e-2)
 
 
@@ -190,28 +153,11 @@ def test_small_images_are_enlarged_bicubically_and_large_ones_shrunk_by_area():
         assert torch.allclose(seen[-1], expected, atol=1e-4)
 
 
-class Identity(torch.nn.Module):
-    """A discriminator that shows what it was given."""
-
-    def forward(self, images, crop=None):
-        return images.flatten(1)
+WHOLE = [None, None]                       # the windows of the discriminator's own step: it sees whole images
 
 
-def test_consistency_compares_with_the_unaugmented_images_harshly_augmented_outside_the_weight():
-    adversary, amounts = Adversary(Identity()), torch.rand(4, 2, 7)
-    pair, all_on = torch.rand(2, 2, 3, 16, 16) * 2 - 1, (True, True, True)
-    views = [View(None, (True, False, False), a) for a in amounts[:2]]
-    views += [View(None, all_on, a) for a in amounts[2:]]
-    plain, _ = adversary(*pair, views, weight=0.4)
-    loss, terms = adversary(*pair, views, weight=0.4, consistency=4.0)
-    mild = [diff_augment(x, v) for x, v in zip(pair, views)]
-    harsh = [diff_augment(x, v, 0.5) for x, v in zip(pair, views[2:])]
-    oracle = sum((a - b).square().mean().item() for a, b in zip(mild, harsh)) / 2
-    assert terms["consistency"].item() == pytest.approx(oracle, rel=1e-4)
-    assert (loss - plain).item() == pytest.approx(4 * oracle, rel=1e-4)
-
-
-def test_lecam_moves_before_its_penalty_and_is_inside_the_weight():
+def test_lecam_moves_before_its_penalty_is_taken(monkeypatch):
+    monkeypatch.setattr(losses, "LECAM_WEIGHT", 0.3)
     adversary = Adversary(PatchDiscriminator(16))
     adversary.lecam.real_ema.fill_(1.0), adversary.lecam.fake_ema.fill_(-1.0)
     adversary.lecam.decay = 0.5
@@ -219,13 +165,51 @@ def test_lecam_moves_before_its_penalty_and_is_inside_the_weight():
     logits = []
     adversary.discriminator.register_forward_hook(
         lambda module, inputs, output: logits.append(output.detach()))
-    loss, terms = adversary(images, fakes, weight=0.4, lecam_weight=0.3)
+    loss, terms = adversary(images, fakes, WHOLE)
     real, fake = logits
     moved = 0.5 + 0.5 * real.mean(), -0.5 + 0.5 * fake.mean()
     expected = (real - moved[1]).relu().square().mean() + (moved[0] - fake).relu().square().mean()
     assert terms["lecam"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert adversary.lecam.real_ema.item() == pytest.approx(moved[0].item(), rel=1e-5)
-    assert loss.item() == pytest.approx(0.4 * (terms["disc"] + 0.3 * terms["lecam"]).item(), rel=1e-5)
+    assert loss.item() == pytest.approx((terms["disc"] + 0.3 * terms["lecam"]).item(), rel=1e-5)
+    assert terms["disc_real"].item() == pytest.approx(real.mean().item(), rel=1e-5)
+    assert not any(term.requires_grad for term in terms.values()) and loss.requires_grad
+
+
+def test_each_call_of_the_discriminator_has_its_window_and_float32_logits():
+    class Seen(torch.nn.Module):
+        def forward(self, images, window):
+            seen.append(window)
+            return images.flatten(1).bfloat16()
+
+    seen, adversary = [], Adversary(Seen())
+    images = torch.rand(2, 3, 4, 4)
+    adversary(images, images, ["of images", "of reconstructions", "the third"])
+    assert adversary.logits(images, "the third").dtype == torch.float32
+    assert seen == ["of images", "of reconstructions", "the third"]
+
+
+def test_windows_are_coins_and_places_of_their_own_for_every_call_and_step():
+    config = SimpleNamespace(seed=3)
+    drawn = [draw_windows(config, step, micro) for step in range(150) for micro in (0, 1)]
+    assert all(len(windows) == 3 for windows in drawn) and draw_windows(config, 7, 1) == drawn[15]
+    crops = [window for windows in drawn for window in windows if window is not None]
+    assert abs(len(crops) / 900 - 0.5) < 0.06                                      # standard error 0.017
+    assert len(set(crops)) == len(crops)
+    top, left = np.array(crops).T
+    for place in (top, left):
+        assert 0 <= place.min() and place.max() < 1 and abs(place.mean() - 0.5) < 0.06
+    assert abs(np.corrcoef(top, left)[0, 1]) < 0.2
+
+
+def test_lecam_moves_equally_far_in_a_step_of_several_passes():
+    for accumulate in (1, 4):
+        adversary = build_adversary(SimpleNamespace(disc="patch", image_size=32, accumulate=accumulate),
+                                    torch.device("cpu"))
+        for _ in range(accumulate):
+            adversary.lecam.update(torch.ones(3), -torch.ones(3))
+        assert adversary.lecam.real_ema.item() == pytest.approx(0.001, rel=1e-3)
+    assert build_adversary(SimpleNamespace(disc="none"), torch.device("cpu")) is None
 
 
 def test_discriminator_learns_to_tell_two_kinds_of_images_apart():
@@ -233,8 +217,46 @@ def test_discriminator_learns_to_tell_two_kinds_of_images_apart():
     optimizer = torch.optim.AdamW(adversary.parameters(), lr=1e-3)
     for _ in range(40):
         smooth = F.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, (16, 16))
-        loss, terms = adversary(torch.rand(8, 3, 16, 16) * 2 - 1, smooth)
+        loss, terms = adversary(torch.rand(8, 3, 16, 16) * 2 - 1, smooth, WHOLE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert terms["disc"] < 0.5 and terms["disc_real"] > terms["disc_fake"] + 1
+
+
+# -------------------------------------------- auxiliary targets --------------------------------------------
+
+def test_the_hog_target_is_hog_of_every_patch():
+    config = SimpleNamespace(patch_size=8, hog_cell=4, aux_weight=3.0)
+    target, images = build_target("hog", config, torch.device("cpu")), torch.rand(2, 3, 16, 24) * 2 - 1
+    assert target.dim == 108 and target.weight == 3.0
+    assert torch.equal(target.features(images), hog_features(images, 8, 4))
+
+
+def test_a_teachers_target_is_what_it_says_of_the_images(monkeypatch):
+    asked = []
+    load = lambda *call: asked.append(call) or (lambda images: images + 1)
+    monkeypatch.setattr(losses, "load_teacher", load)
+    config = SimpleNamespace(patch_size=16, weights_dir="there", aux_weight=0.5)
+    target, images = build_target("dinov2-l", config, torch.device("cpu")), torch.rand(2, 3, 16, 16)
+    assert asked == [("dinov2-l", 16, "there", torch.device("cpu"))]
+    assert target.dim == TEACHERS["dinov2-l"].dim == 1024 and target.weight == 0.5
+    assert torch.equal(target.features(images), images + 1)
+
+
+def test_targets_are_the_names_of_one_table():
+    assert TARGETS.keys() == {"hog", *TEACHERS}
+    with pytest.raises(UserError, match="unknown auxiliary target pixels; there are: hog, dino"):
+        build_target("pixels", None, None)
+
+
+def test_the_best_constant_prediction_is_the_mean_over_hidden_patches():
+    """Several batches of unequal numbers of hidden patches; no other constant has a smaller loss."""
+    target, masks = Target(), [torch.rand(3, 6) < 0.5, torch.rand(2, 6) < 0.8]
+    y = [torch.randn(*mask.shape, 4) + 1 for mask in masks]
+    hidden = torch.cat([a[mask] for a, mask in zip(y, masks)])
+    found = target.constant_loss(y, masks)
+    torch.testing.assert_close(found, (hidden - hidden.mean(0)).square().mean())
+    assert (hidden - hidden.mean(0) - 0.1).square().mean() > found
+    torch.testing.assert_close(target.loss(y[0] + 1, y[0], masks[0]),
+                               masked_feature_loss(y[0] + 1, y[0], masks[0]))

@@ -9,10 +9,8 @@ import torch
 
 import metrics
 from common import UserError
-from metrics import FeatureStatistics
-from sit import SiTConfig
-from study import theory
-from study.gaussian import GaussianVelocity
+from measures.features import FeatureStatistics, frechet_between
+from measures.latent_space import discriminant_axes
 
 
 def statistics(x):
@@ -39,7 +37,7 @@ def random_pair(n, m, d):
 
 def test_frechet_distance_equals_sqrtm():
     x, y = random_pair(200, 150, 20)
-    found = metrics.frechet_between(statistics(x), statistics(y))
+    found = frechet_between(statistics(x), statistics(y))
     assert found == pytest.approx(sqrtm_distance(x, y), rel=1e-9)
 
 
@@ -51,20 +49,24 @@ def test_frechet_distance_of_commuting_gaussians_in_closed_form():
     assert found == pytest.approx((m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item(), rel=1e-9)
 
 
-def test_fewer_images_than_features_take_the_nuclear_norm_and_agree_with_the_covariances():
+def test_frechet_distance_of_fewer_images_than_features():
+    """Both covariances are singular. With centred rows A and B in place of covariances, the trace of the root
+    is the nuclear norm of A B^T / sqrt((n - 1)(m - 1)): no root of a singular matrix is needed."""
     x, y = random_pair(15, 11, 40)
-    a, b = statistics(x), statistics(y)
-    assert len(a.rows()) == 15 and len(b.rows()) == 11
-    few = metrics.frechet_between(a, b)
-    many = metrics.frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
-    assert few == pytest.approx(many, rel=1e-7) and few == pytest.approx(sqrtm_distance(x, y), rel=1e-4)
+    a, b = (rows - rows.mean(0) for rows in (x, y))
+    cross = torch.linalg.svdvals(a @ b.T).sum() / math.sqrt(14 * 10)
+    expected = ((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() / 14 + b.square().sum() / 10
+                - 2 * cross).item()
+    found = frechet_between(statistics(x), statistics(y))
+    assert found == pytest.approx(expected, rel=1e-7)
+    assert found == pytest.approx(sqrtm_distance(x, y), rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [12, 300])
 def test_identical_sets_are_at_distance_0(n):
     x = random_pair(n, 2, 40)[0]
     scale = x.var(0).sum().item()
-    assert metrics.frechet_between(statistics(x), statistics(x)) <= 1e-7 * scale
+    assert frechet_between(statistics(x), statistics(x)) <= 1e-7 * scale
 
 
 def test_near_singular_covariances():
@@ -77,10 +79,10 @@ def test_near_singular_covariances():
 
 def test_constant_features():
     x, y = torch.full((50, 8), 3.0), torch.full((50, 8), 5.0)
-    assert metrics.frechet_between(statistics(x), statistics(y)) == pytest.approx(8 * 4)
+    assert frechet_between(statistics(x), statistics(y)) == pytest.approx(8 * 4)
     z = torch.randn(500, 8)
     expected = (z.mean(0) - 3).square().sum() + z.var(0).sum()        # a point and a cloud: no cross term
-    assert metrics.frechet_between(statistics(x), statistics(z)) == pytest.approx(expected.item(), rel=1e-5)
+    assert frechet_between(statistics(x), statistics(z)) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_streamed_statistics_equal_one_pass():
@@ -382,55 +384,10 @@ def test_discriminant_axes_are_scikit_learns():
     y = rng.integers(0, 5, 4000)
     mix = rng.standard_normal((8, 8)) * np.geomspace(3, 0.3, 8)
     x = (2 * rng.standard_normal((5, 8))[y] + rng.standard_normal((4000, 8))) @ mix
-    axes = metrics.discriminant_axes(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+    axes = discriminant_axes(torch.from_numpy(x), torch.from_numpy(y)).numpy()
     discriminant = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
     oracle = discriminant(solver="eigen", n_components=2).fit(x, y)
     for ours, theirs in zip((x @ axes).T, oracle.transform(x).T):
         assert abs(np.corrcoef(ours, theirs)[0, 1]) > 0.999
         within = np.mean([ours[y == c].var() for c in range(5)])
         assert within == pytest.approx(1, rel=0.05)
-
-
-# ----------------------------------------------- Theorem 2.1 -----------------------------------------------
-
-def test_score_is_the_gradient_of_the_log_density():
-    means, t = torch.randn(3, 4, dtype=torch.float64) * 2, 0.4
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    density = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(torch.ones(3).double()),
-        torch.distributions.Independent(torch.distributions.Normal(means * math.exp(-t), 1.0), 1))
-    gradient, = torch.autograd.grad(density.log_prob(x).sum(), x)
-    np.testing.assert_allclose(theory.mixture_score(x.detach(), means, t), gradient, atol=1e-12)
-
-
-def test_the_learnt_score_of_one_mode_is_as_good_as_the_sample_mean():
-    """K = 1: s = e^-t mean - x, the minimiser is the sample mean, its error e^-2t |sample mean - mean|^2."""
-    truth = torch.ones(1, 8)
-    x = truth + torch.randn(400, 8)
-    found = theory.fit_score(x, torch.zeros(1, 8), t=0.5, steps=400)
-    assert (found - x.mean(0)).abs().max() < 0.03
-    expected = math.exp(-1) * (found - truth).square().sum().item()
-    assert theory.score_error(found, truth, 0.5) == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_best_affine_velocity_and_its_loss():
-    """Against least squares on draws of x_t, and against the loss that these leave."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((4000, 6)) ** 3 @ rng.standard_normal((6, 6)) / 4 + 0.5        # not a Gaussian
-    config = SiTConfig(num_latents=3, latent_dim=2, width=8, depth=1, heads=1, num_classes=10)
-    model, losses = GaussianVelocity(torch.from_numpy(x).reshape(-1, 3, 2), config), []
-    every = (np.arange(40) + 0.5) / 40
-    for t in every:
-        # Moments exactly as those of the 4,000 vectors, and noise independent of them.
-        noise = rng.standard_normal(x.shape)
-        noise -= noise.mean(0)
-        noise -= (x - x.mean(0)) @ np.linalg.lstsq(x - x.mean(0), noise, rcond=None)[0]
-        noise = noise @ np.linalg.inv(np.linalg.cholesky(np.cov(noise.T, bias=True))).T
-        state, target = (1 - t) * x + t * noise, noise - x
-        affine = np.column_stack((state, np.ones(len(x))))
-        fitted = affine @ np.linalg.lstsq(affine, target, rcond=None)[0]
-        ours = model(torch.from_numpy(state).float().reshape(-1, 3, 2), torch.full((len(x),), t).float())
-        np.testing.assert_allclose(ours.flatten(1).numpy(), fitted, atol=2e-3)
-        losses.append(((fitted - target) ** 2).mean())
-    assert model.loss == pytest.approx(np.mean(losses), rel=0.01)
-    assert model.config.num_classes == 0 and config.num_classes == 10

@@ -1,20 +1,28 @@
-"""What SiT, LightningDiT and USiT have in common: forward(x, t, y) -> velocity, and that they learn."""
+"""What SiT, LightningDiT and USiT have in common: forward(x, t, y) -> velocity, and that they learn; SiT's
+operations as study/macs.py counts them. SiT alone is tested in test_sit.py.
+"""
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from flow import (drop_labels, euler, euler_maruyama, flow_matching_loss, guided_velocity, interpolate,
-                  sample_times)
-from sit import model_classes
+from flow import (LAST, drop_labels, euler, euler_maruyama, flow_matching_loss, guided_velocity, interpolate,
+                  sample_times, time_grid)
+from sit import SIZES, SiT, SiTConfig
+from study.macs import sit_macs
+from train_diffusion import PRESETS, Config
+from variants.lightningdit import LightningDiT, LightningDiTConfig
+from variants.usit import USiT, USiTConfig
 
-MODELS = ("sit", "lightningdit", "usit")
+MODELS = {"sit": (SiT, SiTConfig), "lightningdit": (LightningDiT, LightningDiTConfig),
+          "usit": (USiT, USiTConfig)}
 TINY = dict(num_latents=5, latent_dim=6, width=32, heads=4, depth=2, num_classes=10)
 X, T, Y = torch.randn(3, 5, 6), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 9, 10])
 
 
 def build(name, **config):
-    model, its_config = model_classes(name)
+    model, its_config = MODELS[name]
     return model(its_config(**config))
 
 
@@ -68,8 +76,37 @@ def test_a_tiny_model_learns_two_classes_and_samples_them(name, depth, lr):
         optimizer.step()
         losses.append(loss.item())
     y = torch.arange(60) % 2
-    distances = [(sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), 50)
+    distances = [(sampler(guided_velocity(model.eval(), y), torch.randn(60, 2, 2), time_grid(50, last))
                   - centre[y]).abs().mean()
-                 for sampler in (euler, euler_maruyama)]
+                 for sampler, last in ((euler, None), (euler_maruyama, LAST))]
     # E|v|^2 = 5 at first. Measured: 0.37 to 0.42 at the end; distances 0.11 to 0.18, 0.08 were they perfect.
     assert losses[0] > 3 and np.mean(losses[-50:]) < 0.8 and max(distances) < 0.4
+
+
+# ------------------------------------------------ operations ------------------------------------------------
+
+@pytest.mark.parametrize("config", [TINY, dict(num_latents=128), dict(num_latents=1024),
+                                    dict(SIZES["S"], num_latents=7, latent_dim=3)])
+def test_macs_agree_with_pytorchs_counter(config):
+    # On the meta device attention falls apart into the matrix products that the counter knows; the fused
+    # kernel of the CPU counts as nothing.
+    with torch.device("meta"):
+        model = SiT(SiTConfig(**config))
+        c = model.config
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(3, c.num_latents, c.latent_dim), torch.empty(3),
+                  torch.empty(3, dtype=torch.int64))
+    assert counter.get_total_flops() == 2 * 3 * sit_macs(c)
+
+
+def test_macs_of_the_paper_size():
+    # The released model was counted at 58.4 and 524.5 G: its 28 blocks. Both ends add 0.01 and 0.08 G.
+    whole = {L: sit_macs(SiTConfig(num_latents=L)) for L in (128, 1024)}
+    assert whole == {128: 58_369_720_320, 1024: 524_557_172_736}
+    blocks = {L: 28 * (whole[L] - sit_macs(SiTConfig(num_latents=L, depth=27))) for L in whole}
+    assert {L: round(macs / 1e9, 1) for L, macs in blocks.items()} == {128: 58.4, 1024: 524.5}
+
+
+def test_imagenet64_takes_the_operations_that_its_hours_are_from():
+    """docs/running.md has hours by this count: three forward passes' operations for a step."""
+    assert 6 * sit_macs(Config(**PRESETS["imagenet64"], num_latents=64)) == pytest.approx(33.3e9, rel=1e-2)

@@ -1,17 +1,21 @@
-"""pictures/page.py: one page without a server or a network, from what a folder holds."""
+"""pictures/: one page without a server or a network, from what a folder holds; axes of charts."""
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
 import sample
 import train_tokenizer
+from pictures import draw
+from pictures.draw import line_chart
 from pictures.page import MEANINGS, SECTIONS, write_report
 from test_box import tiny_sit
 from test_train_tokenizer import TINY
@@ -70,7 +74,7 @@ def test_the_page_holds_all_it_shows_and_asks_for_nothing(demo):
 
 
 @pytest.mark.slow
-def test_each_number_of_a_result_stands_beside_its_meaning(demo):
+def test_each_number_of_a_result_has_its_meaning_beside_it(demo):
     text = (demo / "report.html").read_text()
     rows = dict(re.findall(r"<td class=n>([^<]+)</td><td class=n>([^<]+)</td>", text))
     recon = json.loads((demo / "recon.json").read_text())
@@ -84,7 +88,7 @@ def test_each_number_of_a_result_stands_beside_its_meaning(demo):
 
 
 @pytest.mark.slow
-def test_the_page_is_made_anew_from_what_is_there(demo, tmp_path):
+def test_the_page_follows_what_is_there(demo, tmp_path):
     shutil.copytree(demo, tmp_path / "copy")
     for path in (tmp_path / "copy").glob("recon*"):
         path.unlink()
@@ -93,6 +97,20 @@ def test_the_page_is_made_anew_from_what_is_there(demo, tmp_path):
     assert len(Page(text).addresses) == 4 and "Reconstruction (recon)" not in text
     (tmp_path / "empty").mkdir()
     assert not Page(write_report(tmp_path / "empty").read_text()).addresses
+
+
+def test_a_result_may_bring_its_own_section_and_meanings(tmp_path):
+    """As those of study/ do. The core's own commands come first."""
+    result = {"command": "toy", "rows": {"width": 2.5, "height": 3.5}, "psnr": 20.125, "protocol": "by hand",
+              "page": ["Toy <title>", "nowhere", "See this."], "meanings": {"width": "In m."}}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    (tmp_path / "b.json").write_text('{"command": "recon", "psnr": 30.0}')
+    (tmp_path / "c.json").write_text('{"command": "toy", "psnr": 40.0}')                    # no section
+    text = write_report(tmp_path).read_text()
+    Page(text)
+    assert text.index("Reconstruction (b)") < text.index("Toy &lt;title&gt; (a)")
+    assert "See this." in text and "In m." in text and "2.5" in text and "20.12" in text and "by hand" in text
+    assert "3.5" not in text and "40" not in re.sub("<style>.*</style>", "", text, flags=re.S)
 
 
 @pytest.mark.slow
@@ -107,3 +125,29 @@ def test_a_browser_shows_the_page(demo, tmp_path):
     # The boxes that the style sheet makes blue-grey are there, and more colours than text has.
     assert pixels.getcolors(2 ** 24) and len(pixels.getcolors(2 ** 24)) > 500
     assert any(colour == (243, 246, 250) for _, colour in pixels.getcolors(2 ** 24))
+
+
+# ------------------------------------------------- charts -------------------------------------------------
+
+def test_charts_show_how_far_seeds_lie():
+    series = {"a": [(0, 0.0), (1, 5.0, 2.0, 8.0), (2, 10.0)]}
+    chart, plain = (np.array(line_chart({"": {"a": points}}, "x")) for points in
+                    (series["a"], [point[:2] for point in series["a"]]))
+    rows, columns = np.nonzero((chart != plain).any(-1))
+    top, bottom = draw.TOP, draw.PANEL[1] - draw.BOTTOM
+    assert (np.abs(columns - columns.mean()) < 3).all()                             # one vertical whisker
+    # The axis goes 0.3 beyond the data on either side.
+    assert rows.min() == pytest.approx(bottom - 8.3 / 10.6 * (bottom - top), abs=2)
+    assert rows.max() == pytest.approx(bottom - 2.3 / 10.6 * (bottom - top), abs=2)
+
+
+@pytest.mark.parametrize("low, high, log, numbers", [
+    (2.338, 8.85, False, [4, 6, 8]), (-5.1, 5.1, False, [-5, 0, 5]), (0.59, 2.41, False, [1, 1.5, 2]),
+    (0.262, 0.584, False, [0.3, 0.4, 0.5]), (-1e-9, 1.01e-6, False, [0, 5e-7, 1e-6]),
+    (math.log10(3), math.log10(51), True, [5, 10, 20, 50]), (-2.1, 2.1, True, [0.01, 0.1, 1, 10, 100]),
+    (math.log10(1.9), math.log10(4.1), True, [2, 3, 4])])
+def test_ticks_are_round_numbers_within_the_axis(low, high, log, numbers):
+    ticks = draw._ticks(low, high, log)
+    assert [n for _, n in ticks] == pytest.approx(numbers, abs=1e-12)
+    assert [p for p, _ in ticks] == pytest.approx([math.log10(n) for n in numbers] if log else numbers,
+                                                abs=1e-12)

@@ -1,20 +1,26 @@
-"""released.py: checkpoints in the authors' format, made here, against a forward pass written from its
-description."""
+"""variants/released.py: files in the authors' format, made here, against a forward pass written from its
+description, and their conversion to checkpoints of ours."""
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from frozen import weight_files
+import maetok
+import sample
+import sit
+import train_tokenizer
 from common import UserError
-from maetok import MAETok
-from variants.released import (RELEASED, UNUSED, find_released, load_released_sit, load_released_tokenizer,
-                      noise_share, sit_from, tokenizer_from)
 from flow import path_coefficients
+from frozen import weight_files
+from maetok import MAETok
 from sit import SiT, SiTConfig
+from variants import released
+from variants.released import (RELEASED, UNUSED, find_released, load_released_sit, load_released_tokenizer,
+                               noise_share, sit_from, tokenizer_from)
 
 SIZES = dict(D=128, depth=2, decoder_depth=3, L=5, C=4, P=8, side=3)     # a 24 px image, two heads of 64
 
@@ -196,6 +202,67 @@ def test_sit_keeps_its_stored_positions_and_takes_the_heads_from_the_config(tmp_
     assert not torch.allclose(model(x, t, y), oracle(x, t, y), atol=1e-2)
     oracle.pos_embed = weights["pos_embed"]
     torch.testing.assert_close(model(x, t, y), oracle(x, t, y), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------- checkpoints of ours -------------------------------------------
+
+@pytest.fixture
+def weights_dir(tmp_path):
+    """Both files of a small tokenizer and of a SiT for its latents, under the names of the 256-px models."""
+    change(tmp_path / "maetok-b-128")
+    write(tmp_path / "sit-xl_maetok-b-128", draw(sit_shapes(D=64, depth=2, L=5, C=4, classes=10)),
+          {"num_heads": 4})
+    return tmp_path
+
+
+def convert(weights_dir, *options):
+    out = weights_dir / "converted"
+    released.main(["256", "--weights-dir", str(weights_dir), "--out", str(out), *options])
+    return out
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_a_converted_model_is_loaded_as_a_run_and_sampled(weights_dir, path, capsys):
+    out = convert(weights_dir, "--path", path)
+    printed = capsys.readouterr().out
+    assert f"--ckpt {out} --sampler euler-maruyama --steps 250 --cfg 1.9 --cfg-interval 0 0.75" in printed
+    assert "fraction of noise in the velocity at t = 1" in printed
+    model, tokenizer, config = sit.load_diffusion(out)
+    assert config["path"] == path and tokenizer.config.num_latents == 5
+    x, t, y, images = torch.randn(3, 5, 4), torch.rand(3), torch.tensor([0, 4, 10]), torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = load_released_sit(weights_dir / "sit-xl_maetok-b-128")(x, t, y)
+        assert torch.equal(model(x, t, y), expected)
+    expected = load_released_tokenizer(weights_dir / "maetok-b-128").encode(images, normalize=True)
+    assert torch.equal(tokenizer.encode(images, normalize=True), expected)
+    assert torch.equal(maetok.load_tokenizer(out).encode(images, normalize=True), expected)
+    sample.main(f"--ckpt {out} --num 2 --steps 2 --cfg 1.9 --cfg-interval 0 0.75 --device cpu "
+                f"--out {weights_dir / 'x.npz'}".split())
+    assert np.load(weights_dir / "x.npz")["arr_0"].shape == (2, 24, 24, 3)
+
+
+def test_the_tokenizer_alone_is_enough_for_reconstructions_and_to_start_from(weights_dir):
+    for path in (weights_dir / "sit-xl_maetok-b-128").iterdir():
+        path.unlink()
+    out = convert(weights_dir, "--only-tokenizer")
+    tokenizer = load_released_tokenizer(weights_dir / "maetok-b-128")
+    images = torch.rand(2, 3, 24, 24)
+    assert torch.equal(maetok.load_tokenizer(out).reconstruct(images), tokenizer.reconstruct(images))
+    train_tokenizer.main("--add released --image-size 24 --patch-size 8 --width 128 --heads 2 "
+                         "--encoder-depth 2 --decoder-depth 3 --num-latents 5 --latent-dim 4 --targets hog "
+                         f"--batch-size 2 --steps 1 --stage 1 --warmup 2 --device cpu --init {out} "
+                         f"--out {weights_dir / 'run'}".split())
+    trained = maetok.load_tokenizer(weights_dir / "run")
+    for name, weight in trained.encoder.state_dict().items():                        # one small step away
+        torch.testing.assert_close(weight, tokenizer.encoder.state_dict()[name], atol=1e-3, rtol=0)
+
+
+def test_bad_options_are_one_line(weights_dir):
+    for options, message in ((["128"], "choose from 256, 512"), (["256", "--path", "edm"], "linear"),
+                             ([], "size")):
+        with pytest.raises(UserError, match=message) as error:
+            released.main(options)
+        assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------ full size ------------------------------------------------

@@ -1,17 +1,14 @@
 """The study: every command runs, what is done stays done, and its tables say what was measured."""
 import json
-import math
 import re
 import time
 
 import numpy as np
 import pytest
 
-from pictures import draw
-from study import study
-from study import report as study_report
-from pictures.draw import line_chart
 from common import UserError
+from study import report as study_report
+from study import study
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +69,7 @@ def test_a_failed_command_is_named_with_its_log(images, tmp_path):
     folder = tmp_path / "ae_0" / "stage1"
     folder.mkdir(parents=True)
     (folder / "last.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="stage1 ended with status 2.*delete them to start anew.*log.txt"):
+    with pytest.raises(UserError, match="stage1 ended with status 2.*delete them to start again.*log.txt"):
         study.main(command)
 
 
@@ -101,7 +98,7 @@ def test_one_failure_does_not_end_the_other_rows(tmp_path, monkeypatch):
     assert not finished and len(errors) == 1
     assert "a, seed 0: 0 ended with status 1: it broke" in str(errors[0])
     assert (tmp_path / "b1").exists() and (tmp_path / "c0").exists() and not (tmp_path / "a1").exists()
-    scripts["a"][0] = TOUCH                                              # mended: only what is left runs
+    scripts["a"][0] = TOUCH                                            # repaired: only what is left runs
     assert fake_study(tmp_path, monkeypatch, scripts).run() == (True, [])
     assert {name: (tmp_path / name).read_text() for name in ("a0", "a1", "b1", "c0")} == dict.fromkeys(
         ("a0", "a1", "b1", "c0"), "x")
@@ -233,25 +230,24 @@ def test_a_table_never_mixes_other_options(tmp_path, monkeypatch):
                                                ("imagenet64", (2048, 80_000, 12, 384, 0.0))])
 def test_every_setting_has_rows_of_equal_latents_and_steps(setting, expected):
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
-    from train_tokenizer import PRESETS, Config
+    from train_tokenizer import Config, Method
     args = study.argparse.Namespace(plan=study.SETTINGS[setting], out="x", data="shapes", device="cpu",
                                     imagenet=True, tokenizer_options="")
     sizes = set()
     for name in [name for name in study.ROWS if "channels" not in name]:
         words = [str(a) for a in study.commands(args, name, 0)["stage1"]]
-        values = {k: v for part in words[2].split(",") for k, v in PRESETS[part].items()}
+        values = {k: v for part in words[2].split(",") for k, v in Method.PRESETS[part].items()}
         given = lambda option: int(words[len(words) - 1 - words[::-1].index(option) + 1])
         values |= dict(steps=given("--steps"))
         if "--num-latents" in words:
             values["num_latents"] = given("--num-latents")
         if "--latent-dim" in words:
             values["latent_dim"] = given("--latent-dim")
-        if "--muon" in words:
-            values["muon"] = float(words[words.index("--muon") + 1])
+        muon = words[words.index("--muon") + 1] if "--muon" in words else "0"
         config = Config(**values)
         patches = (config.image_size // config.patch_size) ** 2
         tokens = config.num_latents if config.learnable_latents else patches
-        sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width, config.muon))
+        sizes.add((tokens * config.latent_dim, config.steps, config.encoder_depth, config.width, float(muon)))
     assert sizes == {expected}
 
 
@@ -280,27 +276,3 @@ def test_a_kl_vaes_weight_follows_the_number_of_values():
             words = study.commands(args, name, 0)["stage1"]
             weights[setting, name] = float(words[words.index("--kl-weight") + 1])
     assert [*weights.values()] == [8e-6, 8e-7, 8e-5, 2e-6, 2e-7, 2e-5]
-
-
-def test_charts_show_how_far_seeds_lie():
-    series = {"a": [(0, 0.0), (1, 5.0, 2.0, 8.0), (2, 10.0)]}
-    chart, plain = (np.array(line_chart({"": {"a": points}}, "x")) for points in
-                    (series["a"], [point[:2] for point in series["a"]]))
-    rows, columns = np.nonzero((chart != plain).any(-1))
-    top, bottom = draw.TOP, draw.PANEL[1] - draw.BOTTOM
-    assert (np.abs(columns - columns.mean()) < 3).all()                             # one vertical whisker
-    # The axis goes 0.3 beyond the data on either side.
-    assert rows.min() == pytest.approx(bottom - 8.3 / 10.6 * (bottom - top), abs=2)
-    assert rows.max() == pytest.approx(bottom - 2.3 / 10.6 * (bottom - top), abs=2)
-
-
-@pytest.mark.parametrize("low, high, log, numbers", [
-    (2.338, 8.85, False, [4, 6, 8]), (-5.1, 5.1, False, [-5, 0, 5]), (0.59, 2.41, False, [1, 1.5, 2]),
-    (0.262, 0.584, False, [0.3, 0.4, 0.5]), (-1e-9, 1.01e-6, False, [0, 5e-7, 1e-6]),
-    (math.log10(3), math.log10(51), True, [5, 10, 20, 50]), (-2.1, 2.1, True, [0.01, 0.1, 1, 10, 100]),
-    (math.log10(1.9), math.log10(4.1), True, [2, 3, 4])])
-def test_ticks_are_round_numbers_within_the_axis(low, high, log, numbers):
-    ticks = draw._ticks(low, high, log)
-    assert [n for _, n in ticks] == pytest.approx(numbers, abs=1e-12)
-    assert [p for p, _ in ticks] == pytest.approx([math.log10(n) for n in numbers] if log else numbers,
-                                                abs=1e-12)

@@ -1,7 +1,5 @@
-"""text.py and the captioned data sets: CLIP's encoding against transformers, targets by hand, layouts and
-their errors, and training on captioned shapes."""
+"""variants/text.py: CLIP's encoding against transformers, targets by hand, training on captioned shapes."""
 import gzip
-import json
 import math
 import types
 import unicodedata
@@ -16,17 +14,16 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import checkpoints
-from variants import text
+import common
+import train_tokenizer
 from common import UserError
-from data import build_dataset, collate
-from shapes import COLOURS, Shapes
-from maetok import MAETok
-from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
+from test_train_tokenizer import (assert_same_weights, command, logged_losses, run, targets_of, torchrun,
+                                  train)
+from variants import text
 from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words,
-                           idf_weights, read_merges, split, text_loss)
-from train_tokenizer import Config
+                           idf_weights, read_merges, split)
 
-TEXT = "--data captioned-shapes --text-vocab words --text-words 32".split()
+TEXT = "--add text --data shapes --text-vocab words --text-words 32".split()
 
 
 # ------------------------------------------- captions to indices -------------------------------------------
@@ -102,6 +99,21 @@ def test_words_are_the_most_frequent_ones():
 
 # ------------------------------------------- indices to a target -------------------------------------------
 
+class Captions:
+    """What TextTarget needs of an ImageDataset."""
+    def __init__(self, captions):
+        self.captions, self.length, self.source = captions, len(captions), self
+
+    def caption(self, index):
+        if not self.captions[index]:
+            raise UserError("empty")
+        return self.captions[index]
+
+
+def words(size):
+    return types.SimpleNamespace(text_words=size, text_vocab="words", text_weight=1.0, weights_dir="")
+
+
 TOKENS = [[0, 1, 1, 2], [0, 1], [0, 3], [0]]                      # index 0 in each, 1 in two, 4 in none
 
 
@@ -115,10 +127,10 @@ def test_bag_weights_by_hand():
                                                      [0.0] * 5, [0, 0, 0, w2 / (w2 + w4), w4 / (w2 + w4)]]))
 
 
-def test_text_loss_and_its_gradient_are_the_closed_form():
+def test_the_loss_and_its_gradient_are_the_closed_form():
     logits, B = torch.randn(4, 5, dtype=torch.double, requires_grad=True), 4
     target = bag_of_words(TOKENS, idf_weights(TOKENS, 5))
-    loss = text_loss(logits, target)
+    loss = TextTarget(words(5), Captions(["a red star", "a ring"]), "cpu").loss(logits, target, None)
     expected = 0.0
     for row, wanted in zip(logits.tolist(), target.tolist()):
         total = sum(math.exp(x) for x in row)
@@ -131,22 +143,6 @@ def test_text_loss_and_its_gradient_are_the_closed_form():
     assert gradient[3].abs().max() == 0                           # a caption of weightless words says nothing
 
 
-class Captions:
-    """As much of an ImageDataset as TextTarget looks at."""
-    def __init__(self, captions, skip_corrupt=False):
-        self.captions, self.length, self.source = captions, len(captions), self
-        self.skip_corrupt = skip_corrupt
-
-    def caption(self, index):
-        if not self.captions[index]:
-            raise UserError("empty")
-        return self.captions[index]
-
-
-def words(size):
-    return types.SimpleNamespace(aux_targets={"text": size}, text_vocab="words", weights_dir="")
-
-
 def test_the_constant_is_the_mean_target_of_the_training_captions():
     target = TextTarget(words(5), Captions(["a red star", "a red ring", "a star"]), "cpu")
     red, ring, star = (math.log(4 / (df + 1)) for df in (2, 1, 2))
@@ -155,8 +151,10 @@ def test_the_constant_is_the_mean_target_of_the_training_captions():
     assert target.encode.index == {"a": 0, "red": 1, "star": 2, "ring": 3}
     expected = torch.tensor([mean[word] + 0.2 for word in ("a", "red", "star", "ring")] + [0.2]) / 4
     torch.testing.assert_close(target.log_marginal.exp(), expected)
-    torch.testing.assert_close(target(["a ring", "RED a red star on blue"])[:, :4],
-                               torch.tensor([[0, 0, 0, 1.0], [0, 0.5, 0.5, 0]]))
+    y = target.features(None, ("a ring", "RED a red star on blue"))
+    torch.testing.assert_close(y[:, :4], torch.tensor([[0, 0, 0, 1.0], [0, 0.5, 0.5, 0]]))
+    constant = -(y.sum(0) * target.log_marginal).sum() / 2
+    torch.testing.assert_close(target.constant_loss([y[:1], y[1:]], None), constant)
 
 
 def test_weights_come_from_at_most_so_many_captions_always_the_same(monkeypatch):
@@ -172,133 +170,60 @@ def test_captions_without_information_or_text_are_refused():
         TextTarget(words(5), Captions(["a star", "A star!"]), "cpu")
     with pytest.raises(UserError, match="empty"):
         TextTarget(words(5), Captions(["a star", "", "a ring"]), "cpu")
-    TextTarget(words(5), Captions(["a star", "", "a ring"], skip_corrupt=True), "cpu")
 
 
 # ------------------------------------------------ the model ------------------------------------------------
 
-def config(**kwargs):
-    return Config(**(dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=1, decoder_depth=1,
-                          aux_depth=1, num_latents=4, latent_dim=4, hog_cell=4, percep_weight=0.0,
-                          disc="none", targets="hog,text", text_vocab="words", text_words=7) | kwargs))
+def method(add, **options):
+    """The trainer's Method with the extras `add`."""
+    kind = common.attach(train_tokenizer.Method, add)
+    config = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=1, decoder_depth=1,
+                  aux_depth=1, num_latents=4, latent_dim=4, hog_cell=4, percep_weight=0.0, disc="none",
+                  data="shapes", targets="hog,text", text_vocab="words", text_words=7)
+    return kind(kind.Config(**config | options), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("aux_depth", [0, 1])
-def test_the_caption_is_predicted_from_the_mean_image_token(aux_depth):
-    model, images = MAETok(config(aux_depth=aux_depth)), torch.rand(2, 3, 16, 16)
-    output, decoder = model(images), model.aux_decoders["text"]
-    if aux_depth:
-        tokens, head = decoder.image_tokens(output.latents, (4, 4)), decoder.head
-    else:
-        tokens, head = model.decoder.image_tokens(output.latents, (4, 4)), decoder
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_caption_is_predicted_from_the_mean_image_token(linear):
+    made = method(["text", "tables"], aux_linear=linear)
+    model, images = made.Model(made.config, made.targets), torch.rand(2, 3, 16, 16)
+    output, decoder = model(images), model.aux_decoders["text"].decoder
+    source = model.decoder if linear else decoder                # or the pixel decoder (Table 1d)
+    tokens = source.image_tokens(output.latents, (4, 4))
     # The head is linear: the mean of its outputs over patches is its output at the mean.
-    torch.testing.assert_close(output.aux["text"], torch.stack([head(t) for t in tokens.unbind(1)]).mean(0))
+    expected = torch.stack([decoder.head(t) for t in tokens.unbind(1)]).mean(0)
+    torch.testing.assert_close(output.aux["text"], expected)
     assert output.aux["text"].shape == (2, 7) and output.aux["hog"].shape == (2, 16, 27)
 
 
-def test_the_papers_size_with_four_targets_has_clips_vocabulary():
+def test_the_papers_size_with_four_targets_has_clips_vocabulary(monkeypatch):
+    config = train_tokenizer.Config(image_size=512, targets="hog,dinov2-l,siglip-l")
+    targets = targets_of(config, monkeypatch)
+    monkeypatch.setattr(text, "find_weights", lambda *args: None)
+    monkeypatch.setattr(text, "read_merges", lambda path: [])
+    options = types.SimpleNamespace(text_vocab="clip", text_weight=1.0, weights_dir="")
+    targets["text"] = TextTarget(options, Captions(["a red star", "a ring"]), "cpu")
     with torch.device("meta"):
-        model = MAETok(Config(image_size=512, targets="hog,dinov2-l,siglip-l,text"))
+        model = train_tokenizer.Method.Model(config, targets)
         output = model(torch.empty(1, 3, 512, 512))
     assert output.aux["text"].shape == (1, 49_408) and output.aux["siglip-l"].shape == (1, 1024, 1024)
-    blocks = [len(model.aux_decoders[name].transformer.blocks) for name in ("siglip-l", "text")]
-    assert blocks == [3, 3]                                                # the same decoder as the others
+    decoders = model.aux_decoders["siglip-l"], model.aux_decoders["text"].decoder
+    assert [len(decoder.transformer.blocks) for decoder in decoders] == [3, 3]
 
 
-# ---------------------------------------------- captioned data ----------------------------------------------
-
-def test_captioned_shapes_are_the_shapes_and_their_captions_are_true():
-    dataset, plain = (build_dataset(name, "train", 32, seed=3, captions=name != "shapes")
-                      for name in ("captioned-shapes", "shapes"))
-    nearest = lambda rgb: min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], rgb)))
-    for i in range(100):
-        image, label, caption = dataset[0, i]
-        assert torch.equal(image, plain[0, i][0])
-        colours, counts = np.unique(image.numpy().reshape(3, -1).T.astype(int), axis=0, return_counts=True)
-        background = image[:, 0, 0].tolist()
-        figure = next(c for c in colours[counts.argsort()[::-1]].tolist() if c != background)
-        assert caption == f"a {nearest(figure)} {Shapes.classes[label]} on {nearest(background)}"
-    again = build_dataset("captioned-shapes", "train", 64, seed=3, captions=True)
-    assert again[5, 10 ** 9][2] == dataset[0, 10 ** 9][2]                  # of seed and index alone
-    assert [dataset[0, i][2] for i in range(50)] != [
-        build_dataset("captioned-shapes", "test", 32, seed=3, captions=True)[0, i][2] for i in range(50)]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Three images in train/, one below a sub-folder, and one in val/."""
-    for name in ("train/one.png", "train/two.jpg", "train/deep/three.png", "val/deep/four.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (len(name) * 9, 0, 0)).save(tmp_path / name)
-    return tmp_path
-
-
-def captions_of(folder, split="train"):
-    dataset = build_dataset(str(folder), split, 16, captions=True)
-    return {path.stem: dataset[0, i] if isinstance(dataset[0, i], UserError) else dataset[0, i][2]
-            for i, path in enumerate(dataset.source.files)}
-
-
-def test_text_files_and_json_lines_give_the_same_captions(pictures):
-    written = {"train/one.png": "ein Öltank\n", "train/two.jpg": "two", "train/deep/three.png": "3 lines\n\n",
-               "val/deep/four.png": "four"}
-    for name, caption in written.items():
-        (pictures / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
-    expected = {"one": "ein Öltank\n", "two": "two", "three": "3 lines\n\n"}
-    assert captions_of(pictures) == expected and captions_of(pictures, "test") == {"four": "four"}
-    for path in list(pictures.rglob("*.txt")):
-        path.unlink()
-    lines = [json.dumps({"file": name, "caption": caption, "url": 3}) for name, caption in written.items()]
-    (pictures / "captions.jsonl").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
-    assert captions_of(pictures) == expected and captions_of(pictures, "test") == {"four": "four"}
-    (pictures / "val/captions.jsonl").write_text('{"file": "deep/four.png", "caption": "nearer"}')
-    assert captions_of(pictures, "test") == {"four": "nearer"}
-
-
-def test_without_captions_asked_for_items_are_pairs_as_ever(pictures):
-    (pictures / "captions.jsonl").write_text("nonsense")                             # not even looked at
-    dataset = build_dataset(str(pictures), "train", 16)
-    images, labels = collate([dataset[0, i] for i in range(3)])
-    assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, -1, -1]
-
-
-def test_missing_and_empty_captions_are_named_or_skipped_with_their_image(pictures):
-    for name, caption in (("train/one", "one"), ("train/two", " \n"), ("val/deep/four", "four")):
-        (pictures / f"{name}.txt").write_text(caption)
-    found = captions_of(pictures)
-    assert found["one"] == "one"
-    assert "two.jpg has an empty caption in" in str(found["two"]) and "--skip-corrupt" in str(found["two"])
-    assert "three.png has no caption:" in str(found["three"])
-    assert "three.txt is not there" in str(found["three"])
-    (pictures / "train/one.txt").write_bytes(b"\xff\xfe\xfa")
-    assert "cannot read caption" in str(captions_of(pictures)["one"])
-    (pictures / "train/one.txt").write_text("one")
-    dataset = build_dataset(str(pictures), "train", 16, skip_corrupt=True, captions=True)
-    images, _, captions = collate([dataset[0, i] for i in range(3)])
-    one = [p.stem for p in dataset.source.files].index("one")
-    assert captions == ("one",) * 3 and all(torch.equal(image, images[one]) for image in images)
-    (pictures / "captions.jsonl").write_text('{"file": "train/one.png", "caption": ""}')
-    found = captions_of(pictures)
-    assert "empty caption" in str(found["one"]) and "has no line for it" in str(found["two"])
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"file": "b.png", "caption": "x"', 'line 2 is not {"file": "...", "caption": "..."}'),
-    ('["b.png", "x"]', "line 2 is not"), ('{"file": "b.png"}', "line 2 is not"),
-    ('{"file": "b.png", "caption": ["x"]}', "line 2 is not"), ("[" * 100_000, "line 2 is not"),
-    ('{"file": "a.png", "caption": "x"}', "line 2: a second caption for a.png")])
-def test_malformed_json_lines_are_named(pictures, line, message):
-    (pictures / "captions.jsonl").write_text('{"file": "a.png", "caption": "first"}\n' + line)
-    with pytest.raises(UserError) as e:
-        build_dataset(str(pictures), "train", 16, captions=True)
-    assert message in str(e.value) and "\n" not in str(e.value)
+def test_images_come_with_captions_only_while_the_target_is_trained():
+    for options, length in (({}, 3), (dict(targets="hog"), 2), (dict(stage="2"), 2)):
+        made = method(["text"], **options)
+        assert len(made.dataset("train")[0, 0]) == len(made.dataset("test")[0, 0]) == length
+        assert ("text" in made.targets) == (length == 3)
+        assert made.dataset("train") is made.dataset("train")                   # a folder is listed only once
 
 
 # ------------------------------------------------- training -------------------------------------------------
 
 def test_training_beats_the_best_constant_on_captioned_shapes(tmp_path):
     train(tmp_path, *TEXT, *"--targets text --stage 1 --steps 150 --warmup 10 --lr 1e-2 --batch-size 16 "
-                            "--latent-dim 8 --save-every 150 --log-every 50 --eval-images 200".split())
+                            "--latent-dim 8 --save-every 150 --log-every 50".split())
     record = checkpoints.read_metrics(tmp_path)[-1]
     assert record["text_loss"] < record["text_constant"] - 0.12, record
     assert 2.5 < record["text_constant"] < math.log(32)                  # better than not knowing the words
@@ -332,17 +257,20 @@ def test_two_processes_equal_one_and_resuming_is_exact(tmp_path):
     assert logged_losses(tmp_path / "one") == before
 
 
-def test_bad_input_is_one_line(tmp_path, pictures, monkeypatch):
+def test_bad_input_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")                # nobody listens: as without a network
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "pictures/one.png")
+    np.savez(tmp_path / "x.npz", np.zeros((2, 16, 16, 3), np.uint8))
     for message, options in (
-            ("--data shapes has no captions; choose captioned-shapes", ["--data", "shapes"]),
+            ("--data has no captions; choose shapes", ["--data", str(tmp_path / "x.npz")]),
             ("--text-vocab latin: choose clip or words", [*TEXT, "--text-vocab", "latin"]),
             ("argument --text-words: must be a whole number from 1", [*TEXT, "--text-words", "0"]),
             ("argument --text-weight: must be a number from 0", [*TEXT, "--text-weight", "-1"]),
-            ("has no caption", ["--data", str(pictures), "--text-vocab", "words"]),
-            ("no bpe_simple_vocab_16e6.txt.gz in", ["--data", "captioned-shapes"])):
+            ("has no caption", ["--data", str(tmp_path / "pictures"), "--text-vocab", "words"]),
+            ("no bpe_simple_vocab_16e6.txt.gz in", ["--data", "shapes"])):
         with pytest.raises(UserError, match=message) as e:
-            train(tmp_path / "run", "--targets", "text", *options)
+            train(tmp_path / "run", "--add", "text", "--targets", "text", *options)
         assert "\n" not in str(e.value)

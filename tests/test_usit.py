@@ -41,7 +41,7 @@ def test_an_odd_depth_is_refused():
 
 
 def test_block_equals_pytorchs_pre_norm_encoder_layer():
-    ours = Block(32, 4, 4.0)
+    ours = Block(32, 4)
     for p in ours.parameters():
         nn.init.normal_(p, std=0.2)
     oracle = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation="gelu", batch_first=True,
@@ -68,7 +68,7 @@ def test_each_late_block_is_given_the_output_of_its_mirror_image():
         assert torch.equal(seen["out_blocks", i][0][1], seen["in_blocks", 2 - i][1])
     # and it is joined by one linear layer of [x ; skip], before everything else in the block
     block, ((x, skip), out) = model.out_blocks[0], seen["out_blocks", 0]
-    W, plain = block.skip_linear.weight, Block(32, 4, 4.0)
+    W, plain = block.skip_linear.weight, Block(32, 4)
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("skip")})
     torch.testing.assert_close(out, plain(x @ W[:, :32].T + skip @ W[:, 32:].T + block.skip_linear.bias),
                                rtol=1e-4, atol=1e-4)

@@ -1,5 +1,8 @@
 """LightningDiT, the second diffusion model: noise and a class -> latent tokens (B, L, C). [Sec. 4.1, Table 9]
 
+    python train_diffusion.py --add lightningdit --preset lightningdit-xl --tokenizer RUN --data IMAGENET
+    python sample.py --ckpt RUN --sampler euler                                                  # 250 steps
+
 A SiT (sit.py) with the parts of today's language models (Yao & Wang 2025, arXiv:2501.01423):
 
     LayerNorm without weights   -> RMSNorm with a learned gain
@@ -7,36 +10,32 @@ A SiT (sit.py) with the parts of today's language models (Yao & Wang 2025, arXiv
     sine table added to tokens  -> 1D RoPE on top: positions also turn queries and keys
     squared error of v          -> the same plus 1 - cos(v^, v), `velocity_direction_loss` ["cosine loss"]
 
-and, in training, logit-normal times (flow.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K
-steps; in sampling, Euler with 250 steps (flow.euler) [Table 9].
-Embedders are sit.py's; paths, losses, samplers and guidance are flow.py's; `forward` takes and returns
-what SiT's does.
+In training: logit-normal times (flow.sample_times), lr 2e-4, betas 0.9 and 0.95, batch 1024, 400 K steps; in
+sampling: Euler with 250 steps (flow.euler) [Table 9]. The rest is SiT's. To remove it: delete this file.
 
 DATA AT t = 0, NOISE AT t = 1, as everywhere here. LightningDiT's own code counts time the other way round.
 
-Shape legend: B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
+Shapes: B batch · L latent tokens · C latent channels · D width · nh heads · hs head size
 Provenance tags: [Table 9] the paper (arXiv:2502.03444v2) · [LightningDiT] its diffusion model's code · [ours]
 """
 from dataclasses import dataclass
+
+from common import Weight    # before torch, see runtime/processes.py
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from after.x_prediction import velocity_of_data
-from common import Linear
-from sit import LabelEmbedder, SiTConfig, TimestepEmbedder, modulate, position_table
-
-# Widths, depths and heads are SiT's, sit.SIZES: LightningDiTConfig(**SIZES["XL"]).                  [Table 9]
+import sit
+from maetok import rotate
+from sit import SIZES, SiT, SiTConfig, modulate
 
 
 @dataclass
 class LightningDiTConfig(SiTConfig):
-    """SiTConfig and one choice more. The defaults are LightningDiT-XL/1 on MAETok's latents [Table 9].
-
-    Raises ValueError for values that cannot make a model.
-    """
-    # ---- LightningDiT (LightningDiTConfig in lightningdit.py) ----
+    """SiTConfig and two choices more. The defaults are LightningDiT-XL/1 on MAETok's latents [Table 9], with
+    the widths, depths and heads of SiT: LightningDiTConfig(**SIZES["L"])."""
+    # ---- LightningDiT (LightningDiTConfig in variants/lightningdit.py) ----
     # For runs whose attention logits grow without bound; off in the released configuration.
     qk_norm: bool = False        # RMSNorm on queries and keys, per head [LightningDiT]
     # Table 9 can be read as RoPE alone; then tokens are hard to tell apart where all is noise.
@@ -55,25 +54,18 @@ def rotary_angles(length, head_size, device=None):
     """cos and sin of position * 10000^(-2i/hs), (L, hs/2) float32 each: 1D RoPE [Table 9].
 
     A query at m and a key at n, turned by m f and n f, meet in a product that depends on m - n alone.
-    Base 10000 is RoPE's usual one [the paper is silent]. Made anew in every call, in float32:
-    a stored table would be rounded to bfloat16 with the weights, and the far positions would blur.
+    Base 10000 is RoPE's usual one [the paper is silent]. Computed in float32 in every call: a stored table
+    would be rounded to bfloat16 with the weights, and far positions would become indistinct.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=device) / head_size)               # (hs/2,)
     angle = torch.arange(length, device=device)[:, None] * frequency                               # (L, hs/2)
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + hs/2) of x (B, nh, L, hs) by the angles; in float32,
-    returned in x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last axis: LayerNorm without mean and bias (Zhang & Sennrich 2019).
 
-    In float32 whatever x's dtype, which it returns. Unlike SiT's norms it has a weight, although adaLN scales
+    Computed in float32, returned in x's dtype. Unlike SiT's norms it has a weight, although adaLN scales
     right after it [LightningDiT].
     """
 
@@ -87,14 +79,11 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with 1D RoPE on queries and keys, and optionally RMSNorm before it."""
+class Attention(sit.Attention):
+    """SiT's attention with 1D RoPE on queries and keys, and optionally RMSNorm before it."""
 
     def __init__(self, width, heads, qk_norm):
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        super().__init__(width, heads)
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
@@ -115,8 +104,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width, hidden):
         super().__init__()
-        self.w12 = Linear(width, 2 * hidden)                      # both first matrices, one product
-        self.w3 = Linear(hidden, width)
+        self.w12 = nn.Linear(width, 2 * hidden)                      # both first matrices, one product
+        self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x):
         a, b = self.w12(x).chunk(2, -1)
@@ -124,15 +113,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """SiT's block with the exchanged parts; adaLN-zero stays: shift and scale after each norm,
-    a gate on each branch."""
+    """SiT's block with the exchanged parts; adaLN-zero stays: shift and scale after each norm, a gate on each
+    branch."""
 
-    def __init__(self, width, heads, mlp_ratio, qk_norm):
+    def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(2 / 3 * int(width * mlp_ratio)))
+        self.mlp = SwiGLU(width, int(2 / 3 * 4 * width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
@@ -143,86 +132,64 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class FinalLayer(nn.Module):
-    """The last norm, modulated by c, and the layer back to latent channels: (B, L, D) -> (B, L, C)."""
+class FinalLayer(sit.FinalLayer):
+    """SiT's with RMSNorm."""
 
     def __init__(self, width, latent_dim):
-        super().__init__()
+        super().__init__(width, latent_dim)
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, latent_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)                         # each (B, 1, D)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class LightningDiT(nn.Module):
-    """Velocity of the latents, given their noisy state, the time and the class. See
-    LightningDiTConfig for the sizes."""
+class LightningDiT(SiT):
+    """Velocity of the latents, given their noisy state, the time and the class. Sizes: LightningDiTConfig."""
+    Final = FinalLayer
 
     def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        self.x_embedder = nn.Linear(c.latent_dim, c.width)           # patch size 1 [Table 9]
-        self.t_embedder = TimestepEmbedder(c.width)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.width)
-        self.beta_embedder = TimestepEmbedder(c.width) if c.guidance_free else None
+        super().__init__(config)
         # Table 9 has "1D RoPE" where Table 8 has "1D sinusoidal"; LightningDiT's own code has RoPE and a sine
-        # table. We keep both: RoPE says how far the other tokens are, but at t = 1, where they hold noise, an
-        # average over them is little for a token to know its own place by. With RoPE alone a tiny model does
-        # not learn "token 0 is 2, token 1 is -2" (test_lightningdit.py).
-        table = position_table(c.num_latents, c.width) * c.sine_table
-        self.register_buffer("pos_embed", table, persistent=False)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp_ratio, c.qk_norm) for _ in range(c.depth))
-        self.final_layer = FinalLayer(c.width, c.latent_dim)
-        self._init_weights()
+        # table. We keep both. RoPE tells a token how far away the others are; at t = 1 these are noise, and
+        # an average over them says little about its own position. With RoPE alone a tiny model does not learn
+        # "token 0 is 2, token 1 is -2" (test_lightningdit.py).
+        if not config.sine_table:
+            self.pos_embed.zero_()
 
-    def _init_weights(self):                                         # SiT's [LightningDiT]; gains start at 1
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        # adaLN-zero: blocks start as the identity and the output as 0.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
+    def build_block(self):
+        return Block(self.config.width, self.config.heads, self.config.qk_norm)
 
-    def forward(self, x, t, y, beta=None, hidden_after=0):
-        """x (B, L, C) state in the weights' dtype, t (B,) float in [0, 1], y (B,) int64 class, num_classes
-        being the null class -> velocity (B, L, C).
-
-        beta and hidden_after: as sit.SiT.forward's.
-
-        Raises ValueError when x is not (B, num_latents, latent_dim): one token would
-        silently take every position.
-        """
-        if x.shape[1:] != (self.config.num_latents, self.config.latent_dim):
-            raise ValueError(f"latents of shape {tuple(x.shape)} given to a model of "
-                             f"{self.config.num_latents} tokens with {self.config.latent_dim} channels")
+    def network(self, x, t, y, **more):
         rope = rotary_angles(x.shape[1], self.config.width // self.config.heads, x.device)
-        c = self.t_embedder(t) + self.y_embedder(y)                                                # (B, D)
-        if self.beta_embedder is not None:
-            c = c + self.beta_embedder(torch.ones_like(t) if beta is None else beta)
-        x_t, x = x, self.x_embedder(x) + self.pos_embed                                            # (B, L, D)
-        for number, block in enumerate(self.blocks, 1):
+        c = self.condition(t, y, **more)                                                           # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                                                    # (B, L, D)
+        for block in self.blocks:
             x = block(x, c, rope)
-            if number == hidden_after:
-                hidden = x
-        v = self.final_layer(x, c)                                                                 # (B, L, C)
-        v = velocity_of_data(v, x_t, t) if self.config.x_prediction else v
-        return (v, hidden) if hidden_after else v
+        return self.final_layer(x, c)                                                              # (B, L, C)
 
 
-# ------------------------------------------------ objective ------------------------------------------------
+# ------------------------------------------------- training -------------------------------------------------
 
 def velocity_direction_loss(prediction, target):
     """1 - cos(prediction, target) over the channels of each token: (B, L, C) -> (B,) float32, in [0, 2].
     ["additional loss: cosine loss", Table 9]
 
-    Added to flow_matching_loss with weight 1 [LightningDiT]. The squared error is ruled by the tokens of
-    large velocity; this term counts every token's direction alike.
+    The squared error is dominated by the tokens of large velocity; this term counts the direction of every
+    token alike.
     """
     return (1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1)).mean(1)
+
+
+class AddToDiffusion:
+    """See common.attach."""
+    Model = LightningDiT
+    BETAS = (0.9, 0.95)                                                                            # [Table 9]
+    PRESETS = {"lightningdit-xl": SIZES["XL"] | dict(times="logit-normal", lr=2e-4, batch_size=1024,
+                                                     steps=400_000, keep_every=50_000)}           # [Table 9]
+
+    @dataclass
+    class Config(LightningDiTConfig):
+        # ---- LightningDiT (LightningDiTConfig in variants/lightningdit.py) ----
+        direction_loss: Weight = 1.0     # weight of 1 - cos(prediction, velocity) [LightningDiT: 1; Table 9]
+
+    def objective(self, prediction, x_t, v, batch):
+        loss, losses, terms = super().objective(prediction, x_t, v, batch)
+        direction = velocity_direction_loss(prediction, v).mean()
+        return loss + self.config.direction_loss * direction, losses, terms

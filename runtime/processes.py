@@ -1,0 +1,281 @@
+"""Processes, devices and signals: what keeps a run alive under torchrun, on a cluster and on a full disk.
+
+A reader of the paper need not open this file. The training loops are in train_tokenizer.py and
+train_diffusion.py; this file starts their processes (`run`, `start_processes`) and stops them without loss.
+"""
+import contextlib
+import datetime
+import functools
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# OpenMP threads spin while they wait. Where another program has one of the cores, they take the time of the
+# thread they wait for, and a small model takes up to 50 times as long. torch reads this when it is imported,
+# so the scripts import this file (or common.py, which does) before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """An error that the user can fix: one line, exit status 2. The message says what is wrong and what to do.
+    """
+
+
+# ---------------------------------------------- start and end ----------------------------------------------
+
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP arrived. A BaseException, so that `except Exception` does not swallow it."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+_signals, _finish_steps = [], [False]
+
+
+def _on_signal(number, frame):
+    _signals.append(number)
+    if not _finish_steps[0] or len(_signals) > 1:     # outside a training loop, or the second signal: at once
+        raise Stopped(number)
+
+
+def stop_signal(world):
+    """The number of a SIGTERM or SIGHUP that reached any process, else 0. Training loops ask once per step,
+    finish the step, save and raise Stopped: a cluster that takes its machine back costs no work."""
+    _finish_steps[0] = True
+    number = _signals[-1] if _signals else 0
+    if world > 1:
+        flag = torch.tensor(number)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_cpu_group())
+        number = int(flag)
+    return number
+
+
+@functools.cache
+def _cpu_group():
+    """A process group for CPU tensors: NCCL has none, and reading a GPU's tensor would wait for the GPU."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
+def _complain(text):
+    """A line on stderr, below any progress bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Call main() as a script. A UserError becomes one line on stderr and exit status 2, as do a full disk
+    and a full memory; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
+    sys.stdout.reconfigure(errors="backslashreplace")                         # file names need not be UTF-8
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                                  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:             # nohup ignores SIGHUP
+            signal.signal(number, _on_signal)
+    status = 0
+    try:
+        main()
+    except (UserError, OSError) as e:             # OSError: a full disk, a file where a folder should be, ...
+        _complain(f"error: {e}")
+        status = 2
+    except torch.OutOfMemoryError as e:
+        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more "
+                  "(more, smaller forward passes per step), --checkpointing, or a smaller --batch-size")
+        status = 2
+    except KeyboardInterrupt:
+        _complain("interrupted; run the same command again to resume from the last checkpoint")
+        status = 130
+    except Stopped as e:
+        _complain(f"stopped by {signal.Signals(e.number).name}; run the same command again to resume")
+        status = 128 + e.number
+    except (MemoryError, RuntimeError) as e:
+        if _signals:                      # a loader's worker got the signal too, and its absence is the error
+            _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the "
+                      "same command again to resume from the last checkpoint")
+            status = 128 + _signals[-1]
+        elif isinstance(e, MemoryError) or re.search(
+                "can't allocate memory|Storage size calculation", str(e)):
+            first = (str(e).splitlines() or ["MemoryError"])[0]
+            _complain(f"error: not enough memory for these sizes ({first[:200]})")
+            status = 2
+        else:
+            raise
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()     # after an error the other ranks may be stuck; torchrun ends them
+    sys.stdout.flush()
+    if status:
+        os._exit(status) if dist.is_initialized() else sys.exit(status)
+
+
+# ------------------------------------------------ processes ------------------------------------------------
+
+class Processes(NamedTuple):
+    """Which process this is, of how many, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start_processes(device="auto"):
+    """Join torchrun's process group if there is one. Returns Processes.
+
+    device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "mps". nccl on CUDA, gloo elsewhere.
+    Raises UserError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA GPU; "
+                        "use --device cpu or install a CUDA build of torch")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    if device not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: choose auto, cpu, cuda or mps")
+    rank, world, local = (int(os.environ.get(k, d))
+                          for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: "
+                            f"torchrun --nproc-per-node is larger than the {torch.cuda.device_count()} GPUs "
+                            "here")
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast: 10 mantissa bits
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    if "RANK" in os.environ and not dist.is_initialized():
+        # 4 hours: the others wait while rank 0 downloads weights or evaluates, at times longer than the
+        # usual 10 minutes. device_id: NCCL then need not guess which GPU belongs to this process.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
+                                device_id=torch.device("cuda", local) if device == "cuda" else None)
+    return Processes(rank, world, torch.device(device, local) if device == "cuda" else torch.device(device))
+
+
+def _follow(launcher):
+    """End this process when torchrun, its parent, is killed. It would train on unseen, in a locked folder."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    _complain("error: torchrun is gone; this process ends too")
+    os._exit(2)
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank, world):
+    """Rank 0 runs the block first, then one process of every other node, then the rest: a download happens
+    once, or once per node where the cache is not shared."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    turn = 0 if rank == 0 else 1 if local == 0 else 2
+    if world > 1:
+        for _ in range(turn):
+            dist.barrier()
+    yield
+    if world > 1:
+        for _ in range(2 - turn):
+            dist.barrier()
+
+
+def all_mean(values):
+    """Mean over processes of a float tensor, in place. No gradient passes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def data_parallel(module, processes, **options):
+    """`module` under DistributedDataParallel, or itself where there is one process (or no module)."""
+    if processes.world == 1 or module is None:
+        return module
+    # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options, device_ids=(
+        [processes.device.index] if processes.device.type == "cuda" else None))
+
+
+@contextlib.contextmanager
+def exchange_gradients(now, *wrapped):
+    """Forward and backward passes of data_parallel's modules in this block. Unless `now`, their gradients
+    stay in the process: with accumulation only the last pass of a step exchanges them."""
+    with contextlib.ExitStack() as stack:
+        for module in wrapped:
+            if isinstance(module, DistributedDataParallel) and not now:
+                stack.enter_context(module.no_sync())
+        yield
+
+
+# ------------------------------------------------- devices -------------------------------------------------
+
+def to_device(tensor, device):
+    """A CPU tensor on `device`. On CUDA through pinned memory: else the host would wait until the GPU has
+    done all its work, and the GPU then for the host."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def autocast_dtype(name, device):
+    """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, else float32."""
+    if name == "auto":
+        # Without emulation: a V100 or T4 computes in bfloat16 too, many times slower than in float32.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def autocast(name, device):
+    """A context in which matrix products run in --dtype `name`."""
+    dtype = autocast_dtype(name, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def cast_matrices(model, dtype):
+    """Linear and convolution weights of a frozen model to `dtype`, in place; norms, embeddings and tables
+    keep theirs. Under autocast the result is the same, without a cast in every call. Returns the model."""
+    if dtype != torch.float32:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                module.to(dtype)
+    return model
+
+
+def _amd_processor():
+    """True on an AMD processor whose float32 matrix products PyTorch leaves to Intel's MKL."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+            and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text())
+
+
+AMD_PROCESSOR = _amd_processor()
+
+
+def faster_products(model):
+    """On AMD processors, let the large nn.Linear layers of `model` compute as 1 x 1 convolutions, in place:
+    up to twice the speed (docs/speed.md). Elsewhere nothing changes. Returns the model. [ours]
+
+    PyTorch gives matrix products on x86 to MKL, which keeps to half-wide vectors on AMD; convolutions go to
+    oneDNN, which does not. Below 512 x 512 weights MKL is the faster one.
+    """
+    for module in model.modules() if AMD_PROCESSOR else ():
+        if isinstance(module, nn.Linear) and module.weight.numel() >= 2 ** 18:
+            module.forward = functools.partial(_as_convolution, module)
+    return model
+
+
+def _as_convolution(layer, x):
+    """layer(x) of (B, T, D) in float32 on a CPU as a convolution; in any other case layer(x) as ever. The sum
+    is the same: a contiguous (B, T, D) is in memory a channels-last picture of 1 x T pixels."""
+    if not (x.is_cpu and x.ndim == 3 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")):
+        return F.linear(x, layer.weight, layer.bias)
+    picture = x.transpose(1, 2).unsqueeze(2)                                                # (B, D, 1, T)
+    return F.conv2d(picture, layer.weight[:, :, None, None], layer.bias).squeeze(2).transpose(1, 2)
