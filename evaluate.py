@@ -286,6 +286,7 @@ def shared_options(parser, uses, argv):
 
 
 def recon_options(add):
+    """The options that only `recon` has. add: a parser's add_argument."""
     add("run", nargs="?", help="run of train_tokenizer.py, or a checkpoint (default: the model in assets/)")
     numbers(add, ("--size", Whole, 0, "px; 0: the tokenizer's"),
             ("--num-images", Count, 50_000, "test images at most"))
@@ -293,6 +294,7 @@ def recon_options(add):
 
 
 def generation_options(add):
+    """The options that only `generation` has. add: a parser's add_argument."""
     add("samples", help=".npz of sample.py (arr_0 images, arr_1 labels) or a folder of images")
     add("--save-statistics", help="write the reference's statistics to this .npz, for --reference")
     add("--tokenizer", help="run of train_tokenizer.py, whose reconstructions are classified too")
@@ -300,6 +302,7 @@ def generation_options(add):
 
 
 def curve_options(add):
+    """The options that only `curve` has. add: a parser's add_argument."""
     add("--null-class", action="store_true", help="samples of the null class, unguided [Table 5]")
     numbers(add, ("--cfg", Weight, 1.0, "guidance scale; 1: off, as in Fig. 5b"))
     add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
@@ -307,6 +310,7 @@ def curve_options(add):
 
 
 def cfg_options(add):
+    """The options that only `cfg` has. add: a parser's add_argument."""
     add("--scales", type=number(Weight), nargs="+", default=[1.0, 1.5, 2.0, 3.0],
         help="of guidance (default 1 1.5 2 3)")
     add("--intervals", type=interval, nargs="+", default=[(0.0, 0.75), (0.0, 1.0)], metavar="LOW:HIGH",

@@ -30,6 +30,7 @@ from maetok import masked_feature_loss
 from runtime.processes import all_mean, autocast_dtype, cast_matrices
 
 LECAM_WEIGHT = 1e-3                                                                        # [Table 7]
+PERCEP_WARMUP = 10_000                                  # steps in which LPIPS grows from 0 [released code]
 
 
 # ------------------------------------------------ perceptual ------------------------------------------------

@@ -35,7 +35,8 @@ from common import (Count, Decay, Positive, Seed, Share, TrainState, UserError, 
                     step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float
 from hog import hog_dim
-from losses import adaptive_weight, build_adversary, build_lpips, build_target, draw_windows, generator_loss
+from losses import (PERCEP_WARMUP, adaptive_weight, build_adversary, build_lpips, build_target, draw_windows,
+                    generator_loss)
 from maetok import MAETokConfig, Transformer, kl_divergence, random_mask
 from measures.training import measure_latents, test_numbers
 from pictures.draw import plot_curves, training_grid
@@ -45,7 +46,6 @@ from runtime.processes import (autocast, data_parallel, exchange_gradients, fast
 # Constants: Table 7's where tagged, otherwise not in the paper.
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 1e-4                 # AdamW [Table 7]
 CLIP = 1.0                                              # largest gradient norm [released code]
-PERCEP_WARMUP = 10_000                                  # steps in which LPIPS grows from 0 [released code]
 
 
 @dataclass

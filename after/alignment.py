@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import UserError, Weight
 from frozen.pretrained import TEACHERS
-from losses import TeacherTarget, adaptive_weight
+from losses import PERCEP_WARMUP, TeacherTarget, adaptive_weight
 
 
 def alignment_loss(aligned: Tensor, features: Tensor, cosine_margin=0.5, distance_margin=0.25) -> Tensor:
@@ -88,7 +88,6 @@ class AddToTokenizer:
             self.targets["align"] = AlignmentTarget(config.align, config, device)
 
     def objective(self, step, batch, output, model):
-        from train_tokenizer import PERCEP_WARMUP     # not at the top: that script imports this file
         loss, terms = super().objective(step, batch, output, model)
         if "align" in terms:
             reconstruction = terms["recon"]

@@ -55,6 +55,7 @@ def run_cell(source, names):
 
 
 def lines(text):
+    """Text as a notebook stores it: a list of lines with their ends."""
     return text.splitlines(keepends=True)
 
 

@@ -25,6 +25,7 @@ COUNT = 3000          # vectors of each mixture
 
 
 def add_arguments(add):
+    """The options of this command. add: a parser's add_argument."""
     add("--dims", type=Range(int, 2, 1000), default=32, help="d (default 32)")
     add_umap(add)
 

@@ -78,6 +78,7 @@ class GaussianVelocity(nn.Module):
 
 
 def add_arguments(add):
+    """The options of this command. add: a parser's add_argument."""
     add("--latent-images", type=number(Count), default=20_000,
         help="training images whose latents the Gaussian is of (default 20000)")
 

@@ -22,6 +22,7 @@ PAGE = ["Images from their first tokens", "after the paper: FlexTok",
 
 
 def add_arguments(add):
+    """The options of this command. add: a parser's add_argument."""
     add("run", help="run or checkpoint of train_tokenizer.py")
     add("--num-images", type=number(Count), default=1000, help="test images at most (default 1000)")
 

@@ -25,6 +25,7 @@ PAGE = {"page": ["Theorem 2.1 in a toy world", "Sec. 2, App. A",
 
 
 def add_arguments(add):
+    """The options of this command. add: a parser's add_argument."""
     add("--components", type=number(Count), nargs="+", default=[2, 4, 8, 16, 32], help="K")
     add("--panels", nargs="+", choices=("K", "d", "B"), default=["K"],
         help="what is varied, of the theorem's K^4 d^5 B^6 (default K)")

@@ -20,3 +20,13 @@ collect_ignore = [path.name for path in Path(__file__).parent.glob("*.py")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+class Named:
+    """What the model needs of a losses.Target."""
+
+    def __init__(self, dim):
+        self.dim = dim
+
+    def decoder(self, model):
+        return model.build_decoder(model.config.aux_depth, self.dim)

@@ -364,6 +364,7 @@ def test_mean_flow_trains_resumes_and_samples_in_one_step(tmp_path, tokenizer):
 
 # ----------------------------------------------- alignment -----------------------------------------------
 
+from after import alignment  # noqa: E402
 from after.alignment import TEACHERS, AlignmentTarget, alignment_loss  # noqa: E402
 from frozen import pretrained  # noqa: E402
 
@@ -393,7 +394,8 @@ def test_the_constant_to_beat_is_the_mean_direction(monkeypatch):
 
 
 def test_the_alignment_loss_has_its_adaptive_weight(tmp_path, random_networks, monkeypatch):
-    monkeypatch.setattr(train_tokenizer, "PERCEP_WARMUP", 4)
+    for module in (train_tokenizer, alignment):
+        monkeypatch.setattr(module, "PERCEP_WARMUP", 4)
     seen, weight = [], train_tokenizer.adaptive_weight
 
     def remember(reconstruction, term, layer):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Named
 from random_frozen import use_random_networks
 from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
 
@@ -26,16 +27,6 @@ from variants.released_tokenizer import (Augmentation, MixedRoPE, ModulatedBlock
 CPU = torch.device("cpu")
 ADDED = common.attach(Method, ["released"])
 RELEASED = ["--add", "released"]
-
-
-class Named:
-    """What the model needs of a losses.Target."""
-
-    def __init__(self, dim):
-        self.dim = dim
-
-    def decoder(self, model):
-        return model.build_decoder(model.config.aux_depth, self.dim)
 
 
 def tiny(**changes):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Named
 from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
 
 import checkpoints
@@ -14,16 +15,6 @@ from variants.tables import TablesMAETok
 
 TABLES = common.attach(Tokenizer, ["tables"])
 ADD = ["--add", "tables"]
-
-
-class Named:
-    """What the model needs of a losses.Target."""
-
-    def __init__(self, dim):
-        self.dim = dim
-
-    def decoder(self, model):
-        return model.build_decoder(model.config.aux_depth, self.dim)
 
 
 def tiny(**changes):

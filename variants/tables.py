@@ -53,6 +53,7 @@ class TableEncoder(Encoder):
 
 
 class TableDecoder(Decoder):
+    """A decoder with a learned table on its image tokens [Table 13b]."""
 
     def __init__(self, config, depth, out_dim):
         super().__init__(config, depth, out_dim)
@@ -79,6 +80,7 @@ class LinearDecoder(nn.Module):
 
 
 class TablesMAETok(MAETok):
+    """MAETok with the parts that the rows of Tables 1d and 13b exchange."""
 
     def build_encoder(self):
         return super().build_encoder() if self.config.ape == "none" else TableEncoder(self.config)
