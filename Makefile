@@ -9,7 +9,7 @@ OUT ?= runs/study-$(SETTING)
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: box course demo lint study test test-fast
+.PHONY: box course demo lint read study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 # First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/speed.md.
@@ -37,6 +37,10 @@ course: .venv/dev
 	$(BIN)/python course/check.py
 	$(BIN)/python course/notebook.py
 
+# The paper's ideas beside the code, docs/reading.md, as one page that needs no network.
+read: .venv/dev
+	$(BIN)/python docs/reading.py --html runs/reading.html
+
 # The paper's comparison of autoencoders on CIFAR-10, 8 hours on two cores; run again to go on.
 # SETTING=quick: less training, two to three hours.
 study: .venv/runtime
@@ -58,6 +62,9 @@ lint: .venv/dev
 # The stamps make pip run again only when a requirements file changes.
 .venv/runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# The package index's torch for Linux brings gigabytes of CUDA: without an NVIDIA driver, first try the CPU build.
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 0 \
+		--timeout 15 --index-url https://download.pytorch.org/whl/cpu $$(grep ^torch== requirements.txt) || true
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

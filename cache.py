@@ -4,6 +4,7 @@ A reader of the paper need not open this file. The tokenizer is frozen, so its l
 change: train_diffusion.py reads them from a memory map, and its loop needs neither images nor encoder.
 """
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import common    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import files
 from common import UserError, sample_rng
 from data import collate, to_float
+from runtime.processes import barrier
 
 SHARD_IMAGES = 8192     # at 128 x 32 latents, two flips, float16: 134 MB per shard, 157 shards for ImageNet
 
@@ -59,12 +60,11 @@ class LatentCache(torch.utils.data.Dataset):
 
     def whole(self, shard, shape):
         """Whether a shard is there, is what was written, and has latents of this shape."""
-        found = [getattr(files.load_npy(path), "shape", None) for path in self.shard_paths(shard)]
-        complete = found == [shape, shape[:1]]
-        if not complete and any(path.exists() for path in self.shard_paths(shard)):
-            print(f"warning: shard {shard} of {self.folder} is damaged or unfinished; it is encoded again",
-                  file=sys.stderr)
-        return complete
+        paths = self.shard_paths(shard)
+        fault = files.npy_fault(paths[0], shape) or files.npy_fault(paths[1], shape[:1])
+        if fault and any(path.exists() for path in paths):
+            print(f"warning: shard {shard} of {self.folder} is {fault}; it is encoded again", file=sys.stderr)
+        return not fault
 
     @torch.no_grad()
     def build(self, tokenizer, dataset, batch_size, workers, processes):
@@ -75,7 +75,7 @@ class LatentCache(torch.utils.data.Dataset):
             files.remove_debris(self.folder)
             files.write_json(self.folder / "meta.json", {"key": self.key})
         if world > 1:
-            dist.barrier()                                      # no shard is begun before the debris is gone
+            barrier()                                      # no shard is begun before the debris is gone
         order = range(self.length)
         if dataset.length and self.length < dataset.length:
             # Not the first images: the files of a folder are sorted by class.
@@ -84,11 +84,13 @@ class LatentCache(torch.utils.data.Dataset):
         shape = 2 if self.flip else 1, *latent_shape(tokenizer)
         todo = [s for s in range(rank, len(parts), world) if not self.whole(s, (len(parts[s]), *shape))]
         bar = tqdm(total=sum(len(parts[s]) for s in todo), desc="encoding", disable=rank > 0 or not todo)
+        batches = {s: [[(0, i) for i in parts[s][a:a + batch_size]]
+                       for a in range(0, len(parts[s]), batch_size)] for s in todo}
+        # One loader for all shards: to start its processes takes seconds.
+        loader = common.batch_loader(dataset, sum(batches.values(), []), workers, device, collate)
         for shard in todo:
-            keys = [(0, i) for i in parts[shard]]
-            batches = [keys[a:a + batch_size] for a in range(0, len(keys), batch_size)]
             encoded = []
-            for images, numbers, *_ in common.batch_loader(dataset, batches, workers, device, collate):
+            for images, numbers, *_ in itertools.islice(loader, len(batches[shard])):
                 images = to_float(images.to(device))
                 views = [images, images.flip(-1)] if self.flip else [images]
                 z = torch.stack([tokenizer.encode(view, normalize=True) for view in views], 1)
@@ -98,7 +100,7 @@ class LatentCache(torch.utils.data.Dataset):
                 files.atomic_write(path, lambda p: files.save_npy(p, np.concatenate(array)))
         bar.close()
         if world > 1:
-            dist.barrier()
+            barrier()
 
     def __getstate__(self):
         """Without the maps, which pickle as all of their data: a worker that is not forked maps again."""

@@ -3,6 +3,7 @@
 A reader of the paper need not open this file. What is read is checked before it is used: checksums, keys,
 finite weights. Whatever is wrong is a UserError that says what to do.
 """
+import copy
 import dataclasses
 import json
 import os
@@ -12,13 +13,15 @@ import time
 import zipfile
 from pathlib import Path
 
-from runtime.processes import Stopped, UserError, all_mean, stop_signal    # before torch, see there
+from runtime.processes import Stopped, StopFlag, UserError, all_mean, barrier, printable    # before torch
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import files
+from runtime.checks import check_content, check_weights
+from runtime.meter import Meter
+from runtime.resuming import check_same_data
 
 # ----------------------------------------------- checkpoints -----------------------------------------------
 
@@ -38,12 +41,13 @@ def save(config, state, processes):
     fails, all stop."""
     if processes.rank == 0:
         content = state.facts | {"step": state.step, "config": dataclasses.asdict(config),
-                                 "ema_updates": state.ema.updates, "ema": state.ema.model.state_dict()}
+                                 "ema_updates": state.ema.updates, "ema": state.ema.model.state_dict(),
+                                 "trained_on": state.trained_on}
         parts = state.others | {"model": state.model, "optimizer": state.optimizer}
         content |= {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(config.out, content, getattr(config, "keep_every", 0))
     if processes.world > 1:
-        dist.barrier()
+        barrier()
 
 
 def restore(state, checkpoint, path):
@@ -55,7 +59,8 @@ def restore(state, checkpoint, path):
         load = load_optimizer if isinstance(part, torch.optim.Optimizer) else load_weights
         load(part, checkpoint[name], path)
     state.ema.updates, state.step = checkpoint["ema_updates"], checkpoint["step"]
-    state.facts = {name: checkpoint[name] for name in state.facts}
+    state.facts = copy.deepcopy({name: checkpoint[name] for name in state.facts})     # no pages of the file
+    state.trained_on = checkpoint.get("trained_on") or {"data": checkpoint["config"].get("data")}
 
 
 def save_checkpoint(out, content, keep_every=0):
@@ -104,9 +109,12 @@ class Checkpoint(dict):
         raise UserError(f"{self.path} has no {key!r}: it is damaged or of another version")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mapped=False):
     """Read one checkpoint (a file, or a run folder's last.pt) to the CPU, as a Checkpoint. Raises UserError
-    if it is damaged: torch.load alone does not check the checksums in the file."""
+    if it is damaged: torch.load alone does not check the checksums in the file.
+
+    mapped: its tensors are the file's pages, which all processes of a machine share. To be copied from at
+    once: who writes into the file, instead of replacing it, kills the reader."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
@@ -116,9 +124,10 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"wrong checksum of {bad}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise UserError(f"{path} is not a checkpoint of this project: it has no 'config'")
+        check_content(state, path)
         return Checkpoint(state, path)
     except UserError:
         raise
@@ -133,7 +142,7 @@ def find_checkpoint(out, rank=0):
     candidates = [p for p in (Path(out) / "last.pt", *numbered_checkpoints(out)) if p.exists()]
     for path in candidates:
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, mapped=True)
         except UserError as e:
             print(f"warning: {e}; trying the one before", file=sys.stderr, flush=True)
             continue
@@ -148,14 +157,11 @@ def find_checkpoint(out, rank=0):
 
 def load_weights(model, state, path):
     """load_state_dict with one clear line for weights of another model, or not finite."""
-    if isinstance(state, dict) and not all_finite(state.values()):
+    check_weights(model, state, path)
+    if not all_finite(state.values()):
         raise UserError(f"{path} holds weights that are NaN or infinite: that training failed; take an "
                         "earlier one")
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as e:
-        first = str(e).splitlines()[1].strip() if len(str(e).splitlines()) > 1 else str(e)
-        raise UserError(f"{path} holds weights of another model: {first}") from e
+    model.load_state_dict(state)
 
 
 def load_optimizer(optimizer, state, path):
@@ -166,40 +172,6 @@ def load_optimizer(optimizer, state, path):
         raise UserError(f"{path} holds an optimizer's state of another model, or a damaged one: {e}") from e
 
 
-def check_same_config(saved, config, free, path):
-    """Refuse to resume a run with other options, except those in `free`."""
-    now = dataclasses.asdict(config)
-    changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(now | saved)
-               if k not in free and saved.get(k) != now.get(k)]
-    if changed:
-        raise UserError(f"the checkpoint in {path} is of another run ({'; '.join(changed[:6])}"
-                        f"{'; ...' if len(changed) > 6 else ''}); choose another --out or the same options")
-
-
-def check_same_step(step, out, rank, world, device):
-    """Refuse to train when nodes do not share the run's folder: some do not see what rank 0 writes, or
-    resumed at another step. Raises UserError on every rank."""
-    if world > 1:
-        # A new name: each node may have a fresh folder of its own.
-        mark = [f".shared-{os.urandom(8).hex()}.tmp"]            # debris, should this process be killed
-        dist.broadcast_object_list(mark)
-        if rank == 0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / mark[0]).touch()
-        dist.barrier()
-        seen = torch.tensor(float((Path(out) / mark[0]).exists()), device=device)
-        dist.all_reduce(seen, dist.ReduceOp.MIN)
-        if rank == 0:
-            (Path(out) / mark[0]).unlink()
-        if seen < 1:
-            raise UserError(f"not all processes see {out}: it must be one folder that all nodes share")
-        steps = torch.tensor([step, -step], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise UserError(f"the processes found different checkpoints: "
-                            f"{out} must be one folder that all nodes share")
-
-
 # ------------------------------------------------ logs ------------------------------------------------
 
 class Log:
@@ -207,13 +179,15 @@ class Log:
     processes since the last line), and what happens at the end of a step: checkpoints, pictures, signals. The
     host waits for the GPU only when a line is written."""
 
-    def __init__(self, config, processes, step, start, end, title, shown, draw):
+    def __init__(self, config, processes, step, start, end, title, shown, draw, plot=None):
         """step: of the run, now; start, end: the loop's first step and the one after its last. shown: names
         of the terms in the bar. draw: called with a path when a checkpoint is saved, to draw a picture
-        there."""
+        there. plot: plot_curves, for loss.png."""
         self.config, self.processes, self.end, self.shown, self.draw = config, processes, end, shown, draw
-        self.step, self.time = step, time.perf_counter()
-        self.terms, self.finite = {}, torch.ones((), device=processes.device)
+        self.step, self.time, self.plot = step, time.perf_counter(), plot
+        self.terms, self.names = {}, frozenset()
+        self.finite = torch.ones((), device=processes.device)
+        self.stop, self.meter = StopFlag(processes), Meter(processes.device, getattr(config, "dtype", "auto"))
         self.bar = tqdm(total=end - start, initial=step - start, desc=title, disable=processes.rank > 0,
                         mininterval=1.0)
 
@@ -222,21 +196,32 @@ class Log:
         for the record's further values. Raises Stopped after saving if a signal has arrived."""
         step, config = state.step, self.config
         self.bar.update()
-        stop = stop_signal(self.processes.world)
-        saving = step % config.save_every == 0 or step == self.end or stop
+        self.meter.end_step()
+        saving = step % config.save_every == 0 or step == self.end
+        stop = self.stop.read(now=saving)
+        saving = saving or stop
         if step % config.log_every == 0 or saving:
             self.write(step, **{name: value() for name, value in more.items()})
         if saving:
             if self.processes.rank == 0:
                 self.draw(Path(config.out) / f"grid_{step:07d}.png")
+                if self.plot:
+                    draw_curves(config, self.plot)
             save(config, state, self.processes)
         if stop:
             raise Stopped(stop)
         if step == self.end:
             self.bar.close()
+            self.stop.close()
+
+    def counted(self):
+        """A context for a step. On a GPU the operations of the first one are counted, and again when the
+        loss gets other terms."""
+        return self.meter.counted(self.names)
 
     def add(self, terms):
         """terms: {name: scalar tensor} of one forward pass."""
+        self.names = frozenset(terms)
         for name, term in terms.items():
             self.terms.setdefault(name, []).append(term.detach())
 
@@ -257,7 +242,8 @@ class Log:
         steps, seconds = step - self.step, time.perf_counter() - self.time
         self.step, self.time = step, time.perf_counter()
         record = {"step": step, **dict(zip(self.terms, means)), **more,
-                  "images_per_second": steps * self.config.batch_size / seconds}
+                  "images_per_second": steps * self.config.batch_size / seconds,
+                  **self.meter.read(steps, seconds)}
         self.terms = {}
         if self.processes.rank == 0:
             append_metrics(self.config.out, record)
@@ -275,7 +261,7 @@ def read_metrics(out):
     """The records of out/metrics.jsonl. A last line that a crash cut short is dropped; any other line that is
     not a record is skipped with a warning."""
     path, records = Path(out) / "metrics.jsonl", []
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -284,13 +270,14 @@ def read_metrics(out):
             records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
-                print(f"warning: {path}, line {number} is not a record; skipped", file=sys.stderr)
+                print(printable(f"warning: {path}, line {number} is not a record; skipped"), file=sys.stderr)
     return records
 
 
-def start_run(config, state, processes, end):
+def start_run(config, state, processes, end, train_set):
     """What rank 0 does in a run's folder before it trains from state.step to `end`."""
     if processes.rank == 0:
+        check_same_data(state, config, train_set)
         options, out = dataclasses.asdict(config), Path(config.out)
         files.remove_debris(out)
         files.write_json(out / "config.json", options)
@@ -300,6 +287,18 @@ def start_run(config, state, processes, end):
                              for name, part in state.model.named_children())
         print(f"parameters: {millions}; {processes.world} x {processes.device}; {out}/ at step {state.step} "
               f"of {end}", flush=True)
+
+
+def end_run(config, processes, plot):
+    """The last words of a run. plot: plot_curves."""
+    if processes.rank == 0:
+        draw_curves(config, plot)
+        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png")
+
+
+def draw_curves(config, plot):
+    """loss.png of a run, of its log."""
+    files.write_png(Path(config.out) / "loss.png", plot(curves(config.out)))
 
 
 def cut_metrics(out, step, measured=True):
@@ -314,4 +313,9 @@ def curves(out):
     """{name: [(step, value)]} of all numbers in a run's log, for plot_curves."""
     records = read_metrics(out)
     names = dict.fromkeys(name for r in records for name, value in r.items() if isinstance(value, float))
-    return {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
+    found = {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
+    bins = max((len(r["loss_t"]) for r in records if r.get("loss_t")), default=0)       # a diffusion run's
+    for b in sorted({0, bins // 2, bins - 1}) if bins else ():
+        found[f"loss for t in [{b / bins:g}, {(b + 1) / bins:g})"] = [
+            (r["step"], r["loss_t"][b]) for r in records if r.get("loss_t") and r["loss_t"][b] is not None]
+    return found

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import re
+import sys
 import textwrap
 import zlib
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Annotated
 
 from runtime.processes import UserError    # before torch, see there
+from runtime import loaders
+from runtime.files import expand_home, whole_path
 
 import numpy as np
 import torch
@@ -83,9 +86,13 @@ def check_choices(config, **choices):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors."""
+    """argparse whose complaints are UserErrors. A value's leading ~ is the home folder, also in --out=~/x,
+    which no shell expands."""
     def error(self, message):
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(map(expand_home, sys.argv[1:] if args is None else args), namespace)
 
 
 # Help of one line per option, however narrow the terminal.
@@ -116,6 +123,7 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
     values.
     """
     variants = [name for name in presets if name not in scales]
+    description = description or ""                                    # python -OO leaves docstrings out
     description += (f"\nDefaults below are the paper's or those of the source named with them; "
                     f"`--preset` (default {scales[0]}) changes many at once.\nScales: {', '.join(scales)}."
                     + f"\nVariants to join to a scale: {', '.join(variants)}." * bool(variants))
@@ -140,6 +148,8 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
         text = (f"{text} ({default})" if default else text).replace("%", "%%")
         group.add_argument("--" + field.name.replace("_", "-"), **kind, help=text)
     given = vars(parser.parse_args(argv))
+    if "data" in given:
+        given["data"] = whole_path(given["data"])
     if not given.get("out", "default").strip():
         raise UserError("--out is empty: name a folder, or leave the option out")
     names = split_names(given.get("preset", scales[0]))
@@ -262,8 +272,8 @@ def batch_loader(dataset, batches, workers, device, collate):
     """An iterator over a data set's batches. An item that is a UserError is raised.
     workers: -1 for 8 on CUDA and none elsewhere."""
     workers = (8 if device.type == "cuda" else 0) if workers < 0 else workers
-    for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                             collate_fn=collate, pin_memory=device.type == "cuda"):
+    for batch in loaders.batches(dataset, workers, batch_sampler=batches, collate_fn=collate,
+                                 pin_memory=device.type == "cuda"):
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -341,6 +351,7 @@ class TrainState:
     step: int = 0
     others: dict = dataclasses.field(default_factory=dict)   # name -> module or optimizer trained beside it
     facts: dict = dataclasses.field(default_factory=dict)    # plain values to be kept: "kind", "add", ...
+    trained_on: dict = dataclasses.field(default_factory=dict)   # see checkpoints.check_same_data
 
 
 def fingerprint(model):

@@ -2,7 +2,8 @@
 
     --data shapes      ten classes, drawn by shapes.py; no files, an endless train set, a disjoint test set
     --data cifar10     the binary archive, found under --data-root or downloaded once
-    --data DIR         ImageFolder layout: train/ and val/ (or test/) inside or not, nested, or flat
+    --data DIR         ImageFolder layout: train/ and val/ (or test/) inside or not, nested, or flat; what is
+                       a split and what a class: runtime/folders.py
     --data FILE.npz    ADM's layout: arr_0 uint8 (n, H, W, 3), optional arr_1 labels
 
     source --crop, flip--> ImageDataset --keys of GlobalBatches--> items --collate--> (B, 3, H, W), (B,)
@@ -27,15 +28,17 @@ from common import UserError, sample_rng    # before torch, see runtime/processe
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from runtime import files
+from runtime import files, folders
 from shapes import Shapes
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # What may be in a file, whatever its suffix; not EPS, for example, for which Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# EXIF's orientation -> what puts the image upright.
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 # On other processors, such as ARM, PyTorch's resize of bytes has no vector code and is slower than Pillow's.
 TORCH_RESIZES_FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -121,20 +124,23 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def build_dataset(data, split, size, data_root="data", flip=False, seed=0):
-    """The data set that --data names (see the top of this file), as an ImageDataset.
+    """The data set that --data names (see the top of this file), as an ImageDataset. Prints a line about it.
 
-    split: "train" or "test"; only "train" is flipped. size: px, square.
+    split: "train" or "test"; only "train" is flipped. size: px, square. Of several processes rank 0 lists a
+    folder, and the others get its list.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r}")
     if data == "shapes":
-        source = Shapes(split, size, seed)
+        source, tests = Shapes(split, size, seed), "a random stream of their own"
     elif data == "cifar10":
-        source = read_cifar10(split, data_root)
-    elif data.endswith(".npz"):
-        source = read_npz(data)
+        source, tests = read_cifar10(split, data_root), "test_batch.bin"
+    elif data.lower().endswith(".npz"):
+        source, tests = read_npz(data), ""
     else:
-        source = Folder(data, split)
+        source = folders.from_rank_zero(f"{split} images of {data}", lambda: Folder(data, split))
+        tests = source.held_out
+    folders.announce(data, split, source, tests)
     return ImageDataset(source, size, flip and split == "train", seed)
 
 
@@ -199,97 +205,69 @@ class Folder:
     """Images in a folder. The first level of sub-folders names the classes; without them labels are -1.
 
     train/ and val/ (or test/, validation/) are found by name. A folder without them serves as both splits:
-    then test figures are figures on training images, and a printed note says so.
+    then test figures are figures on training images. files: their paths; folder: where this split's are;
+    held_out: the test split's folder, or None.
     """
 
     def __init__(self, root, split):
         self.root = root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder (nor one of: shapes, cifar10, a .npz file)")
-        train = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / n for n in ("val", "test", "validation") if (root / n).is_dir()), None)
-        if train == root and held_out is not None:
-            raise UserError(f"{root} has {held_out.name}/ but no train/: to use it, give --data {held_out}")
-        if split == "test" and held_out is None and os.environ.get("RANK", "0") == "0":
-            print(f"note: {root} has no val/ or test/ folder: test figures below are on training images")
-        # Both splits number the classes of the training folder: a class missing from val/ must not shift the
-        # others. A sub-folder with an image is a class; to know this, not all of them need to be listed.
-        self.classes = sorted(entry.name for entry in os.scandir(train)
-                              if entry.is_dir() and next(walk_images(entry.path), None)) or None
-        number = {name: i for i, name in enumerate(self.classes or [])}
-        self.folder = folder = held_out if split == "test" and held_out is not None else train
-        files = sorted(walk_images(folder))
-        if not files:
-            raise UserError(f"no images in or below {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-        names = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in files]
-        if unknown := set(names) - set(number) - {None}:
-            raise UserError(f"{folder} has classes that {train} lacks: {', '.join(sorted(unknown)[:5])}")
-        self.labels = np.array([-1 if name is None else number[name] for name in names])
-        self.files, self.length = PathList(folder, files), len(files)
+        found = folders.Listing(root, split)
+        self.folder, self.held_out, self.classes = found.folder, found.held_out, found.classes
+        self.files, self.labels, self.sizes = found.paths, found.labels, found.sizes
+        self.length = len(self.files)
 
     def fingerprint(self):
         digest = hashlib.sha256()
-        for file, label in zip(self.files, self.labels):
-            size = file.stat().st_size if file.exists() else None                        # None: a broken link
-            digest.update(os.fsencode(file.name) + f" {label} {size}\n".encode())
+        for name, label, size in zip(self.files.names, self.labels, self.sizes):
+            size = None if size < 0 else size                                                # a broken link
+            digest.update(os.path.basename(name) + f" {label} {size}\n".encode())
         return digest.hexdigest()
 
     def __getitem__(self, index):
-        path = self.files[index]
+        path, content = self.files[index], b""
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise OSError("no regular file")                       # to read a named pipe would never end
             content = path.read_bytes()
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                depth = 8
                 if image.format == "PNG":                             # only verify() looks at its checksums
                     Image.open(io.BytesIO(content), formats=FORMATS).verify()
+                    depth = content[24]
                 image.load()
-                ImageOps.exif_transpose(image, in_place=True)          # in place: upright images need no copy
-                return to_rgb(image), int(self.labels[index])
+                return to_rgb(upright(image), depth), int(self.labels[index])
         except Exception as e:    # a damaged file can raise nearly anything: OSError, SyntaxError, zlib.error
-            raise UserError(f"cannot read image {path}: {e}; replace or delete it") from e
+            why = folders.why_no_image(content, FORMATS) if isinstance(e, UnidentifiedImageError) else e
+            raise UserError(f"cannot read image {path}: {why}; replace or delete it") from e
 
 
-class PathList:
-    """Many paths below one folder: indexing gives a Path.
+def upright(image):
+    """A Pillow image, turned as its EXIF orientation says. Only that tag is read: cameras write odd ones, and
+    Pillow, which would write all of them back, refuses some."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:                                                       # EXIF that cannot be read at all
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
-    A list of 1.28 million Paths takes 0.5 GB, and reference counts and garbage collection write to each
-    object: every forked worker would soon have its own copy. Nothing writes to an array of bytes.
+
+def to_rgb(image, depth=8):
+    """Any Pillow image to RGB: 16-bit grey is scaled, not clipped; transparency is laid over white.
+
+    depth: bits per channel in the file. Pillow gives a PNG's transparent colour in these, pixels in 8.
     """
-
-    def __init__(self, root, paths):
-        self.root, self.names = root, np.array([os.fsencode(path.relative_to(root)) for path in paths])
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        return self.root / os.fsdecode(self.names[index])
-
-
-def walk_images(root):
-    """Yield the image files below a folder, in no order. A sub-folder that cannot be read is a UserError."""
-    def stop(error):
-        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
-
-    above = {}                                 # path of a folder -> (inode, device) of it and of all above it
-    for folder, below, names in os.walk(root, followlinks=True, onerror=stop):
-        here = os.stat(folder)[1:3]
-        if here in (path := above.get(os.path.dirname(folder), frozenset())):
-            below.clear()                                      # a link to a folder above: it would never end
-            continue
-        above[folder] = path | {here}
-        for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(folder, name)
-
-
-def to_rgb(image):
-    """Any Pillow image to RGB: 16-bit grey is scaled, not clipped; transparency is laid over white."""
+    clear = image.info.get("transparency")
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32) / 257                                     # 16 bits to 8
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        grey = np.asarray(image)
+        eight = (grey.astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8)
+        eight[grey == clear] = 255
+        return Image.fromarray(eight).convert("RGB")
+    if clear is not None and depth != 8 and image.mode in ("L", "RGB"):
+        scale = lambda value: value >> 8 if depth == 16 else value * 255 // (2 ** depth - 1)
+        image.info["transparency"] = scale(clear) if image.mode == "L" else tuple(map(scale, clear))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -307,6 +285,12 @@ class Arrays:
             digest.update(np.ascontiguousarray(self.images[start:start + 1000]))
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
+
+    def __reduce_ex__(self, protocol):
+        """A memory map pickles as all of its data: a worker that is not forked maps the file again."""
+        if isinstance(self.images, np.memmap):
+            return read_npz, (self.images.filename,)
+        return super().__reduce_ex__(protocol)
 
     def __getitem__(self, index):
         return Image.fromarray(self.images[index]), int(self.labels[index])
@@ -343,7 +327,8 @@ def read_npz(path):
             images = file["arr_0"] if images is None else images
             labels = file["arr_1"] if "arr_1" in file else np.full(len(images), -1)
     except Exception as e:              # zipfile, zlib, numpy and the system raise many kinds of error here
-        raise UserError(f"cannot read {path}: {e}; it should be an .npz file in ADM's layout") from e
+        raise UserError(f"cannot read {path}: {files.npz_fault(e)}; it should be an .npz file in ADM's "
+                        "layout") from e
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
     if (labels.shape != (len(images),) or labels.dtype.kind not in "iuf"

@@ -35,13 +35,13 @@ from measures.features import (PRECISION_IMAGES, FeatureStatistics, Report, coll
                              feature_network, few_images, frechet_between, open_run, reference,
                              save_statistics, score)
 from measures.image_sets import (add_extras, batches, gather, load_model, open_data, open_samples,
-                               open_tokenizer, reconstructions, run_folder)
+                               open_tokenizer, reconstructions, run_folder, without_classes)
 from frozen.pretrained import load_lpips_heads, load_vgg16
 from losses import LPIPS
 from maetok import load_tokenizer
 from pictures.draw import line_chart, recon_picture
 from pictures.page import write_report
-from runtime.processes import rank_zero_first, run, start_processes
+from runtime.processes import printable, rank_zero_first, run, start_processes
 
 
 # -------------------------------------------------- recon --------------------------------------------------
@@ -95,8 +95,9 @@ def recon(args):
         result |= compare_sets(args, statistics)
     if args.features == "classifier":
         found = gather(torch.cat(found), args) == torch.from_numpy(images.labels)[:, None]          # (n, 2)
-        result |= zip(("originals_assigned_to_their_class", "reconstructions_assigned_to_their_class"),
-                      found.double().mean(0).tolist())
+        result |= without_classes(images, "classes assigned") or zip(
+            ("originals_assigned_to_their_class", "reconstructions_assigned_to_their_class"),
+            found.double().mean(0).tolist())
     result |= {"images": len(rows), "protocol": (
         f"{len(rows)} images of {images.name} at {size} px, centre crop; EMA weights; reconstructions "
         f"rounded to uint8, against the same images; features {name}; float32"
@@ -113,7 +114,7 @@ def compare_sets(args, statistics):
     # Features of blurry images have less variance, which makes distances to them (--gap) smaller.
     real, fake = (of_set.mean_and_covariance()[1].trace().item() for of_set in statistics)
     return {distance_name(args, "r"): frechet_between(*statistics),
-            "share_of_feature_variance_kept": fake / real}
+            **({"share_of_feature_variance_kept": fake / real} if real > 1e-9 else {})}    # equal images
 
 
 # ------------------------------------------------ generation ------------------------------------------------
@@ -149,10 +150,11 @@ def generation(args):
         + ("; near 0 where samples are blurrier than the reference, so see those against the tokenizer's "
            "reconstructions of test images" if args.tokenizer else "") + "; "
         + ("Inception Score in file order, chunks of 5000; " if args.features == "inception" else "")
+        + ("the samples are sorted by class, which makes Inception Score too low; "
+           if args.features == "inception" and metrics.few_classes_at_once(labels) else "")
         + how_drawn(args.samples) + few_images(len(labels), len(fake.pool.mean)))
     if args.save_statistics and args.rank == 0:
         save_statistics(args.save_statistics, real, name)
-    args.out = args.out or str(args.samples).rstrip("/")
     return Report(result)
 
 
@@ -179,14 +181,16 @@ def classified(args, network, labels, fake, size):
         result["assigned_to_requested_class"] = accuracy(fake.logits, labels)
     else:
         print(f"note: {args.samples} has no labels (arr_1): nothing says which class a sample should be of")
+    missing = without_classes(tests, "accuracy on test images")
     found = collect(args, network, batches(tests, args, "test images"), logits=True).logits
-    result["classifier_test_accuracy"] = accuracy(found, truth)
+    result |= missing or {"classifier_test_accuracy": accuracy(found, truth)}
     if args.tokenizer:
         # Samples are drawn by the tokenizer's decoder: this is the decoder's part of the error.
         tokenizer = load_tokenizer(args.tokenizer, args.device)
         reconstructed = reconstructions(args, tokenizer, tests)
         found = collect(args, network, reconstructed, PRECISION_IMAGES, logits=True)
-        result["reconstructions_assigned_to_their_class"] = accuracy(found.logits, truth)
+        result |= {} if missing else {
+            "reconstructions_assigned_to_their_class": accuracy(found.logits, truth)}
         # A blurry sample is outside the manifold of sharp images: against them, precision and recall are near
         # 0 for every small tokenizer. Against reconstructions, which are as blurry, they show how much of
         # what the decoder can draw diffusion covers.
@@ -347,8 +351,8 @@ def parse(argv):
     asked, = (sys.argv[1:] if argv is None else argv)[:1] or [""]
     commands = COMMANDS | {name: common.find_extra(name) for name in extras if name == asked}
     for name, command in commands.items():
-        sub = parsers.add_parser(name, help=command.measure.__doc__.split("\n\n")[0],
-                                 description=command.measure.__doc__,
+        text = command.measure.__doc__ or ""                               # python -OO leaves docstrings out
+        sub = parsers.add_parser(name, help=text.split("\n\n")[0], description=text,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(null_class=False)
         command.add_arguments(sub.add_argument)
@@ -359,22 +363,36 @@ def parse(argv):
     return args, commands[args.command]
 
 
+def result_name(args):
+    """OUT of a command: --out, without an ending that it gets here; else beside the samples, in the run's
+    folder, or in runs/."""
+    if args.out:
+        return re.sub(r"\.(json|png)$", "", str(Path(args.out)), flags=re.I)
+    if "samples" in args:
+        return str(Path(args.samples))
+    return str((run_folder(args.run) if getattr(args, "run", None) else Path("runs")) / args.command)
+
+
 def write(args, report):
-    """Print a Report, the protocol last; write OUT.json, the pictures, and the page of their folder."""
-    show = lambda cell: f"{cell:.4f}" if isinstance(cell, float) else str(cell)
-    table = [[show(cell) for cell in row] for row in report.table]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
-    for name, value in report.result.items():
-        if not isinstance(value, (list, dict)):
-            print(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}")
+    """Write OUT.json, the pictures and the page of their folder. Then print the Report, the protocol last:
+    `| head` may end the process there."""
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     files.write_json(f"{args.out}.json", {"command": args.command} | report.result)
     for ending, picture in report.pictures.items():
         files.write_png(f"{args.out}{ending}", picture)
-    print(f"wrote {', '.join(f'{args.out}{end}' for end in ('.json', *report.pictures))} and "
-          f"{write_report(Path(args.out).parent)}")
+    try:
+        page = write_report(Path(args.out).parent)
+    except UserError as e:
+        page = f"no page: {e}"
+    show = lambda cell: f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    table = [[show(cell) for cell in row] for row in report.table]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths))))
+    for name, value in report.result.items():
+        if not isinstance(value, (list, dict)):
+            print(printable(f"{name:40} {value if not isinstance(value, float) else round(value, 4)}"))
+    print(f"wrote {', '.join(f'{args.out}{end}' for end in ('.json', *report.pictures))} and {page}")
 
 
 def main(argv=None):
@@ -387,10 +405,11 @@ def main(argv=None):
     args.rank, args.world, args.device = start_processes(args.device)
     # A distance must be right in its last printed digit: no 10-bit mantissas.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for path in filter(None, (result_name(args), getattr(args, "save_statistics", None))):
+        files.check_writable(Path(path).parent)
     report = command.measure(args)
     if args.rank == 0:
-        folder = run_folder(args.run) if "run" in args else Path("runs")
-        args.out = args.out or str(folder / args.command)
+        args.out = result_name(args)
         write(args, report)
 
 

@@ -251,6 +251,8 @@ def check_guidance(model, cfg_scale: float) -> None:
 def choose_labels(num, classes, num_classes, kind, seed):
     """The class of every sample, (num,) int64: balanced (each of `classes` in turn) or random (drawn from
     seed and i); for classes ["null"] the null class, as of an unconditional model [Table 5]."""
+    if num_classes == 0 and classes and classes != ["null"]:
+        raise UserError("--classes: this model was trained without classes; leave the option out")
     if num_classes == 0 or classes == ["null"]:
         return np.full(num, num_classes)                                          # files get -1, no class
     if classes and "null" in classes:

@@ -282,7 +282,7 @@ class Target:
     below and its name in TARGETS. Its attributes: dim, D_j; weight, of its loss in the sum."""
 
     def features(self, images: Tensor, *more) -> Tensor:
-        """y^j: images (B, 3, H, W) in [-1, 1] -> (B, N, D_j) float32. more: what else the data set gives."""
+        """y_j: images (B, 3, H, W) in [-1, 1] -> (B, N, D_j) float32. more: what else the data set gives."""
         raise NotImplementedError
 
     def decoder(self, model) -> nn.Module:

@@ -12,7 +12,7 @@ Shape legend, the same in every file:
     B batch · N image patches · L latent tokens · T all tokens of a transformer · D width · C latent channels
     P patch size · H, W image size in pixels · D_j width of target j · nh heads · hs head size
 The paper writes H for the latent channels; here that is C. Its x are patch tokens, its images I; ^ marks what
-a decoder predicts, and y_j is target j. Images are RGB floats in [-1, 1].
+a decoder predicts, and y_j (the paper's y^j) is target j. Images are RGB floats in [-1, 1].
 
 Provenance tags: [Eq. 7], [Sec. 3.2], [Table 7] the paper (arXiv:2502.03444v2) · [released code] what only the
 authors' code shows · [ours] both are silent.
@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from checkpoints import load_checkpoint, load_weights
+from checkpoints import Checkpoint, load_checkpoint, load_weights
 from common import Count, UserError, check_ranges
+from runtime.checks import check_images, check_latents
 from runtime.processes import faster_products
 
 
@@ -89,12 +90,6 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * P, w * P)
 
 
-def mask_out(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """Images (B, c, H, W) as the encoder sees them: the patches of mask (B, N) bool are 0, grey."""
-    P, (H, W) = patch_size, images.shape[-2:]
-    return unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, (H // P, W // P))
-
-
 def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.6) -> Tensor:
     """Choose which patches the encoder does not see: M of [Sec. 3.2].
 
@@ -107,7 +102,7 @@ def random_mask(rngs: list, num_patches: int, low: float = 0.4, high: float = 0.
         raise ValueError(f"mask ratios must satisfy 0 <= low <= high < 1, not low={low}, high={high}")
     mask = np.zeros((len(rngs), num_patches), bool)
     for row, rng in zip(mask, rngs):
-        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)   # against round-off
+        hidden = math.ceil(rng.uniform(low, high) * num_patches - 1e-9)   # 0.55 * 100 is 55.00000000000001
         row[rng.permutation(num_patches)[:hidden]] = True
     return torch.from_numpy(mask)
 
@@ -135,7 +130,7 @@ class RoPE2D(nn.Module):
         rows, columns = grid
         index = torch.arange(rows * columns, device=self.freqs.device)
         col, row = (index % columns)[:, None], (index // columns)[:, None]                            # (N, 1)
-        angle = torch.cat((col * self.freqs, row * self.freqs), dim=-1)            # (N, hs/2)
+        angle = torch.cat((col * self.freqs, row * self.freqs), dim=-1)                            # (N, hs/2)
         angle = F.pad(angle, (0, 0, 0, others))                                                    # (T, hs/2)
         return angle.cos(), angle.sin()
 
@@ -207,10 +202,10 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, D = config, config.width
-        self.patch_size = c.patch_size
+        self.patch_size, self.learnable_latents, self.num_latents = (
+            c.patch_size, c.learnable_latents, c.num_latents)
         self.patch_embed = nn.Linear(3 * c.patch_size ** 2, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))                                # m of [Sec. 3.2]
-        self.num_latents = c.num_latents if c.learnable_latents else 0
         if c.learnable_latents:
             # z of [Eq. 4] and its learned 1D APE [Sec. 3.1]. Only their sum matters; the paper names both.
             self.latent_tokens = nn.Parameter(torch.zeros(1, c.num_latents, D))
@@ -230,12 +225,12 @@ class Encoder(nn.Module):
         """images (B, 3, H, W), mask (B, N) bool or None -> (B, L, C), or (B, L, 2C) mean and log-variance."""
         B, _, H, W = images.shape
         grid = (H // self.patch_size, W // self.patch_size)
-        x, first = self.image_tokens(images, mask), 0                 # first: where h starts
-        if self.num_latents:
-            z = (self.latent_tokens + self.latent_positions).expand(B, -1, -1)
-            x, first = torch.cat((x, z), dim=1), x.shape[1]                                 # (B, N+L, D)
+        x = self.image_tokens(images, mask)                                                 # (B, N, D)
+        if self.learnable_latents:
+            z = (self.latent_tokens + self.latent_positions).expand(B, -1, -1)              # (B, L, D)
+            x = torch.cat((x, z), dim=1)                                                    # (B, N+L, D)
         x = self.transformer(x, grid)
-        return self.to_latent(x[:, first:])
+        return self.to_latent(x[:, -self.num_latents:] if self.learnable_latents else x)
 
 
 class Decoder(nn.Module):
@@ -266,7 +261,7 @@ class Decoder(nn.Module):
         return torch.cat((e, h + self.latent_positions), dim=1) if self.learnable_latents else e + h
 
     def image_tokens(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """latents h (B, L, C) -> the image tokens after the last norm, (B, N, D): x_hat of [Eq. 5]."""
+        """latents h (B, L, C) -> the image tokens after the last norm, (B, N, D): x^ of [Eq. 5]."""
         return self.transformer(self.tokens(latents, grid), grid)[:, :grid[0] * grid[1]]
 
     def forward(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -274,8 +269,9 @@ class Decoder(nn.Module):
         return self.head(self.image_tokens(latents, grid))
 
 
-def initialise(model: nn.Module) -> None:
-    """New weights, in place: Xavier for linear layers, as MAE; normal(0, 1) for tokens and positions [ours].
+def new_weights(model: nn.Module) -> None:
+    """New weights from torch's generator, in place: Xavier for linear layers, as MAE; normal(0, 1) for tokens
+    and positions [ours].
 
     Tokens and positions then are of the order of a projected latent. At the usual 0.02 the decoder cannot
     distinguish its L latents until the positions have grown, which costs small runs much of their time.
@@ -303,7 +299,8 @@ class MAETok(nn.Module):
     """The tokenizer. See the module docstring for the picture and MAETokConfig for the variants."""
 
     def __init__(self, config, targets=None):
-        """targets: name -> losses.Target, which builds its auxiliary decoder; none after training."""
+        """targets: name -> losses.Target, whose auxiliary decoder is build_decoder(config.aux_depth, D_j)
+        [Eq. 7], unless it is an extra's; none after training."""
         super().__init__()
         self.config = c = config
         self.encoder = self.build_encoder()
@@ -327,8 +324,8 @@ class MAETok(nn.Module):
         return Decoder(self.config, depth, out_dim)
 
     def initialise(self):
-        """Random weights from torch's generator."""
-        initialise(self)
+        """New weights, in place."""
+        new_weights(self)
 
     def grid(self, size):
         """(H, W) in px -> (rows, columns) of patches. Raises ValueError when P does not divide a side."""
@@ -338,31 +335,40 @@ class MAETok(nn.Module):
                              "both must be multiples")
         return size[0] // P, size[1] // P
 
-    def posterior(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A KL-VAE's (B, L, 2C): mean and log-variance, the latter kept in [-30, 20] against overflow."""
-        mean, logvar = self.encoder(images, mask).chunk(2, dim=-1)
-        return torch.cat((mean, logvar.clamp(-30, 20)), dim=-1)
+    def latents(self, images: Tensor, mask: Tensor | None = None,
+                noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """h = E([x ; z]), (B, L, C) [Eq. 4], and None. Of a KL-VAE [Table 1a]: mean + deviation * noise, with
+        noise (B, L, C) standard normal (None: the mean), and mean and log-variance, (B, L, 2C)."""
+        h = self.encoder(images, mask)
+        if not self.config.variational:
+            return h, None
+        mean, logvar = h.chunk(2, dim=-1)
+        logvar = logvar.clamp(-30, 20)                                                # against overflow
+        h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return h, torch.cat((mean, logvar), dim=-1)
 
     def encode(self, images: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1], sides multiples of P, to latents (B, L, C).           [Eq. 4]
 
         mask: (B, N) bool, True = hidden, or None. normalize: return (h - latent_mean) / latent_std, which a
-        diffusion model is trained on. A KL-VAE returns the mean.
+        diffusion model is trained on. A KL-VAE returns the mean. Raises ValueError for other images.
         """
-        h = (self.posterior(images, mask).chunk(2, dim=-1)[0] if self.config.variational
-             else self.encoder(images, mask))
-        return (h - self.latent_mean) / self.latent_std if normalize else h
+        check_images(self, images)
+        h, _ = self.latents(images, mask)
+        h = (h - self.latent_mean) / self.latent_std if normalize else h
+        h.image_size = tuple(images.shape[-2:])                      # decode() refuses another size
+        return h
 
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None,
                normalized: bool = False) -> Tensor:
         """Latents (B, L, C) to images (B, 3, H, W).                                                   [Eq. 5]
 
-        size: (H, W) in px; default: the square of config.image_size. normalized: as encode(normalize=True)
-        returned them.
+        size: (H, W) in px of the images; default: the square of config.image_size. normalized: as
+        encode(normalize=True) returned them. Raises ValueError for latents of another shape or size.
         """
+        grid = check_latents(self, latents, size)                                       # (rows, columns)
         if normalized:
             latents = latents * self.latent_std + self.latent_mean
-        grid = self.grid(size or (self.config.image_size, self.config.image_size))
         return unpatchify(self.decoder(latents, grid), self.config.patch_size, grid)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -370,18 +376,14 @@ class MAETok(nn.Module):
         return self.decode(self.encode(images), images.shape[-2:])
 
     def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None,
-                **more) -> MAETokOutput:                                          # more: of extras
+                **more) -> MAETokOutput:
         """Fig. 3 in one pass: encode what the mask leaves, decode pixels and auxiliary features.
 
-        images (B, 3, H, W), mask (B, N) bool or None; noise (B, L, C) standard normal for a KL-VAE's sample
-        (None: its mean). The module draws no random numbers itself, so a step can be repeated exactly.
+        images (B, 3, H, W), mask (B, N) bool or None, noise of `latents`; more: what the decode_all of an
+        extra (--add) takes beyond the one below. The module draws no random numbers itself, so a step can be
+        repeated exactly.
         """
-        posterior = self.posterior(images, mask) if self.config.variational else None
-        if posterior is None:
-            h = self.encoder(images, mask)                                       # h = E([x ; z])    [Eq. 4]
-        else:
-            mean, logvar = posterior.chunk(2, dim=-1)
-            h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        h, posterior = self.latents(images, mask, noise)                          # h = E([x ; z])    [Eq. 4]
         return self.decode_all(h, self.grid(images.shape[-2:]), posterior, **more)
 
     def decode_all(self, h: Tensor, grid: tuple[int, int], posterior: Tensor | None = None) -> MAETokOutput:
@@ -402,7 +404,7 @@ class MAETok(nn.Module):
 def masked_feature_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The loss of one auxiliary target, on hidden patches only: a float32 scalar.                     [Eq. 8]
 
-    prediction: y_hat^j, target: y^j, (B, N, D_j); mask: M, (B, N) bool, True = hidden. Means over D_j, over
+    prediction: y^_j, target: y_j, (B, N, D_j); mask: M, (B, N) bool, True = hidden. Means over D_j, over
     the hidden patches of each image, then over images, so that the value does not depend on how a batch is
     split over processes [Eq. 8 writes a plain sum]. An image with nothing hidden contributes 0.
     """
@@ -415,8 +417,7 @@ def kl_divergence(posterior: Tensor) -> Tensor:
     """KL(N(mean, var) || N(0, 1)) of a KL-VAE's posterior (B, L, 2C): summed over L and C, mean over B.
     Float32 scalar.
 
-    For Table 1a's VAE. LDM sums its reconstruction loss over pixels, too; here that is a mean, so
-    train_tokenizer's weight of 1e-6 acts 256 * 256 * 3 times stronger. The paper gives no weight.
+    For Table 1a's VAE. Its weight of 1e-6 [released code] multiplies this sum, beside a mean over pixels.
     """
     mean, logvar = posterior.float().chunk(2, dim=-1)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
@@ -437,13 +438,12 @@ def load_tokenizer(path, device="cpu") -> MAETok:
     Its encode(normalize=True) and decode(normalized=True) use the stored latent mean and std. In a checkpoint
     from the middle of a stage they are not measured, as a warning says. Raises UserError.
     """
-    return tokenizer_of(load_checkpoint(path), path).to(device)
+    return tokenizer_of(load_checkpoint(path, mapped=True), path).to(device)
 
 
 def tokenizer_of(state: dict, path) -> MAETok:
     """load_tokenizer of a checkpoint already read; `path` is for messages."""
-    if state.get("kind") == "diffusion":
-        state = state["tokenizer"]
+    state = Checkpoint(state["tokenizer"] if state.get("kind") == "diffusion" else state, path)
     if state.get("kind") != "tokenizer":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a tokenizer")
     try:

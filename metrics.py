@@ -58,6 +58,12 @@ def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
     return scores.mean().item(), scores.std(correction=0).item()
 
 
+def few_classes_at_once(labels: Tensor, chunk: int = 5000) -> bool:
+    """Whether the first chunk of labels (n,) lacks many of the classes, as where samples are sorted by class:
+    their Inception Score is then of fewer classes than they have. -1, no label, says nothing."""
+    return len(labels[:chunk].unique()) < 0.75 * len(labels.unique())
+
+
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) -> (n, m), by one matrix product; rounding may leave a zero at +-1e-13 of the norms."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)

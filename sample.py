@@ -12,15 +12,12 @@ import argparse
 import json
 import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import common    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
@@ -29,10 +26,10 @@ from common import Count, Seed, Share, UserError, Weight, Whole, number
 from data import to_uint8
 from flow import SAMPLERS, check_guidance, choose_labels, inside, sample_latents, sampling_times
 from measures.image_sets import add_extras, load_model
-from pictures.draw import sample_grid
+from pictures.outputs import check_outputs, kind_of, write_outputs
 from pictures.page import write_report
 from pictures.sheet import save_sheet
-from runtime.processes import autocast, autocast_dtype, cast_matrices, run, start_processes
+from runtime.processes import autocast, autocast_dtype, barrier, cast_matrices, run, start_processes
 
 
 def parse(argv):
@@ -66,7 +63,9 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     add_extras(parser, argv)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_outputs(args.out, args.report)
+    return args
 
 
 def load(args, device):
@@ -82,6 +81,7 @@ def load(args, device):
         raise UserError("--classes null: guidance leads away from the null class itself; give --cfg 1")
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
         raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
+    args.dtype = str(autocast_dtype(args.dtype, device)).removeprefix("torch.")    # what it is, for settings
     classes = model.config.num_classes
     args.num = args.num or (8 * len(args.classes or range(classes)) if classes and not null else 64)
     return model, tokenizer, config
@@ -95,15 +95,13 @@ def parts_folder(args, model, processes):
     """The folder of the part files, locked. Raises UserError if it, or a folder of --out, holds anything else
     than these samples, complete or begun."""
     outs = [Path(out) for out in args.out]
-    if nameless := [out for out in args.out if not Path(out).name]:
-        raise UserError(f"--out {nameless[0]!r} has no name: give FILE.png, FILE.npz or a folder")
     folder = outs[0].with_name(outs[0].name + ".parts")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "report", "added_options")}
     settings = json.loads(json.dumps(settings | {"weights": common.fingerprint(model)}))    # tuples to lists
     if processes.rank == 0:
         for out in outs:
             notes = [n for n in (Path(f"{out}.settings.json"), folder / "settings.json") if n.exists()]
-            if (out.suffix not in (".npz", ".png") and out.is_dir() and any(out.iterdir())
+            if (not kind_of(out) and out.is_dir() and any(out.iterdir())
                     and settings not in [files.read_json(note) for note in notes]):
                 raise UserError(f"{out} holds files already, and these samples would mix with them; "
                                 "delete it or choose another --out")
@@ -112,7 +110,7 @@ def parts_folder(args, model, processes):
         if not (folder / "settings.json").exists():
             files.write_json(folder / "settings.json", settings)
     if processes.world > 1:
-        dist.barrier()
+        barrier()
     if files.read_json(folder / "settings.json") != settings:
         raise UserError(f"{folder} holds unfinished samples made with other settings; "
                         "delete it or choose another --out")
@@ -140,49 +138,8 @@ def draw_parts(args, model, tokenizer, config, labels, folder, processes):
             files.atomic_write(part, lambda p: files.save_npy(p, images))
             bar.update(len(indices))
     if world > 1:
-        dist.barrier()
+        barrier()
     return parts
-
-
-# ------------------------------------------------- outputs -------------------------------------------------
-
-def whole_part(path):
-    """The images of a finished part, uint8 (n, H, W, 3). Raises UserError if it is damaged."""
-    if (part := files.load_npy(path)) is None:
-        raise UserError(f"{path} is damaged; run the same command again")
-    return part
-
-
-def write_npz(path, parts, labels):
-    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 labels. Streamed, never all in memory."""
-    def write(temporary):
-        first = whole_part(parts[0])
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as entry:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
-                np.lib.format.write_array_header_1_0(entry, header)
-                for part in parts:
-                    entry.write(whole_part(part).tobytes())
-            with file.open("arr_1.npy", "w") as entry:
-                np.lib.format.write_array(entry, labels)
-    files.atomic_write(path, write)
-
-
-def write_outputs(outs, parts, labels, names):
-    """Turn the part files into what --out asks for, by its ending: a grid, ADM's file or a folder.
-    names: of the classes, where they are known."""
-    for out in outs:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".npz":
-            write_npz(out, parts, labels)
-        elif out.suffix == ".png":
-            images = np.concatenate([whole_part(part) for part in parts])
-            files.write_png(out, sample_grid(images, labels, names))
-        else:
-            out.mkdir(exist_ok=True)
-            for i, image in enumerate(image for part in parts for image in whole_part(part)):
-                Image.fromarray(image).save(out / f"{i:06d}_class{labels[i]}.png")
-        print(f"wrote {out}")
 
 
 def finish(outs, parts, folder):
@@ -215,8 +172,9 @@ def main(argv=None):
         model.compile()
     if rank == 0 and args.cfg != 1:
         times = sampling_times(model, args.sampler, args.steps)
-        print(f"guidance {args.cfg:g} acts in {sum(inside(t, args.cfg_interval) for t in times)} of "
-              f"{len(times)} calls of the model", flush=True)
+        if off := sum(not inside(t, args.cfg_interval) for t in times):
+            print(f"--cfg-interval: guidance is off in {off} of {len(times)} calls of the model, which take "
+                  "about half as long", flush=True)
     parts = draw_parts(args, model, tokenizer, config, labels, folder, processes)
     if rank == 0:
         outs = [Path(out) for out in args.out]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoints import load_checkpoint, load_weights
 from common import Count, UserError, Whole, check_ranges
-from flow import SAMPLERS, guided_velocity, time_grid
+from flow import SAMPLERS, guided_velocity, path_coefficients, time_grid
 from maetok import tokenizer_of
 from runtime.processes import faster_products
 
@@ -247,14 +247,15 @@ class Diffusion:
 def load_diffusion(path, device="cpu"):
     """(model with the EMA weights, its tokenizer, config) from a checkpoint or run folder of
     train_diffusion.py; both in eval mode. config: a dict, with the names of the classes as "classes"."""
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, mapped=True)
     if state.get("kind") != "diffusion":
         raise UserError(f"{path} is a checkpoint of kind {state.get('kind')!r}, not a diffusion model")
     try:
+        path_coefficients(torch.zeros(()), state["config"].get("path"))                  # raises if unknown
         model = common.build_model(Diffusion, state["config"], state["add"])
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: {e}") from e
     load_weights(model, state["ema"], path)
     tokenizer = tokenizer_of(state["tokenizer"], path)
     model = faster_products(model).to(device).eval().requires_grad_(False)
-    return model, tokenizer.to(device), state["config"] | {"classes": state["classes"]}
+    return model, tokenizer.to(device), state["config"] | {"classes": [*map(str, state["classes"])]}

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 
 import checkpoints
-from runtime import files
+from runtime import files, resuming
 from cache import encode_once, latent_shape
 from common import Count, Decay, Positive, Seed, Share, UserError, Whole, Workers, step_rngs
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
@@ -73,6 +73,7 @@ class Config(SiTConfig):
     accumulate: Count = 1         # forward passes per step, for batches that do not fit the device
     lr: Positive = 1e-4           # constant [Table 8]
     warmup: Whole = 0             # steps of linear warm-up; none in the paper
+    lr_decay: Share = 0.0         # part of the steps, at the end, in which lr falls to 0; none in the paper
     ema: Decay = 0.9999           # decay [SiT]
     # ---- logs ----
     log_every: Count = 100        # steps between lines of metrics.jsonl
@@ -99,7 +100,7 @@ PRESETS = {
 }
 # Options that may differ when a run is resumed: they do not change what is learned.
 RESUMABLE_WITH = {"out", "tokenizer", "init", "device", "dtype", "compile", "checkpointing", "workers",
-                  "accumulate", "data_root", "log_every", "save_every", "keep_every", "weights_dir"}
+                  "accumulate", "data", "data_root", "log_every", "save_every", "keep_every", "weights_dir"}
 
 
 # ----------------------------------------------- the method -----------------------------------------------
@@ -182,6 +183,13 @@ class LossByTime:
         return [s / n if n else None for s, n in zip(sums, counts)]
 
 
+def learning_rate(config, step):
+    """Constant [Table 8], but for linear warm-up and, over the last `lr_decay` of the steps, a linear fall to
+    0: a short run ends nearer to its minimum."""
+    falling = max(1, config.lr_decay * config.steps)
+    return config.lr * min(1, (step + 1) / max(1, config.warmup), (config.steps - step) / falling)
+
+
 def train(method, state, network, train_set, processes):
     """Train from state.step to config.steps; checkpoints, logs and pictures on the way. train_set gives
     latents (a LatentCache), or images, which are then encoded in every step."""
@@ -193,20 +201,21 @@ def train(method, state, network, train_set, processes):
         state.model.compile()
     wrapped = data_parallel(network, processes)
     log = checkpoints.Log(config, processes, state.step, 0, config.steps, "diffusion", shown=("loss",),
-                          draw=lambda path: draw_grid(method, state.ema.model, path))
+                          draw=lambda path: draw_grid(method, state.ema.model, path), plot=plot_curves)
     by_time = LossByTime(device)
     while (step := state.step) < config.steps:
-        lr = common.set_learning_rate(state.optimizer, config.lr * min(1, (step + 1) / max(1, config.warmup)))
-        for micro, positions in enumerate(batches.positions()):
-            batch = method.batch(step, positions, next(loader))
-            x_t, v = interpolate(batch.x, batch.noise, batch.t, config.path)                # (B, L, C) each
-            with exchange_gradients(micro + 1 == config.accumulate, wrapped):
-                with autocast(config.dtype, device):
-                    prediction = wrapped(x_t, batch.t, batch.y, **batch.more)             # v_theta(x_t, t, y)
-                loss, losses, terms = method.objective(prediction, x_t, v, batch)
-                (loss / config.accumulate).backward()
-            log.add({"loss": losses.mean()} | terms)
-            by_time.add(batch.t, losses)
+        lr = common.set_learning_rate(state.optimizer, learning_rate(config, step))
+        with log.counted():
+            for micro, positions in enumerate(batches.positions()):
+                batch = method.batch(step, positions, next(loader))
+                x_t, v = interpolate(batch.x, batch.noise, batch.t, config.path)            # (B, L, C) each
+                with exchange_gradients(micro + 1 == config.accumulate, wrapped):
+                    with autocast(config.dtype, device):
+                        prediction = wrapped(x_t, batch.t, batch.y, **batch.more)         # v_theta(x_t, t, y)
+                    loss, losses, terms = method.objective(prediction, x_t, v, batch)
+                    (loss / config.accumulate).backward()
+                log.add({"loss": losses.mean()} | terms)
+                by_time.add(batch.t, losses)
         grad_norm = common.optimizer_step(state.optimizer, CLIP)
         log.check_finite(loss, grad_norm)
         state.ema.update(state.model)
@@ -252,7 +261,8 @@ def load_tokenizer(path):
     if not path:
         raise UserError("which tokenizer? Give --tokenizer RUN_FOLDER_OR_CHECKPOINT of train_tokenizer.py")
     state = checkpoints.load_checkpoint(path)
-    state = state["tokenizer"] if state.get("kind") == "diffusion" else state       # its own tokenizer
+    if state.get("kind") == "diffusion":
+        state = checkpoints.Checkpoint(state["tokenizer"], path)
     tokenizer = tokenizer_of(state, path)
     if not state["measured"]:
         raise UserError(f"{path} is from the middle of a training stage: the mean and std of its latents, "
@@ -270,7 +280,9 @@ def start(method, tokenizer_state, classes, processes):
         files.lock(out)
     checkpoint = checkpoints.find_checkpoint(out, processes.rank)
     if checkpoint is not None:
-        checkpoints.check_same_config(checkpoint["config"], config, RESUMABLE_WITH, out)
+        # A learning rate that does not fall at the end depends on no number of steps: there may be more.
+        more = {"steps"} if config.lr_decay == 0 and config.steps >= checkpoint["step"] else set()
+        resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH | more, out)
         if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))
                for k, v in tokenizer_state["ema"].items()):
             raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
@@ -286,7 +298,7 @@ def start(method, tokenizer_state, classes, processes):
     state = common.TrainState(model, ema, method.optimizer(network), others=method.others, facts=facts)
     if checkpoint is not None:
         checkpoints.restore(state, checkpoint, out)
-    checkpoints.check_same_step(state.step, out, *processes)
+    resuming.check_same_step(state.step, out, *processes)
     return state, network
 
 
@@ -308,18 +320,14 @@ def main(argv=None):
     config.num_latents, config.latent_dim = latent_shape(tokenizer)
     classes = [] if config.unconditional else list(train_set.classes or ())
     config.num_classes = len(classes)
+    if rank == 0 and not classes and not config.unconditional:
+        print(f"note: --data {config.data} has no classes: the model is unconditional, without guidance")
     state, network = start(method, tokenizer_state, classes, processes)
+    checkpoints.start_run(config, state, processes, config.steps, train_set)
     if config.cache:
         train_set = encode_once(config, tokenizer, train_set, processes)
-    checkpoints.start_run(config, state, processes, config.steps)
     train(method, state, network, train_set, processes)
-    if rank == 0:
-        records, curves = checkpoints.read_metrics(config.out), checkpoints.curves(config.out)
-        for b in (0, TIME_BINS // 2, TIME_BINS - 1):
-            curves[f"loss for t in [{b / TIME_BINS:g}, {(b + 1) / TIME_BINS:g})"] = [
-                (r["step"], r["loss_t"][b]) for r in records if r["loss_t"][b] is not None]
-        plot_curves(curves).save(Path(config.out) / "loss.png")
-        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png")
+    checkpoints.end_run(config, processes, plot_curves)
 
 
 if __name__ == "__main__":

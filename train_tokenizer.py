@@ -29,15 +29,14 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-from runtime import files
-import maetok
+import losses
+from runtime import files, resuming
 from common import (Count, Decay, Positive, Seed, Share, TrainState, UserError, Weight, Whole, Workers,
                     step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float
 from hog import hog_dim
-from losses import (PERCEP_WARMUP, adaptive_weight, build_adversary, build_lpips, build_target, draw_windows,
-                    generator_loss)
-from maetok import MAETokConfig, Transformer, kl_divergence, random_mask
+from losses import PERCEP_WARMUP, adaptive_weight, generator_loss
+from maetok import MAETokConfig, Tokenizer, Transformer, kl_divergence, random_mask, tokenizer_of
 from measures.training import measure_latents, test_numbers
 from pictures.draw import plot_curves, training_grid
 from runtime.processes import (autocast, data_parallel, exchange_gradients, faster_products, rank_zero_first,
@@ -50,10 +49,9 @@ CLIP = 1.0                                              # largest gradient norm 
 
 @dataclass
 class Config(MAETokConfig):
-    """Everything a run depends on; the comments are the text of --help. The defaults are Table 7's; presets
-    replace them, and without --preset it is "shapes"."""
+    """Everything a run depends on. The defaults are Table 7's; without --preset it is "shapes"."""
     # ---- run ----
-    preset: str = "shapes"       # names joined by commas, later ones win; see PRESETS in this file
+    preset: str = "shapes"       # names joined by commas, later ones win; see SCALES and ABLATIONS
     add: str = ""                # extras, files of variants/ and after/, joined by commas; order matters
     out: str = ""                # folder of the run (default: runs/tokenizer-PRESET)
     stage: str = "both"          # both, 1 (masked training) or 2 (decoder only, from --init or a stage 1)
@@ -146,7 +144,7 @@ ABLATIONS = {
 }
 # Options that may differ when a run is resumed.
 RESUMABLE_WITH = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "workers",
-                  "accumulate", "data_root", "log_every", "save_every", "weights_dir"}
+                  "accumulate", "data", "data_root", "log_every", "save_every", "weights_dir"}
 
 
 # ---------------------------------------------- the two stages ----------------------------------------------
@@ -165,13 +163,13 @@ class Batch(NamedTuple):
     """A micro-batch on the device, with all that is random about it."""
     images: torch.Tensor                                # (B, 3, H, W) in [-1, 1]
     mask: torch.Tensor                                  # (B, N) bool, True = hidden
-    noise: torch.Tensor | None                          # (B, L, C) standard normal, of a KL-VAE
-    targets: dict                                       # name -> (B, N, D_j), the y^j of Eq. 8
-    windows: list | None                                # each discriminator call's 224-px crop, or no GAN yet
+    noise: torch.Tensor | None                          # (B, L, C) of a KL-VAE; stage 2 takes its mean
+    targets: dict                                       # name -> (B, N, D_j), y_j of Eq. 8; none in stage 2
+    windows: list | None                                # crops of the discriminator's calls; None: no GAN yet
     more: dict                                          # further inputs of the model, from extras
 
 
-class Method(maetok.Tokenizer):
+class Method(Tokenizer):
     """What one step of training does: the paper. Extras (--add) are put in front of this class and override
     its methods."""
     Config, PRESETS = Config, SCALES | ABLATIONS
@@ -182,7 +180,7 @@ class Method(maetok.Tokenizer):
         # Stage 2 has no auxiliary decoders: no need to load gigabytes of teachers for them.
         names = common.split_names(config.targets) if config.stage != "2" else []
         self.targets = {name: self.build_target(name) for name in names}
-        self.lpips = build_lpips(config, device) if config.percep_weight else None
+        self.lpips = losses.build_lpips(config, device) if config.percep_weight else None
         self.adversary = None                                         # made in `start`, after the model
 
     def dataset(self, split):
@@ -198,11 +196,11 @@ class Method(maetok.Tokenizer):
 
     def build_target(self, name):
         """The auxiliary target of that name, a losses.Target."""
-        return build_target(name, self.config, self.device)
+        return losses.build_target(name, self.config, self.device)
 
     def build_adversary(self):
         """The discriminator, a losses.Adversary, or None."""
-        return build_adversary(self.config, self.device)
+        return losses.build_adversary(self.config, self.device)
 
     def optimizer(self, model):
         """AdamW [Table 7]. Weight decay on the matrices of linear layers alone: not on norms, biases, tokens,
@@ -215,7 +213,7 @@ class Method(maetok.Tokenizer):
         return torch.optim.AdamW(groups, lr=self.config.lr, betas=BETAS, fused=self.device.type != "mps")
 
     def learning_rate(self, stage, step):
-        """Linear warm-up [ours], then half a cosine down to 0 [Table 7 "cosine"]. The discriminator's, too
+        """Warm-up [Table 7], linear [ours], then half a cosine down to 0 [Table 7]. The discriminator's, too
         [released code]."""
         c, step, steps = self.config, step - stage.first, stage.end - stage.first
         peak, warmup = (c.lr, c.warmup) if stage.number == 1 else (c.stage2_lr, c.stage2_warmup)
@@ -235,14 +233,15 @@ class Method(maetok.Tokenizer):
 
     def draw_windows(self, step, micro, positions):
         """What each call of the discriminator in this step sees of its images."""
-        return draw_windows(self.config, step, micro)
+        return losses.draw_windows(self.config, step, micro)
 
     def batch(self, stage, step, micro, positions, loaded):
         """What the loader gave, (images, labels, ...), as a Batch. Randomness depends on (seed, step) and on
         a sample's position in the global batch (or, for windows, on micro, the number of the forward pass),
         never on the process."""
-        config, noise = self.config, None
-        images = to_float(loaded[0].to(self.device, non_blocking=True))
+        config, noise, targets = self.config, None, {}
+        images, _, *more = loaded
+        images = to_float(images.to(self.device, non_blocking=True))
         num_patches = (images.shape[-1] // config.patch_size) ** 2
         mask = random_mask(step_rngs(config, "mask", step, positions), num_patches,
                            *self.mask_range(stage, step))                                        # M, Sec. 3.2
@@ -251,16 +250,15 @@ class Method(maetok.Tokenizer):
             draws = [rng.standard_normal(shape, np.float32)
                      for rng in step_rngs(config, "noise", step, positions)]
             noise = to_device(torch.from_numpy(np.stack(draws)), self.device)
-        targets = {}
         if stage.number == 1:
-            targets = {name: target.features(images, *loaded[2:]) for name, target in self.targets.items()}
+            targets = {name: target.features(images, *more) for name, target in self.targets.items()}
         adversarial = self.adversary is not None and step >= config.disc_start
         windows = self.draw_windows(step, micro, positions) if adversarial else None
         return Batch(images, to_device(mask, self.device), noise, targets, windows, {})
 
     def objective(self, step, batch, output, model):
-        """L = L_recon + lambda_1 L_percep + lambda_2 L_adv [Eq. 6] + the sum over targets of L_mask [Eq. 8],
-        and for a VAE its KL term [Table 1a].
+        """L = L_recon + lambda_1 L_percep + lambda_2 w L_adv [Eq. 6] + aux_weight * the sum over targets of
+        L_mask [Eq. 8], and for a VAE its KL term [Table 1a]. lambda_1 grows from 0 over PERCEP_WARMUP steps.
 
         output: model.forward's. Returns (loss, {name: term}): float32 scalars, the terms not weighted.
         """
@@ -274,6 +272,7 @@ class Method(maetok.Tokenizer):
             self.adversary.requires_grad_(False)                           # its own step comes after this one
             with autocast(config.dtype, self.device):
                 terms["adv"] = generator_loss(self.adversary.logits(reconstruction, batch.windows[-1]))
+            # w, against what the loss is so far: pixels and LPIPS
             terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
             loss = loss + config.disc_weight * terms["adaptive_weight"] * terms["adv"]
         # Where nothing is hidden (preset no-mask), Eq. 8 is taken on all patches [ours].
@@ -302,7 +301,7 @@ def train_step(method, stage, state, batches, loader, wrapped, wrapped_adversary
             loss, terms = method.objective(step, batch, output, model)                       # Eq. 6 + Eq. 8
             (loss / config.accumulate).backward()
             if batch.windows:
-                method.adversary.requires_grad_(True)
+                method.adversary.requires_grad_(True)                            # `objective` froze it
                 reconstruction = output.reconstruction.float().detach()
                 with autocast(config.dtype, method.device):
                     disc_loss, disc_terms = wrapped_adversary(batch.images, reconstruction, batch.windows)
@@ -328,13 +327,17 @@ def train_stage(method, stage, state, train_set, test_set, processes):
     if config.compile:
         common.compile_parts(model, Transformer)
     wrapped = data_parallel(model, processes)
-    # No buffers to send: the spectral norms' are the same everywhere, as are all weights.
-    wrapped_adversary = data_parallel(method.adversary, processes, forward_sync_buffers=False)
+    wrapped_adversary = data_parallel(method.adversary, processes)
     log = checkpoints.Log(config, processes, state.step, stage.first, stage.end, f"stage {stage.number}",
                           shown=("recon", "percep", "adv", "kl", *method.targets),
-                          draw=lambda path: training_grid(method, stage, state.ema.model, test_set, path))
+                          draw=lambda path: training_grid(method, stage, state.ema.model, test_set, path),
+                          plot=plot_curves)
+    one_step = lambda loader, log: train_step(method, stage, state, batches, loader, wrapped,
+                                              wrapped_adversary, log)
+    loader = resuming.rehearse(one_step, method, state, stage.end, loader)
     while state.step < stage.end:
-        train_step(method, stage, state, batches, loader, wrapped, wrapped_adversary, log)
+        with log.counted():
+            one_step(loader, log)
 
 
 # ------------------------------------------------ the run ------------------------------------------------
@@ -342,17 +345,18 @@ def train_stage(method, stage, state, train_set, test_set, processes):
 def start_from(config, model, adversary, path):
     """--init: copy the EMA weights of another run's encoder and decoder into `model`; auxiliary decoders and
     the discriminator if they match. Raises UserError for another model."""
-    state = checkpoints.load_checkpoint(path)
-    source = maetok.tokenizer_of(state, path)
+    state = checkpoints.load_checkpoint(path, mapped=True)
+    source = tokenizer_of(state, path)
     if source.config.heads != config.heads:                         # another model, with weights of one shape
         raise UserError(f"{path} holds weights of another model: {source.config.heads} heads")
     for part in ("encoder", "decoder"):
         checkpoints.load_weights(getattr(model, part), getattr(source, part).state_dict(), path)
     model.latent_mean, model.latent_std = source.latent_mean, source.latent_std
+    shapes = lambda weights: {name: w.shape for name, w in weights.items()}
     for name, decoder in model.aux_decoders.items():
-        weights = {key.removeprefix(f"aux_decoders.{name}."): w for key, w in state["ema"].items()
-                   if key.startswith(f"aux_decoders.{name}.")}
-        if {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in decoder.state_dict().items()}:
+        prefix = f"aux_decoders.{name}."
+        weights = {key.removeprefix(prefix): w for key, w in state["ema"].items() if key.startswith(prefix)}
+        if shapes(weights) == shapes(decoder.state_dict()):
             checkpoints.load_weights(decoder, weights, path)
     if adversary is not None and state["config"].get("disc") == config.disc:
         checkpoints.load_weights(adversary, state["adversary"], path)
@@ -360,9 +364,9 @@ def start_from(config, model, adversary, path):
 
 def check_resumable(config, checkpoint):
     """Refuse to resume a run with options that change what it learns."""
-    # Batch norm, LeCAM and the adaptive weight depend on the size of a forward pass: fixed with a GAN.
-    free = RESUMABLE_WITH - {"accumulate"} if config.disc != "none" else RESUMABLE_WITH
-    checkpoints.check_same_config(checkpoint["config"], config, free, config.out)
+    # Batch norm, LeCAM and the adaptive weight depend on the size of a forward pass: fixed after disc_start.
+    fixed = {"accumulate"} if config.disc != "none" and checkpoint["step"] > config.disc_start else set()
+    resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH - fixed, config.out)
     if config.stage == "1" and checkpoint["stage"] == 2:
         raise UserError(f"the run in {config.out} is in stage 2 already; choose another --out for --stage 1")
     if config.stage == "2" and checkpoint["stage"] == 1 and not checkpoint["measured"]:
@@ -384,7 +388,7 @@ def start(method, processes):
     config, device, out = method.config, processes.device, Path(method.config.out)
     torch.manual_seed(config.seed)
     model = faster_products(method.Model(config, method.targets))
-    method.adversary = method.build_adversary()                            # its weights follow the seed, too
+    method.adversary = method.build_adversary()                   # after the model: the order of random draws
     if processes.rank == 0:
         files.lock(out)
     checkpoint = checkpoints.find_checkpoint(out, processes.rank)
@@ -414,7 +418,7 @@ def start(method, processes):
     elif config.stage == "2":
         state.step = config.steps                                  # --init replaces stage 1
         start_stage_2(method, state)
-    checkpoints.check_same_step(state.step, out, *processes)
+    resuming.check_same_step(state.step, out, *processes)
     return state
 
 
@@ -448,19 +452,18 @@ def main(argv=None):
         train_set, test_set = method.dataset("train"), method.dataset("test")
     state = start(method, processes)
     end = config.steps if config.stage == "1" else config.steps + config.stage2_steps
-    checkpoints.start_run(config, state, processes, end)
+    checkpoints.start_run(config, state, processes, end, train_set)
 
     # ---- stage 1: masked modelling [Sec. 3.2]; stage 2: the pixel decoder alone [Sec. 3.3] ----
-    stages = [Stage(1, 0, config.steps), Stage(2, config.steps, end)]
-    for stage in stages[state.facts["stage"] - 1:1 if end == config.steps else 2]:
+    for stage in Stage(1, 0, config.steps), Stage(2, config.steps, end):
+        if stage.number < state.facts["stage"] or stage.first == stage.end:
+            continue                                       # a resumed run is past it, or it has no steps
         if stage.number > state.facts["stage"]:
             start_stage_2(method, state)
         if state.step < stage.end or not state.facts["measured"]:
             train_stage(method, stage, state, train_set, test_set, processes)
             end_stage(method, state, train_set, test_set, processes)
-    if rank == 0:
-        plot_curves(checkpoints.curves(config.out)).save(Path(config.out) / "loss.png")
-        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_{state.step:07d}.png")
+    checkpoints.end_run(config, processes, plot_curves)
 
 
 if __name__ == "__main__":

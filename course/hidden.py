@@ -270,8 +270,11 @@ def test_forward(rng):
     model = tiny({"hog": 7}, variational=True).eval()
     images, mask = torch.randn(2, 3, 24, 16), torch.from_numpy(rng.random((2, 24)) < 0.5)
     noise = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        model.encoder.to_latent.bias[4:] += torch.tensor([0.0, 40.0, -60.0, 1.0])
     output = model(images, mask, noise)
-    mean, logvar = model.posterior(images, mask).chunk(2, -1)
+    mean, logvar = model.encoder(images, mask).chunk(2, -1)
+    logvar = logvar.clip(-30, 20)
     close(output.posterior, torch.cat((mean, logvar), -1))
     close(output.latents, mean + logvar.exp().sqrt() * noise)
     close(output.reconstruction, model.decode(output.latents, (24, 16)))
@@ -304,7 +307,8 @@ def test_adaptive_weight(rng):
     a, b = torch.randn(3, 5), torch.randn(3, 5)
     for scale in (1.0, 1e-4):                                          # the second is as small as the epsilon
         found = losses.adaptive_weight((weight * a).sum(), (weight * b).sum() * scale, weight)
-        assert found.item() == pytest.approx((a.norm() / (b.norm() * scale + 1e-4)).item(), rel=1e-4)
+        expected = min((a.norm() / (b.norm() * scale + 1e-4)).item(), 1e4)
+        assert found.item() == pytest.approx(expected, rel=1e-4)
     assert losses.adaptive_weight((weight * a).sum() * 1e6, (weight * 0).sum(), weight).item() == 1e4
     assert weight.grad is None and not found.requires_grad
 

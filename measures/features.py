@@ -26,7 +26,7 @@ import metrics
 from common import UserError
 from data import GlobalBatches, build_dataset, collate, to_float
 from flow import check_guidance, choose_labels
-from measures.image_sets import (batches, draws, gather, load_model, open_data, open_samples,
+from measures.image_sets import (batches, data_of, draws, gather, load_model, open_data, open_samples,
                                reconstructions)
 from frozen.inception import load_inception
 from frozen.pretrained import load_teacher
@@ -255,7 +255,7 @@ def read_reference(args, network, name, size):
             keys = set(file.files)
             stored = {key: file[key] for key in wanted if key in keys}
     except Exception as e:   # zipfile, zlib, numpy and the OS raise different errors for a broken file
-        raise UserError(f"cannot read {args.reference}: {e}") from e
+        raise UserError(f"cannot read {args.reference}: {files.npz_fault(e)}") from e
     ready = {"mu", "sigma"} <= keys
     if not ready and "arr_0" not in keys:
         raise UserError(f"{args.reference} has neither images (arr_0) nor statistics (mu, sigma); "
@@ -345,7 +345,7 @@ class Run(NamedTuple):
 def open_run(args, path, source=""):
     """The Run of one checkpoint. source: what draws the samples, for the protocol."""
     model, tokenizer, config = load_model(path, args, args.device)
-    data, size = args.data or config["data"], tokenizer.config.image_size
+    data, size = data_of(args.data, config), tokenizer.config.image_size
     if args.tokenizer:
         other = load_tokenizer(args.tokenizer, args.device)
         if common.fingerprint(other.encoder) != common.fingerprint(tokenizer.encoder):

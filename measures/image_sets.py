@@ -3,6 +3,7 @@
 Every set is read in batches of (indices, uint8 (B, 3, H, W)). Under torchrun each process reads its own part.
 `args` is evaluate.py's command line with rank, world and device.
 """
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ class Images(NamedTuple):
     size: int
     labels: np.ndarray                # (n,) int64, -1 unknown
     read: object                      # index -> uint8 (3, size, size)
+    classes: list = None              # their names, where they are known
 
 
 def open_samples(path):
@@ -71,7 +73,15 @@ def open_data(args, data, split, size, count):
             raise item
         return item[0]
 
-    return Images(f"{data} ({split})", size, labels, read)
+    return Images(f"{data} ({split})", size, labels, read, dataset.classes)
+
+
+def without_classes(images, figures):
+    """{"left_out": why} where not all of Images have a class, without which there are no `figures`; else {}.
+    """
+    missing, count = int((images.labels < 0).sum()), len(images.labels)
+    return {"left_out": f"{figures}: {missing:,} of {count:,} images of {images.name} have no class"} \
+        if missing else {}
 
 
 def run_folder(path):
@@ -79,9 +89,18 @@ def run_folder(path):
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def data_of(data, config):
+    """--data, or else the data of a run's config. Raises UserError where that is a path that is not here."""
+    trained_on = config.get("data", "")
+    if not data and trained_on not in ("", "shapes", "cifar10") and not os.path.exists(trained_on):
+        raise UserError(f"the run's images, --data {trained_on}, are not here; put them there, or give "
+                        "evaluate.py another --data")
+    return data or trained_on
+
+
 def open_tokenizer(args, path):
     """(the tokenizer of a run or checkpoint, --data or else the data it was trained on)."""
-    data = args.data or checkpoints.load_checkpoint(path)["config"].get("data")
+    data = data_of(args.data, checkpoints.load_checkpoint(path, mapped=True)["config"])
     return load_tokenizer(path, args.device), data
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import metrics
 from common import Count, Range, UserError, Whole, number
-from data import build_dataset, to_float
+from data import to_float
 from measures.features import Report
-from measures.image_sets import batches, gather, open_data, open_tokenizer
+from measures.image_sets import batches, gather, open_data, open_tokenizer, without_classes
 from pictures.draw import line_chart, scatter_chart
 
 USES = ("data",)
@@ -127,9 +127,9 @@ def of_tokenizer(args, name, run):
     processes other than rank 0, which only encode. name: for tables and charts."""
     tokenizer, data = open_tokenizer(args, run)
     size = tokenizer.config.image_size
+    tests = open_data(args, data, "test", size, 0)
     sets = {"train": open_data(args, data, "train", size, args.train_images),
-            "test": open_data(args, data, "test", size, args.test_images),
-            "picture": first_classes(open_data(args, data, "test", size, 0))}
+            "test": tests._replace(labels=tests.labels[:args.test_images]), "picture": first_classes(tests)}
     (x, y, raw), (held_out, truth, raw_test), (drawn, its_class, _) = (
         encode_set(args, tokenizer, images, f"{split} latents") for split, images in sets.items())
     if args.rank > 0:
@@ -141,7 +141,12 @@ def of_tokenizer(args, name, run):
     # ---- linear probe on standardised, flattened latents [Sec. 4.3] ----
     # Standardised, because the penalty on the probe's weights must not depend on a channel's unit.
     probe_x, probe_test, probe_drawn = metrics.standardise(x, held_out, drawn)
-    if y.min() >= 0 and y.max() > 0:
+    missing = (without_classes(sets["train"], "linear probe") or without_classes(sets["test"], "linear probe")
+               or ({} if y.max() > 0 else {"left_out": f"linear probe: {data} has one class"}))
+    if missing:
+        numbers |= missing
+        print(f"{name}: left out, {missing['left_out']}")
+    else:
         numbers["linear_probe_accuracy"] = probe_accuracy(probe_x, y, probe_test, truth)
         if args.pixels:
             raw, raw_test = metrics.standardise(raw, raw_test)
@@ -158,7 +163,7 @@ def of_tokenizer(args, name, run):
     views = class_views(z, y, z_drawn) | ({"UMAP": umap_2d(probe_drawn)} if args.umap else {})
     pictures = {f"{name}, test latents: {view}": (points, its_class.clamp(min=0).tolist())   # -1: as class 0
                 for view, points in views.items()}
-    return numbers, pictures, (build_dataset(data, "test", size, args.data_root).classes or ["images"])[:10]
+    return numbers, pictures, (tests.classes if its_class.min() >= 0 else ["images"])[:10]
 
 
 # -------------------------------------------- in two dimensions --------------------------------------------
@@ -189,8 +194,10 @@ def class_views(z, y, drawn):
     """{title: points (m, 2)} of test latents `drawn` (m, d), in directions found on training latents z (n, d)
     with classes y (n,): discriminants, or PCA's first two axes where there are fewer than three classes."""
     if len(y.unique()) > 2:
-        return {"directions that separate training classes": np.asarray(drawn @ discriminant_axes(z, y))}
-    return {"PCA": np.asarray(F.pad(drawn, (0, 1))[:, :2])}                                      # d may be 1
+        drawn, title = drawn @ discriminant_axes(z, y), "directions that separate training classes"
+    else:
+        title = "PCA"
+    return {title: np.asarray(F.pad(drawn, (0, 1))[:, :2])}                                      # d may be 1
 
 
 def discriminant_axes(x, y, count=2):

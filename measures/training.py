@@ -58,7 +58,7 @@ def measure_latents(config, model, dataset, device):
     """Set the model's latent_mean and latent_std, one scalar each, over clean training images."""
     n, total, squares = 0, 0.0, 0.0
     for images, *_ in some_images(dataset, few(config, LATENT_IMAGES), batch_size=eval_batch(config)):
-        h = model.encode(to_float(images).to(device)).cpu().double()
+        h = model.latents(to_float(images).to(device))[0].cpu().double()
         n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
     model.latent_mean.fill_(total / n)
     model.latent_std.fill_(math.sqrt(max(squares / n - (total / n) ** 2, 1e-12)))

@@ -3,7 +3,9 @@
 The panels of a chart are side by side; the series of a panel share its axes, so that they can be compared.
 Training curves are one below the other, each with its own axes.
 """
+import functools
 import math
+import unicodedata
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from runtime import files
 from data import some_images, to_float, to_uint8
-from maetok import mask_out
+from maetok import patchify, unpatchify
 from measures.training import half_hidden
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
@@ -19,9 +21,36 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
 PANEL, LEFT, RIGHT, TOP, BOTTOM = (460, 340), 64, 14, 30, 44            # px: size of a panel, margins
 
 
+# ------------------------------------------------- letters -------------------------------------------------
+
+LETTERS = str.maketrans({"ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "æ": "ae", "Æ": "AE", "œ": "oe",
+                         "Œ": "OE", "đ": "d", "Đ": "D", "ı": "i", "–": "-", "—": "-"})
+
+
+@functools.cache
+def _has_glyph(letter):
+    """Whether Pillow's own font, which has few more letters than ASCII, draws this one and not a box."""
+    font = ImageFont.load_default(14)
+    return letter == "\n" or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
+
+
+def drawable(text, number=None):
+    """`text` as Pillow's font can draw it: without accents; where letters are missing even then, `number`
+    instead of the text, or ? for each where there is no number."""
+    if all(map(_has_glyph, text)):
+        return text
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text.translate(LETTERS))
+                    if not unicodedata.combining(letter))
+    if number is not None and not all(map(_has_glyph, plain)):
+        return str(number)
+    return "".join(letter if _has_glyph(letter) else "?" for letter in plain)
+
+
+# ------------------------------------------------- charts -------------------------------------------------
+
 def _sheet(panels, names):
     """An empty picture for that many panels, with a legend of `names` below: (image, draw, font)."""
-    font = ImageFont.load_default(12)
+    font, names = ImageFont.load_default(12), [drawable(name, number) for number, name in enumerate(names)]
     width = 16 + max((math.ceil(font.getlength(name)) for name in names), default=0)
     columns = max(1, (PANEL[0] * panels - LEFT) // width)
     height = 8 + 16 * -(-len(names) // columns) if names else 0
@@ -58,7 +87,7 @@ def _axes(draw, font, box, title, xlabel, points, log):
     room = np.where(high > low, 0.03 * (high - low), 0.5)                       # a single value
     low, high = low - room, high + room
     draw.rectangle(box, outline="grey")
-    draw.text((left, top - 22), title, fill="black", font=font)
+    draw.text((left, top - 22), drawable(title), fill="black", font=font)
     draw.text(((left + right) / 2, bottom + 34), xlabel, fill="black", font=font, anchor="mm")
     to_pixel = lambda x, y: (left + (x - low[0]) / (high[0] - low[0]) * (right - left),
                              bottom - (y - low[1]) / (high[1] - low[1]) * (bottom - top))
@@ -154,7 +183,7 @@ def sample_grid(images, labels, names, most=16):
     classes, order = np.unique(labels), np.argsort(labels, kind="stable")
     columns = min(most, -(-len(labels) // len(classes)))
     tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == c][:columns] for c in classes]
-    titles = [names[c] if 0 <= c < len(names) else str(c) for c in classes]
+    titles = [drawable(names[c], c) if 0 <= c < len(names) else str(c) for c in classes]
     return image_grid(tiles, titles, min(96, 3 * images.shape[1]), title_width=16 + 8 * max(map(len, titles)))
 
 
@@ -195,6 +224,13 @@ def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell
                 draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3,
                           max(1, s // 12))
     return picture
+
+
+def mask_out(images, mask, patch_size):
+    """Images (B, c, H, W) with the patches of mask (B, N) bool at 0, grey. (In their place the encoder gets a
+    learned token.)"""
+    P, (H, W) = patch_size, images.shape[-2:]
+    return unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, (H // P, W // P))
 
 
 @torch.inference_mode()

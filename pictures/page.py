@@ -9,12 +9,15 @@ import base64
 import html
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 import checkpoints
 from runtime import files
+from runtime.processes import printable
 from pictures.draw import line_chart
 
 # What a number means, and where it is in the paper. Keys as in evaluate.py's JSON. An extra's result has its
@@ -162,36 +165,48 @@ def training_section(run):
     return section(title, source, see, embedded(line_chart(curves, "step", log_y=True)) + body)
 
 
+def result_section(path):
+    """(place on the page, HTML) of a result of evaluate.py; (0, "") for any other JSON file."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not (entry := SECTIONS.get(result.get("command"), result.get("page"))):
+        return 0, ""
+    title, source, see = entry
+    pictures = [path.with_name(f"{path.stem}{name}.png") for name in ("", "_classes", "_mixtures", "_curve")]
+    body = "".join(embedded(picture) for picture in pictures if os.path.isfile(picture))
+    body += f"<table>{number_table(result, MEANINGS | result.get('meanings', {}))}</table>"
+    body += "".join(f"<p class=source>{html.escape(str(result[key]))}</p>"
+                    for key in ("what_it_shows", "caveat", "protocol") if key in result)
+    order = list(SECTIONS.values()).index(entry) if entry in SECTIONS.values() else len(SECTIONS)
+    return order, section(f"{title} ({path.stem})", source, see, body)
+
+
+def sections(make, paths):
+    """make(path) of each path. What cannot be read, or is not what its name says, is left out with a warning:
+    the folder may hold anything, and the page is not worth the measurement that was just made."""
+    made = []
+    for path in paths:
+        try:
+            made.append(make(path))
+        except Exception as e:                              # of JSON, of Pillow, of the system: many kinds
+            print(printable(f"warning: {path} is left out of report.html ({type(e).__name__}: {e})"),
+                  file=sys.stderr)
+    return made
+
+
 def write_report(folder, sheet=""):
     """Write folder/report.html from the folder's files; returns its path.
 
     Sections: the contact sheet (sample.py --report; by default folder/report.png), training runs in this
     folder or one level below, and each result of evaluate.py with its pictures. Other files are ignored.
     """
-    folder, sections = Path(folder), []
-    sheet = Path(sheet or folder / "report.png")
-    if sheet.exists():
-        sections.append(section(*SHEET, embedded(sheet)))
-    runs = [run for run in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
-            if (run / "metrics.jsonl").exists()]
-    sections += sorted(map(training_section, runs), key=lambda text: "Training the tokenizer" not in text)
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except (ValueError, OSError):
-            continue
-        if isinstance(result, dict) and (entry := SECTIONS.get(result.get("command"), result.get("page"))):
-            order = list(SECTIONS.values()).index(entry) if entry in SECTIONS.values() else len(SECTIONS)
-            results.append((order, path, result, entry))
-    for _, path, result, (title, source, see) in sorted(results, key=lambda entry: entry[:2]):
-        pictures = [path.with_name(name) for name in (f"{path.stem}.png", f"{path.stem}_classes.png",
-                                                      f"{path.stem}_mixtures.png", f"{path.stem}_curve.png")]
-        body = "".join(embedded(picture) for picture in pictures if picture.exists())
-        body += f"<table>{number_table(result, MEANINGS | result.get('meanings', {}))}</table>"
-        body += "".join(f"<p class=source>{html.escape(str(result[key]))}</p>"
-                        for key in ("what_it_shows", "caveat", "protocol") if key in result)
-        sections.append(section(f"{title} ({path.stem})", source, see, body))
+    folder = Path(folder)
+    sheets = [path for path in [Path(sheet or folder / "report.png")] if os.path.isfile(path)]
+    # os.path, not Path.exists(): the latter fails in a folder that this user may not enter.
+    runs = [run for run in (folder, *sorted(folder.glob("*/"))) if os.path.isfile(run / "metrics.jsonl")]
+    results = [path for path in sorted(folder.glob("*.json")) if os.path.isfile(path)]
+    parts = sections(lambda path: section(*SHEET, embedded(path)), sheets)
+    parts += sorted(sections(training_section, runs), key=lambda text: "Training the tokenizer" not in text)
+    parts += [text for _, text in sorted(sections(result_section, results), key=lambda found: found[0])]
     page = ("<!doctype html><html lang=en><meta charset=utf-8>"
             "<meta name=viewport content='width=device-width'>"
             f"<title>{html.escape(folder.resolve().name)}</title><style>{STYLE}</style>"
@@ -200,7 +215,7 @@ def write_report(folder, sheet=""):
             "diffusion model learns to make such tokens from noise. <i>Masked Autoencoders Are Effective "
             "Tokenizers for Diffusion Models</i>, arXiv:2502.03444v2; equations and tables are "
             "that paper's.</p>"
-            + "\n".join(filter(None, sections)) + "</html>\n")
+            + "\n".join(filter(None, parts)) + "</html>\n").encode("utf-8", "backslashreplace")
     path = folder / "report.html"
-    files.atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    files.atomic_write(path, lambda temporary: temporary.write_bytes(page))
     return path

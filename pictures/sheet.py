@@ -6,8 +6,9 @@ from runtime import files
 from common import sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from flow import sample_latents
-from maetok import mask_out, random_mask
-from pictures.draw import image_grid
+from maetok import random_mask
+from measures.image_sets import data_of
+from pictures.draw import image_grid, mask_out
 
 
 @torch.no_grad()
@@ -20,7 +21,8 @@ def save_sheet(path, model, tokenizer, config, args, columns=10):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     size, P, device = tokenizer.config.image_size, tokenizer.config.patch_size, tokenizer.latent_mean.device
-    dataset = build_dataset(config["data"], "test", size, config["data_root"], seed=config["seed"])
+    dataset = build_dataset(data_of("", config), "test", size, config.get("data_root", "data"),
+                            seed=config.get("seed", 0))
     images = to_float(next(some_images(dataset, columns))[0]).to(device)
     rngs = [sample_rng(args.seed, "report-mask", 0, i) for i in range(len(images))]
     mask = random_mask(rngs, (size // P) ** 2, 0.5, 0.5).to(device)

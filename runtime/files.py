@@ -4,11 +4,14 @@ A reader of the paper need not open this file. A file appears under its name onl
 (`atomic_write`), a run's folder belongs to one process (`lock`), and arrays carry a checksum. Whatever is
 wrong is a UserError that says what to do.
 """
+import errno
 import json
 import os
+import re
 import socket
 import struct
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -33,8 +36,10 @@ def atomic_write(path, write):
         _to_disk(temporary)
         os.replace(temporary, path)
         _to_disk(path.parent)
-    except (OSError, RuntimeError) as e:             # torch.save says RuntimeError when the disk is full
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full?") from e
+    except (OSError, RuntimeError) as e:     # without a number: torch.save's and numpy's own, of a full disk
+        full = getattr(e, "errno", None) in (None, errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}"
+                        + ("; is the disk full, or a quota?" if full else "")) from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,6 +74,21 @@ def load_npy(path):
             return array if file.read() == b"crc32" + struct.pack("<I", zlib.crc32(array)) else None
     except Exception:                               # numpy raises many kinds of error here
         return None
+
+
+def npy_fault(path, shape):
+    """What is wrong with a file of save_npy that should hold an array of this shape; "" if nothing is."""
+    if (array := load_npy(path)) is not None:
+        return "" if array.shape == shape else f"of another version of this code ({array.shape}, not {shape})"
+    if not Path(path).exists():
+        return "unfinished"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if os.path.getsize(path) == array.offset + array.nbytes:
+            return "of an older version of this code, which wrote no checksums"
+    except Exception:                                                                          # as load_npy
+        pass
+    return "damaged"
 
 
 def write_json(path, value):
@@ -131,3 +151,39 @@ def remove_debris(folder):
     """Delete the temporary files that killed processes left in a folder that this process holds."""
     for path in Path(folder).glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------ file names ------------------------------------------------
+
+def expand_home(word):
+    """A word of a command line, with the home folder in place of a leading ~: "~/x", "--out=~/x"."""
+    option, name = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.S).groups()
+    expanded = os.path.expanduser(name)
+    if re.match("~(/|$)", expanded):
+        raise UserError(f"{name}: there is no home folder here (HOME is not set); give the whole path")
+    return (option or "") + expanded
+
+
+def whole_path(name):
+    """A path that exists, from the root on: a run's images are found from other folders too. Any other name,
+    as that of a data set, is returned as it is."""
+    return os.path.abspath(name) if os.path.exists(name) and name not in ("shapes", "cifar10") else name
+
+
+def check_writable(folder):
+    """Refuse a folder that this user cannot write to, or make: before the work, not after it."""
+    try:
+        while not os.path.lexists(folder):                                   # it is made when it is needed
+            folder = os.path.dirname(folder) or "."
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write to the folder {folder} ({e.strerror or e}); "
+                        "choose another with --out") from e
+
+
+def npz_fault(error):
+    """Why an .npz file cannot be read, from what numpy raised. numpy takes other files for pickles, and
+    advises to trust them."""
+    known = isinstance(error, UserError) or not re.search("pickle|context manager", str(error))
+    return str(error) if known else "it is not an .npz file of numbers"

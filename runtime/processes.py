@@ -4,8 +4,9 @@ A reader of the paper need not open this file. The training loops are in train_t
 train_diffusion.py; this file starts their processes (`run`, `start_processes`) and stops them without loss.
 """
 import contextlib
-import datetime
 import functools
+import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -14,6 +15,11 @@ import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from runtime.packages import end_script, missing
+
+if missing():
+    end_script()
 
 # OpenMP threads spin while they wait. Where another program has one of the cores, they take the time of the
 # thread they wait for, and a small model takes up to 50 times as long. torch reads this when it is imported,
@@ -28,9 +34,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
+def printable(text):
+    """Text with control characters, line breaks and bytes that are not UTF-8 escaped: a file's name may hold
+    them, and must not move the terminal's cursor or look like a line of ours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class UserError(ValueError):
     """An error that the user can fix: one line, exit status 2. The message says what is wrong and what to do.
     """
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 # ---------------------------------------------- start and end ----------------------------------------------
@@ -44,6 +59,8 @@ class Stopped(BaseException):
 
 
 _signals, _finish_steps = [], [False]
+STOPPING = [number for name in ("SIGTERM", "SIGHUP")                          # Windows has no SIGHUP
+            if (number := getattr(signal, name, None))]
 
 
 def _on_signal(number, frame):
@@ -52,38 +69,109 @@ def _on_signal(number, frame):
         raise Stopped(number)
 
 
-def stop_signal(world):
-    """The number of a SIGTERM or SIGHUP that reached any process, else 0. Training loops ask once per step,
-    finish the step, save and raise Stopped: a cluster that takes its machine back costs no work."""
-    _finish_steps[0] = True
-    number = _signals[-1] if _signals else 0
-    if world > 1:
-        flag = torch.tensor(number)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_cpu_group())
-        number = int(flag)
-    return number
+def signalled():
+    """The number of the last SIGTERM or SIGHUP that reached this process, else 0."""
+    return _signals[-1] if _signals else 0
 
 
-@functools.cache
-def _cpu_group():
-    """A process group for CPU tensors: NCCL has none, and reading a GPU's tensor would wait for the GPU."""
-    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+class StopFlag:
+    """Whether a SIGTERM or SIGHUP reached any process of a training loop, which asks once per step, finishes
+    the step, saves and raises Stopped: a cluster that takes its machine back costs no work.
+
+    The processes exchange the flag on the device that they train on, and read what they sent in the step
+    before: all read the same, and the host never waits for the GPU to run dry.
+    """
+
+    def __init__(self, processes):
+        _finish_steps[0] = True
+        self.world, self.device, self.sent = processes.world, processes.device, None
+
+    def read(self, now):
+        """The signal's number or 0, the same in every process. now: this step's too; the host then waits."""
+        if self.world == 1:
+            return signalled()
+        sent, self.sent = [self.sent, self._send()], None
+        if not now:
+            self.sent = sent.pop()
+        found = 0
+        for wait, flag in filter(None, sent):
+            wait()
+            found = max(found, int(flag))
+        return found
+
+    def _send(self):
+        """Returns (a function that waits for the exchange, the CPU tensor that then holds its result)."""
+        flag = torch.full((1,), signalled(), dtype=torch.int32, device=self.device)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        if self.device.type != "cuda":
+            return work.wait, flag
+        work.wait()                                                  # NCCL: the GPU waits, the host does not
+        host = torch.zeros(1, dtype=torch.int32).pin_memory()
+        host.copy_(flag, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return copied.synchronize, host
+
+    def close(self):
+        """The loop is over and saved: a signal stops the process at once. Raises Stopped."""
+        _finish_steps[0] = False
+        if signalled():
+            raise Stopped(signalled())
 
 
 def _complain(text):
     """A line on stderr, below any progress bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+class _Steady:
+    """stdout or stderr. When the terminal is closed, the pipe is cut or the log's disk is full, what is
+    written is lost, and the run continues."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):                              # ValueError: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def _steady_streams():
+    """Make stdout and stderr ones that cannot fail."""
+    # Where the numbers 0, 1, 2 are free, as after `2>&-`, the next file that is opened would get them, and a
+    # library's messages be written into it.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, _Steady):
+            continue
+        if stream is None:
+            stream = open(os.devnull, "w")
+        elif hasattr(stream, "reconfigure"):                                         # a notebook's has none
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")                 # file names need not be UTF-8
+        setattr(sys, name, _Steady(stream))
 
 
 def run(main):
     """Call main() as a script. A UserError becomes one line on stderr and exit status 2, as do a full disk
     and a full memory; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
-    sys.stdout.reconfigure(errors="backslashreplace")                         # file names need not be UTF-8
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)                                  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:             # nohup ignores SIGHUP
+    _steady_streams()
+    others = multiprocessing.active_children()                                       # a notebook's, say
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:                        # nohup ignores SIGHUP
             signal.signal(number, _on_signal)
     status = 0
     try:
@@ -92,8 +180,9 @@ def run(main):
         _complain(f"error: {e}")
         status = 2
     except torch.OutOfMemoryError as e:
-        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --accumulate 2 or more "
-                  "(more, smaller forward passes per step), --checkpointing, or a smaller --batch-size")
+        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --checkpointing, or "
+                  "--accumulate 2 or more (more, smaller forward passes per step; a GAN's run takes another "
+                  "number until --disc-start), or in another --out a smaller --batch-size")
         status = 2
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to resume from the last checkpoint")
@@ -102,10 +191,10 @@ def run(main):
         _complain(f"stopped by {signal.Signals(e.number).name}; run the same command again to resume")
         status = 128 + e.number
     except (MemoryError, RuntimeError) as e:
-        if _signals:                      # a loader's worker got the signal too, and its absence is the error
-            _complain(f"stopped by {signal.Signals(_signals[-1]).name} before a step was finished; run the "
+        if signalled():                  # another process got the signal too, and its absence is the error
+            _complain(f"stopped by {signal.Signals(signalled()).name} before a step was finished; run the "
                       "same command again to resume from the last checkpoint")
-            status = 128 + _signals[-1]
+            status = 128 + signalled()
         elif isinstance(e, MemoryError) or re.search(
                 "can't allocate memory|Storage size calculation", str(e)):
             first = (str(e).splitlines() or ["MemoryError"])[0]
@@ -114,7 +203,11 @@ def run(main):
         else:
             raise
     if dist.is_initialized() and status == 0:
+        _leave()
         dist.destroy_process_group()     # after an error the other ranks may be stuck; torchrun ends them
+    for child in multiprocessing.active_children():
+        if child not in others:                                       # a loader's worker: it ignores SIGTERM
+            child.kill()
     sys.stdout.flush()
     if status:
         os._exit(status) if dist.is_initialized() else sys.exit(status)
@@ -137,6 +230,9 @@ def start_processes(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and (reason := _unusable_gpu()):
+            raise UserError(f"this machine has a GPU that torch {torch.__version__} cannot use ({reason}): "
+                            "install a build of torch for its driver (docs/running.md), or give --device cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA GPU; "
                         "use --device cpu or install a CUDA build of torch")
@@ -144,8 +240,7 @@ def start_processes(device="auto"):
         raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
     if device not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or mps")
-    rank, world, local = (int(os.environ.get(k, d))
-                          for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = _place()
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: "
@@ -155,12 +250,83 @@ def start_processes(device="auto"):
         torch.backends.cuda.matmul.allow_tf32 = True   # float32 products outside autocast: 10 mantissa bits
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    here = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # 4 hours: the others wait while rank 0 downloads weights or evaluates, at times longer than the
-        # usual 10 minutes. device_id: NCCL then need not guess which GPU belongs to this process.
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4),
-                                device_id=torch.device("cuda", local) if device == "cuda" else None)
-    return Processes(rank, world, torch.device(device, local) if device == "cuda" else torch.device(device))
+        _join(rank, world, here)
+    return Processes(rank, world, here)
+
+
+def _unusable_gpu():
+    """Why torch cannot use an NVIDIA GPU that is there; "" if none is there, or it is hidden on purpose."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not list(Path("/dev").glob(GPUS)):
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:                        # an old driver; a build without CUDA
+        return str(e).splitlines()[0].rstrip(".")
+    return "it sees none"
+
+
+GPUS = "nvidia[0-9]*"                                                   # their files in /dev
+
+
+def _place():
+    """(rank, world, rank on this machine), from torchrun's environment. Raises UserError for half of one."""
+    if not dist.is_initialized() and {"RANK", "WORLD_SIZE"} & set(os.environ):
+        if absent := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                      if name not in os.environ]:
+            raise UserError(f"RANK or WORLD_SIZE is set, but not {', '.join(absent)}: start several "
+                            "processes by torchrun, and one with both of them unset")
+    try:
+        return [int(os.environ.get(name, default))
+                for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+    except ValueError as e:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, as torchrun sets them: "
+                        f"{e}") from e
+
+
+_store, _meetings = [], itertools.count()                                # the store of the process group
+
+
+def _join(rank, world, device):
+    """Join the process group, whose collectives wait 10 minutes (30 under gloo) for each other."""
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world))
+        # device_id: NCCL then need not guess which GPU belongs to this process.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, device_id=device if device.type == "cuda" else None)
+    except (RuntimeError, ValueError) as e:
+        variable = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
+        raise UserError(f"the processes cannot reach each other ({str(e).splitlines()[0][:200]}); where a "
+                        f"machine's name means 127.0.0.1 to it, set {variable} to its network interface, one "
+                        "that `ip addr` lists") from e
+    _store[:] = [store]
+
+
+def barrier(hours=4):
+    """Wait until every process is here. Not a collective, which would give up after minutes: the others wait
+    while rank 0 downloads, lists images, measures or writes."""
+    _meet(f"meeting {next(_meetings)}", dist.get_world_size(), 3600 * hours)
+
+
+def _meet(name, count, seconds):
+    """Wait until `count` processes have said `name` to the store."""
+    end, pause = time.monotonic() + seconds, 0.001
+    arrived = _store[0].add(name, 1)
+    while arrived < count:
+        if time.monotonic() > end:
+            raise UserError(f"after {seconds:g} s only {arrived} of {count} processes are here; the others "
+                            "hang or have ended")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+        arrived = _store[0].add(name, 0)
+
+
+def _leave():
+    """Rank 0, whose process may hold the store, is the last to go."""
+    if _store:
+        with contextlib.suppress(UserError, RuntimeError):
+            _meet("end", dist.get_world_size() if dist.get_rank() == 0 else 0, 60)
 
 
 def _follow(launcher):
@@ -179,11 +345,11 @@ def rank_zero_first(rank, world):
     turn = 0 if rank == 0 else 1 if local == 0 else 2
     if world > 1:
         for _ in range(turn):
-            dist.barrier()
+            barrier()
     yield
     if world > 1:
         for _ in range(2 - turn):
-            dist.barrier()
+            barrier()
 
 
 def all_mean(values):
@@ -194,13 +360,15 @@ def all_mean(values):
     return values
 
 
-def data_parallel(module, processes, **options):
-    """`module` under DistributedDataParallel, or itself where there is one process (or no module)."""
+def data_parallel(module, processes):
+    """`module` under DistributedDataParallel, or itself where there is one process (or no module). Buffers
+    are not sent: those of all models here are the same everywhere."""
     if processes.world == 1 or module is None:
         return module
     # gradient_as_bucket_view: gradients live in the buckets that are sent, not in a copy beside them.
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options, device_ids=(
-        [processes.device.index] if processes.device.type == "cuda" else None))
+    return DistributedDataParallel(
+        module, gradient_as_bucket_view=True, forward_sync_buffers=False,
+        device_ids=[processes.device.index] if processes.device.type == "cuda" else None)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import checkpoints
 from data import to_float
 from flow import SAMPLERS, guided_velocity, time_grid
 from measures.features import Report, open_run, score
-from measures.image_sets import batches, gather, open_data, run_folder
+from measures.image_sets import batches, data_of, gather, open_data, run_folder
 
 USES = ("data", "features", "reference", "samples")
 PAGE = {
@@ -105,7 +105,7 @@ def measure(args):
     state = checkpoints.load_checkpoint(args.run)
     check_plain(state, args.run)
     run = open_run(args, args.run, "no classes")
-    images = open_data(args, args.data or run.config["data"], "train", run.tokenizer.config.image_size,
+    images = open_data(args, data_of(args.data, run.config), "train", run.tokenizer.config.image_size,
                        args.latent_images)
     shape, encoded = (run.model.config.num_latents, run.model.config.latent_dim), []
     for _, x in batches(images, args, "latents"):

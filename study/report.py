@@ -398,13 +398,15 @@ def line_charts(rows):
     for title in ("distance, ImageNet features", "distance, classifier", "gap, classifier",
                   "linear-probe accuracy, %"):
         key, _, factor, _ = ORDER[title]
-        points = {name: [(np.mean([seed["psnr stage2"] for seed in rows[n].values()]),
-                          *spread([factor * seed[key] for seed in rows[n].values()]))
-                         for n in names if all(key in seed for seed in rows[n].values())]
-                  for name, names in widths.items()}
-        panels[title] = {name: series for name, series in points.items() if series}
-    if panels := {title: series for title, series in panels.items() if series}:
-        pictures["psnr"] = line_chart(panels, "PSNR after stage 2, dB; lines join 8, 16, 32 channels")
+        # A row without this measure stays, empty: it keeps its colour.
+        panels[title] = {name: [(np.mean([seed["psnr stage2"] for seed in rows[n].values()]),
+                                 *spread([factor * seed[key] for seed in rows[n].values()]))
+                                for n in names if all(key in seed for seed in rows[n].values())]
+                         for name, names in widths.items()}
+    if panels := [(title, series) for title, series in panels.items() if any(series.values())]:
+        pictures["psnr"] = sheet_of([line_chart(dict(panels[n:n + 2]),
+                                                "PSNR after stage 2, dB; lines join 8, 16, 32 channels")
+                                     for n in range(0, len(panels), 2)], columns=1)
     return pictures
 
 

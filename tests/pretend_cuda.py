@@ -14,6 +14,7 @@ import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import losses
 from frozen import pretrained
-from runtime import processes
+from runtime import meter, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -189,8 +190,18 @@ class Gpu(TorchDispatchMode):
         if isinstance(source, Pretended) == target_on_gpu:
             return
         asynchronous = kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2]
-        if not (target_on_gpu and asynchronous and id(source) in self.pinned):
+        on_host = source if target_on_gpu else args[0] if name == "copy_" else None
+        if not (asynchronous and id(on_host) in self.pinned):
             self.waits[our_line()] += 1
+
+    def event(self):
+        """A torch.cuda.Event. The host may wait for it once the GPU has been given more to do."""
+        recorded = []
+
+        def synchronize():
+            self.waits[our_line()] += self.operations - recorded[0] < 10
+
+        return SimpleNamespace(record=lambda: recorded.append(self.operations), synchronize=synchronize)
 
     def all_reduce(self, tensor, op, world):
         """As if all processes had the same values."""
@@ -236,6 +247,9 @@ def pretend_cuda(monkeypatch, world=1):
     with monkeypatch.context() as patch, Gpu() as gpu:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "Event", gpu.event)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+        patch.setattr(meter, "product_speed", lambda device, dtype: 1e12)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
@@ -254,11 +268,10 @@ def pretend_cuda(monkeypatch, world=1):
             patch.setattr(dist, "is_initialized", lambda: True)
             patch.setattr(dist, "get_world_size", lambda group=None: world)
             patch.setattr(dist, "get_rank", lambda group=None: 0)
-            patch.setattr(dist, "barrier", lambda: gpu.collective())
+            replace_everywhere(patch, "barrier", lambda: gpu.collective())
             patch.setattr(dist, "broadcast_object_list", lambda objects: gpu.collective())
-            patch.setattr(dist, "all_reduce", lambda tensor, op=dist.ReduceOp.SUM, group=None: (
-                None if group == "gloo" else gpu.all_reduce(tensor, op, world)))
-            patch.setattr(processes, "_cpu_group", lambda: "gloo")
+            patch.setattr(dist, "all_reduce", lambda tensor, op=dist.ReduceOp.SUM, async_op=False: (
+                gpu.all_reduce(tensor, op, world), SimpleNamespace(wait=lambda: None))[1])
             patch.setattr(processes, "DistributedDataParallel", DistributedDataParallel)
             patch.setattr(losses.dist_grad, "all_reduce",
                           lambda tensor: (gpu.collective(tensor), tensor * world)[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def random_frozen(name, build, *weights, **options):
+def random_frozen(build, *weights, **options):
     """As weight_files.load_frozen. Tensors are scaled as He's, so that no layer dies. They come from a
     generator of their own: they are the same on every rank, and the run's random streams are not touched."""
     import torch

@@ -76,6 +76,25 @@ def test_text_files_and_json_lines_give_the_same_captions(pictures):
     assert captions_of(pictures, "test") == {"four": "nearer"}
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "one.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path, name):
+    """Windows puts one in front of text."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
+    text = {"one.txt": "a", "captions.jsonl": '{"file": "one.png", "caption": "a"}'}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert captions_of(tmp_path) == {"one": "a"}
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=f"cannot read .*{name}.*utf-8"):
+        raise captions_of(tmp_path)["one"]
+
+
+def test_captions_are_found_around_a_lone_folder_of_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images/one.png")
+    (tmp_path / "captions.jsonl").write_text('{"file": "images/one.png", "caption": "red"}')
+    assert captions_of(tmp_path) == {"one": "red"}
+
+
 def test_without_captions_asked_for_items_are_pairs(pictures):
     (pictures / "captions.jsonl").write_text("nonsense")                             # not even looked at
     dataset = build_dataset(str(pictures), "train", 16)

@@ -20,7 +20,7 @@ import common
 from common import UserError
 from maetok import MAETok, MAETokConfig
 from pictures import draw
-from runtime import files, processes
+from runtime import files, processes, resuming
 
 
 @dataclass
@@ -67,8 +67,7 @@ def test_one_process_of_every_node_goes_first(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoints
-from runtime import processes
+from runtime import processes, resuming
 rank, world, device = processes.start_processes("cpu")
 os.environ["LOCAL_RANK"] = str(rank % 2)
 with processes.rank_zero_first(rank, world):
@@ -76,7 +75,7 @@ with processes.rank_zero_first(rank, world):
     with open({str(tmp_path / "log")!r}, "a") as file:
         file.write(str(rank))
 out = {str(tmp_path)!r} + "/out" + ("" if len(sys.argv) < 2 or rank < 2 else "2")
-processes.run(lambda: checkpoints.check_same_step(0, out, rank, world, device))
+processes.run(lambda: resuming.check_same_step(0, out, rank, world, device))
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
               str(script)]
@@ -270,7 +269,7 @@ def test_a_run_resumes_only_with_its_own_options():
         lr: float = 1.0
         workers: int = 0
         extra: str = "none"
-    check = lambda saved, **now: checkpoints.check_same_config(saved, Config(**now), {"workers"}, "runs/a")
+    check = lambda saved, **now: resuming.check_same_config(saved, Config(**now), {"workers"}, "runs/a")
     same = {"lr": 1.0, "workers": 0, "extra": "none"}
     check(same)
     check(same, workers=4)
@@ -424,7 +423,7 @@ def test_the_end_of_a_step_logs_draws_and_saves_when_it_is_time(tmp_path, monkey
     assert log.bar.n == 7 and log.bar.disable
     # A signal: the step is finished, saved, and then it stops.
     log = checkpoints.Log(Run(str(tmp_path)), ONE, 7, 7, 20, "stage 2", shown=(), draw=drawn.append)
-    monkeypatch.setattr(checkpoints, "stop_signal", lambda world: 15)
+    monkeypatch.setattr(processes, "_signals", [15])
     train_step(state)
     log.add({"loss": torch.tensor(1.0)})
     with pytest.raises(processes.Stopped):
@@ -521,8 +520,7 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     files.atomic_write(path, lambda p: files.save_npy(p, images))
     assert np.array_equal(np.load(path), images) and np.load(path).flags.c_contiguous
     path.unlink()
-    sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (os.truncate(number, images.nbytes // 2), sync(number)))
+    monkeypatch.setattr(os.path, "getsize", lambda path: images.nbytes // 2)
     with pytest.raises(UserError, match="part.npy.*disk full"):
         files.atomic_write(path, lambda p: files.save_npy(p, images))
     assert not list(tmp_path.iterdir())

@@ -69,6 +69,7 @@ def test_tokenizer(tmp_path, monkeypatch, options):
     assert few == more and few
     state = checkpoints.load_checkpoint(tmp_path / "4")
     assert state["step"] == 8
+    assert all(r["gpu_speed_used"] > 0 for r in checkpoints.read_metrics(tmp_path / "4") if "loss" in r)
     assert all(type(t) is torch.Tensor and t.isfinite().all() for t in state["ema"].values())
 
 

@@ -45,7 +45,7 @@ class Output(NamedTuple):
     spatial: torch.Tensor
 
 
-def tiny_inception(weights_dir="", device="cpu", random=False):
+def tiny_inception(weights_dir="", device="cpu"):
     """In place of the FID network: 12 colour means of 2 x 2 areas; --resize changes their scale."""
     def network(images, resize="tf1"):
         x = F.adaptive_avg_pool2d(images.double(), 2).flatten(1) / (255 if resize == "tf1" else 128)

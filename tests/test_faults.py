@@ -88,7 +88,7 @@ def kill_at_random(script, argv, longest, seed):
 
 
 def records(folder):
-    volatile = ("images_per_second", "latents_per_second")
+    volatile = ("images_per_second", "data_wait_seconds", "peak_memory_gib")
     return [{k: v for k, v in record.items() if k not in volatile}
             for record in checkpoints.read_metrics(folder)]
 
@@ -100,10 +100,12 @@ def debris(folder):
 # ------------------------------------------------ kills ------------------------------------------------
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("script", ["tokenizer", "diffusion"])
-def test_ten_kills_change_nothing(script, tmp_path, tokenizer):
+def test_ten_kills_change_nothing(script, workers, tmp_path, tokenizer):
     argv = ([*TINY, "--steps", "20", "--stage2-steps", "12", "--save-every", "1"]
             if script == "tokenizer" else [*SIT, "--tokenizer", tokenizer])
+    argv += ["--workers", workers]
     process = start(script, [*argv, "--out", tmp_path / "whole"])
     process.join()
     kill_at_random(script, [*argv, "--out", tmp_path / "killed"], 0.9, seed=len(script))
@@ -155,20 +157,24 @@ def test_a_last_pt_that_was_deleted_comes_back(tmp_path):
 def script(name, argv, launcher=()):
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{name}.py"), *map(str, argv)], text=True,
                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                            # pytest itself may have been started by nohup
-                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+                            # pytest itself may have been started by nohup; a group, to be signalled
+                            preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), os.setpgrp()),
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, launcher", [
-    (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGTERM, torchrun(2))],
-    ids=["SIGTERM", "SIGHUP", "SIGTERM to torchrun"])
-def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path, monkeypatch):
-    argv = [*TINY, "--stage", "1", "--steps", "200", "--save-every", "1000", "--log-every", "5"]
+@pytest.mark.parametrize("number, launcher, workers", [
+    (signal.SIGTERM, (), 0), (signal.SIGHUP, (), 0), (signal.SIGTERM, (), 2),
+    (signal.SIGTERM, torchrun(2), 0), (signal.SIGTERM, torchrun(2), 2)],
+    ids=["SIGTERM", "SIGHUP", "SIGTERM, workers", "SIGTERM to torchrun", "SIGTERM to torchrun, workers"])
+def test_a_signal_finishes_the_step_and_saves(number, launcher, workers, tmp_path, monkeypatch):
+    """The signal goes to all processes of the group, as clusters send it; under torchrun to torchrun alone,
+    which sends it on."""
+    argv = [*TINY, "--stage", "1", "--steps", "200", "--save-every", "1000", "--log-every", "5",
+            "--workers", workers]
     process = script("train_tokenizer", [*argv, "--out", tmp_path / "run"], launcher)
     wait_for(lambda: len(checkpoints.read_metrics(tmp_path / "run")) > 1, 120)
-    process.send_signal(number)
+    process.send_signal(number) if launcher else os.killpg(process.pid, number)
     errors = process.communicate(timeout=60)[1]
     step = checkpoints.load_checkpoint(tmp_path / "run")["step"]
     assert 10 <= step < 200 and not debris(tmp_path / "run")
@@ -176,10 +182,11 @@ def test_a_signal_finishes_the_step_and_saves(number, launcher, tmp_path, monkey
     if not launcher:
         assert process.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped by")
         assert "Traceback" not in errors
+    if not launcher and (workers or number == signal.SIGHUP):                # once for each number is enough
         for name in ("EVAL_IMAGES", "LATENT_IMAGES"):
             monkeypatch.setattr(measure, name, 16)
         for out in ("run", "whole"):
-            train_tokenizer.main([*argv, "--out", str(tmp_path / out)])
+            train_tokenizer.main([*map(str, argv), "--out", str(tmp_path / out)])
         assert_same_weights(*(checkpoints.load_checkpoint(tmp_path / out) for out in ("run", "whole")))
 
 

@@ -547,3 +547,6 @@ def test_labels_are_in_turn_or_drawn_by_seed_and_index():
     for classes, message in (([3], "0..2"), ([-1], "0..2"), (["null", 1], "cannot be joined")):
         with pytest.raises(UserError, match=message):
             choose_labels(4, classes, 3, "balanced", 0)
+    assert choose_labels(2, ["null"], 0, "balanced", 0).tolist() == [0, 0]
+    with pytest.raises(UserError, match="trained without classes"):
+        choose_labels(4, [3, 7], 0, "balanced", 0)

@@ -7,8 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from losses import Target
-from maetok import (MAETok, MAETokConfig, Block, RoPE2D, kl_divergence, mask_out, masked_feature_loss,
+from maetok import (MAETok, MAETokConfig, Block, RoPE2D, kl_divergence, masked_feature_loss,
                     patchify, random_mask, rotate, unpatchify)
+from pictures.draw import mask_out
 
 TINY = dict(image_size=16, patch_size=4, width=32, heads=2, encoder_depth=2, decoder_depth=2, num_latents=5,
             latent_dim=6, aux_depth=1)
@@ -63,6 +64,53 @@ def test_one_set_of_weights_runs_at_any_size_the_patch_divides():
         model.encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(ValueError, match="multiples"):
         model.decode(torch.zeros(1, 5, 6), (18, 16))
+
+
+@pytest.mark.parametrize("images, message", [
+    (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "uint8; data.to_float"),
+    (torch.zeros(3, 16, 16), r"\(3, 16, 16\); one image is a batch"),
+    (torch.zeros(2, 4, 16, 16), "channels come second"), (torch.zeros(2, 16, 16, 3), "channels come second"),
+    (torch.zeros(2, 1, 16, 16), "channels come second"),
+    (torch.rand(2, 3, 16, 16) * 255, "images / 127.5 - 1"),
+    (torch.full((2, 3, 16, 16), torch.nan), "not numbers"), (torch.zeros(2, 3, 16, 16).double(), "float64"),
+    (np.zeros((2, 3, 16, 16), np.float32), "a ndarray"), (torch.zeros(2, 3, 18, 16), "multiples")])
+def test_images_that_would_be_encoded_to_nonsense_are_refused(images, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tiny().encode(images)
+    assert "\n" not in str(error.value)
+
+
+def test_images_on_a_gpu_are_looked_at_once(monkeypatch):
+    """The host would have to wait for the GPU in every call. Meta tensors hold no values at all."""
+    model, good, bad = tiny(), torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 255.0)
+    assert tiny().to("meta").encode(good.to("meta")).shape == (1, 5, 6)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    with pytest.raises(ValueError, match="far outside"):
+        model.encode(bad)
+    model.encode(bad)
+    model.encode(good)
+
+
+@pytest.mark.parametrize("learnable, latents, size, message", [
+    (True, torch.zeros(2, 1, 6), None, "5 tokens of 6 channels"),          # would be given every position
+    (True, torch.zeros(2, 5, 7), None, "5 tokens of 6 channels"),
+    (False, torch.zeros(2, 16, 6), (16, 24), "24 tokens of 6 channels"),
+    (True, torch.zeros(5, 6), None, r"float32 \(5, 6\)"), (True, [[0.0]], None, "not list"),
+    (True, torch.zeros(2, 5, 6, dtype=torch.int64), None, "int64"),
+    (True, torch.zeros(2, 5, 6), 16, r"size=\(H, W\)"), (True, torch.zeros(2, 5, 6), (16, 18), "multiples")])
+def test_latents_that_cannot_be_decoded_are_refused(learnable, latents, size, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(learnable_latents=learnable).decode(latents, size)
+
+
+def test_latents_of_another_size_are_not_decoded_to_the_default_size():
+    model = tiny()
+    for normalize in (False, True):
+        latents = model.encode(torch.zeros(2, 3, 16, 24), normalize=normalize)
+        with pytest.raises(ValueError, match=r"16 x 24 px, not 16 x 16: give decode\(latents, size=\(16"):
+            model.decode(latents, normalized=normalize)
+        assert model.decode(latents, (16, 24), normalized=normalize).shape == (2, 3, 16, 24)
+    assert model.decode(model.encode(torch.zeros(2, 3, 16, 16))).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("bad, message", [

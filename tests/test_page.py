@@ -2,18 +2,23 @@
 import base64
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
+from argparse import Namespace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import evaluate
 import sample
 import train_tokenizer
+from measures.features import Report
 from pictures import draw
 from pictures.draw import line_chart
 from pictures.page import MEANINGS, SECTIONS, write_report
@@ -111,6 +116,72 @@ def test_a_result_may_bring_its_own_section_and_meanings(tmp_path):
     assert text.index("Reconstruction (b)") < text.index("Toy &lt;title&gt; (a)")
     assert "See this." in text and "In m." in text and "2.5" in text and "20.12" in text and "by hand" in text
     assert "3.5" not in text and "40" not in re.sub("<style>.*</style>", "", text, flags=re.S)
+
+
+def test_odd_neighbours_cost_only_themselves(tmp_path, capsys):
+    """The page is written last, after the work, and reads whatever is in the folder."""
+    good = {"command": "recon", "psnr": 31.25, "protocol": "by hand"}
+    (tmp_path / "good.json").write_text(json.dumps(good))
+    contents = {"deep": "[" * 100_000,
+                "nested": '{"command": "recon", "a": ' + '{"a": ' * 900 + "1" + "}" * 901,
+                "typed": '{"command": ["recon"]}', "page": '{"page": 5}', "short": '{"page": ["one", "two"]}',
+                "meanings": '{"command": "recon", "meanings": 3}', "long": '{"a": ' + "9" * 5000 + "}"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")                                          # to read it would never end
+    (tmp_path / "report.png").write_bytes(b"")
+    log = {"step": 1, "recon": "0.5", "hog": 0.5}
+    for run, text in (("run", json.dumps(log)), ("strange", json.dumps({"step": 1, "loss_t": 3})),
+                      (os.fsdecode(b"b\xff"), json.dumps(log | {"recon": 0.5}))):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text(text)
+        (tmp_path / run / "config.json").write_text("{}")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    Page(text)
+    assert "31.25" in text and "by hand" in text and "(b\\udcff)" in text and text.count("<section>") >= 2
+    warnings = capsys.readouterr().err.splitlines()
+    for name in ("deep", "typed", "page", "short", "meanings", "long", "binary"):
+        assert sum(f"{name}.json is left out" in line for line in warnings) == 1, name
+    assert any("run is left out" in line for line in warnings)
+    assert any("strange is left out" in line for line in warnings)
+
+
+def test_a_folder_that_may_not_be_entered_is_passed_over(tmp_path, monkeypatch):
+    """As lost+found at the top of a disk."""
+    (tmp_path / "good.json").write_text('{"command": "recon", "psnr": 31.25}')
+    (tmp_path / "lost+found").mkdir()
+    real = os.stat
+
+    def stat(path, *args, **options):
+        if "lost+found/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert "31.25" in write_report(tmp_path).read_text()
+
+
+def test_names_and_results_in_a_locale_without_their_letters(tmp_path):
+    folder = tmp_path / "Größe"
+    (folder / "läuft").mkdir(parents=True)
+    (folder / "läuft/config.json").write_text("{}")
+    (folder / "läuft/metrics.jsonl").write_text(json.dumps({"step": 1, "recon": 0.5}))
+    (folder / "a.json").write_text('{"command": "recon", "protocol": "für alle"}', encoding="utf-8")
+    ascii = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code = "import sys; from pictures.page import write_report; write_report(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, env=ascii, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "für alle" in text and "Training the tokenizer" in text
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_command(tmp_path, capsys):
+    (tmp_path / "report.html").mkdir()
+    evaluate.write(Namespace(out=str(tmp_path / "r"), command="toy"), Report({"a": 1}))
+    assert json.loads((tmp_path / "r.json").read_text()) == {"command": "toy", "a": 1}
+    assert "no page: cannot write" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,6 +14,12 @@ from frozen.inception import Inception, average_pool, load_inception, resize_tf1
 from frozen.pretrained import (TEACHERS, VGG16, TeacherSpec, ViTConfig, VisionTransformer, load_lpips_heads,
                                load_teacher, load_vgg16, load_vit, resample_kernel, vit_state)
 from frozen.weight_files import WeightFile, check_state
+from random_frozen import random_frozen, use_random_networks
+
+
+@pytest.fixture
+def random_networks(monkeypatch):
+    use_random_networks(monkeypatch.setattr)
 
 
 def relative_rms(a, b):
@@ -212,8 +218,6 @@ def test_efficientnet_teacher_is_the_package_on_scaled_images(monkeypatch):
         features = teacher(images)
     assert features.shape == (9, 8 * 6, TEACHERS["efficientnet-lite0"].dim)
     assert relative_rms(features, expected) <= 1e-5
-    random = load_teacher("efficientnet-lite0", 4, random=True)(images)
-    assert relative_rms(random, expected) > 0.5
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match="pip install efficientnet_lite_pytorch==0.1.0"):
         load_teacher("efficientnet-lite0", 4)
@@ -267,9 +271,9 @@ def test_teacher_stays_out_of_the_module_that_keeps_it_and_is_never_changed(tiny
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-def test_gradients_reach_the_images_but_no_frozen_parameter(capsys):
+def test_gradients_reach_the_images_but_no_frozen_parameter(random_networks):
     images = torch.rand(1, 3, 32, 32, requires_grad=True)
-    vit, vgg = load_vit("dino-s", random=True, gelu="tanh"), load_vgg16(random=True)
+    vit, vgg = load_vit("dino-s", gelu="tanh"), load_vgg16()
     for outputs in (vit.intermediate(images, (0, 3, 6)), vgg(images)):
         images.grad = None
         sum(x.square().mean() for x in outputs).backward()
@@ -279,26 +283,21 @@ def test_gradients_reach_the_images_but_no_frozen_parameter(capsys):
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
-def test_gelu_of_the_discriminators_view_and_of_timms_siglip():
+def test_gelu_of_the_discriminators_view_and_of_timms_siglip(random_networks):
     kind = lambda network: network.blocks[0].mlp.kind
-    assert kind(load_vit("dino-s", random=True)) == "exact"
-    assert kind(load_vit("dino-s", random=True, gelu="tanh")) == "tanh"
-    assert kind(load_vit("dinov2-s", random=True)) == "exact" and TEACHERS["siglip-l"].vit.mlp == "tanh"
+    assert kind(load_vit("dino-s")) == "exact"
+    assert kind(load_vit("dino-s", gelu="tanh")) == "tanh"
+    assert kind(load_vit("dinov2-s")) == "exact" and TEACHERS["siglip-l"].vit.mlp == "tanh"
 
 
-def test_random_weights_are_repeatable_announced_once_and_leave_the_random_stream_alone(capsys, monkeypatch):
+def test_building_a_frozen_network_leaves_the_random_stream_alone(random_networks):
     stream = torch.get_rng_state()
-    first, second = (load_teacher("dinov2-s", 16, random=True) for _ in range(2))
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 2 and all("warning: dinov2-s has random weights" in line for line in err)
+    first, second = (load_teacher("dinov2-s", 16) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), stream)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     features = first(images)
     assert torch.equal(features, second(images)) and features.std() > 0.1 and torch.isfinite(features).all()
     assert not torch.allclose(features[:, 0], features[:, 1])
-    monkeypatch.setenv("RANK", "1")
-    load_lpips_heads(random=True), load_vgg16(random=True)
-    assert capsys.readouterr().err == ""
 
 
 def test_keys_and_shapes_that_do_not_fit_are_listed(tiny, tmp_path):
@@ -384,7 +383,7 @@ def test_tf1_resize_equals_the_pixel_loop(shape):
 def inception():
     """The network with random weights, and what went into and out of some layers for one 299-px and one
     64 x 48 image a call: {name: tensor}."""
-    network, seen = load_inception(random=True), {}
+    network, seen = random_frozen(Inception), {}
     network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.update(input=inputs[0]))
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, inputs, out: seen.update(branch=out))
     network.Mixed_7c.register_forward_hook(lambda _, inputs, out: seen.update(last=out))
@@ -445,7 +444,7 @@ def test_inception_pools():
 
 
 def test_inception_files_load_with_and_without_batch_norm_counters(tmp_path):
-    state = {key: torch.rand(t.shape) for key, t in load_inception(random=True).state_dict().items()}
+    state = {key: torch.rand(t.shape) for key, t in random_frozen(Inception).state_dict().items()}
     counters = {key.replace("weight", "num_batches_tracked"): torch.tensor(7)
                 for key in state if "bn.weight" in key}
     for name, extra in (("pt_inception-2015-12-05-6726825d.pth", {}),

@@ -397,7 +397,7 @@ def test_the_mask_ratio_is_one_per_step_from_the_cut_normal():
     assert made.mask_range(first, 7) == ratios[7] and len(set(ratios)) == 2000
     assert made.mask_range(second, 3000) == (0.6, 0.6) and made.mask_range(second, 3010) == (0.0, 0.0)
     assert method(mask_low=0.0, mask_high=0.0).mask_range(first, 5) == (0.0, 0.0)
-    masks = made.batch(first, 3, 0, range(6), (torch.zeros(6, 3, 16, 16, dtype=torch.uint8),)).mask
+    masks = made.batch(first, 3, 0, range(6), (torch.zeros(6, 3, 16, 16, dtype=torch.uint8), None)).mask
     assert (masks.sum(1) == math.ceil(ratios[3][0] * 16)).all()
 
 

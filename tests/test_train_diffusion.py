@@ -97,6 +97,14 @@ def test_paper_preset_is_table_8():
         assert isinstance(Config(**PRESETS[name]), SiTConfig)
 
 
+def test_the_rate_is_constant_but_for_a_warm_up_and_a_fall_at_the_end():
+    rates = lambda **options: [trainer.learning_rate(Config(lr=2.0, steps=8, **options), step)
+                               for step in range(8)]
+    assert rates() == [2.0] * 8                                                          # Table 8
+    assert rates(warmup=2, lr_decay=0.5) == [1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert rates(lr_decay=1.0) == [2.0 * (8 - step) / 8 for step in range(8)]
+
+
 def test_imagenet64_is_sit_b_on_64_tokens():
     config = Config(**PRESETS["imagenet64"], num_latents=64)
     assert (config.width, config.depth, config.heads, config.batch_size, config.steps) == (768, 12, 12, 256,

@@ -76,7 +76,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(step, gan, vae, masked, 
                     variational=vae, dtype="float32", **{} if masked else dict(mask_low=0.0, mask_high=0.0))
     lpips = lambda a, b: (a - b).abs().mean((1, 2, 3)) + 1
     monkeypatch.setattr(trainer, "PERCEP_WARMUP", 6)
-    monkeypatch.setattr(trainer, "build_lpips", lambda *args: lpips)
+    monkeypatch.setattr(losses, "build_lpips", lambda *args: lpips)
     method = Method(config, torch.device("cpu"))
     method.adversary = critic = Critic()
     last_layer = torch.randn(5, 8, requires_grad=True)

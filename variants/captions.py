@@ -57,7 +57,8 @@ class CaptionedFolder(Captioned):
 
     def __init__(self, source):
         super().__init__(source)
-        tables = [folder / "captions.jsonl" for folder in (source.folder, source.root)]
+        inside = [folder for folder in source.folder.parents if source.root in (folder, *folder.parents)]
+        tables = [folder / "captions.jsonl" for folder in (source.folder, *inside)]
         self.table = next((table for table in tables if table.is_file()), None)
         self.captions = read_captions(self.table) if self.table else {}
 
@@ -69,7 +70,7 @@ class CaptionedFolder(Captioned):
         else:
             where = path.with_suffix(".txt")
             try:
-                text = where.read_text(encoding="utf-8")
+                text = where.read_text(encoding="utf-8-sig")              # Windows puts a mark in front
             except FileNotFoundError:
                 text = None
             except (OSError, UnicodeDecodeError) as e:
@@ -86,9 +87,9 @@ def read_captions(path):
     """{file: caption} of a JSON-lines file. Raises UserError that names the first bad line."""
     captions = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
+        raise UserError(f"cannot read {path}: {e}; it should be text in UTF-8") from e
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from frozen.pretrained import TEACHERS, load_teacher
-from maetok import Decoder, initialise
+from maetok import Decoder, new_weights
 from runtime.processes import faster_products
 
 MLP_WIDTH = 2048                                                                                    # [REPA]
@@ -53,7 +53,7 @@ class DecoderHead(Decoder):
     def __init__(self, grid, tokenizer_config, width, dim):
         super().__init__(dataclasses.replace(tokenizer_config, latent_dim=width), depth=1, out_dim=dim)
         self.grid = grid
-        initialise(self)
+        new_weights(self)
 
     def forward(self, tokens):
         return super().forward(tokens, self.grid)
