@@ -282,18 +282,20 @@ def start_run(config, state, processes, end, train_set):
         files.remove_debris(out)
         files.write_json(out / "config.json", options)
         cut_metrics(out, state.step, state.facts.get("measured", True))
-        print("\n".join(f"{k} = {v!r}" for k, v in options.items()))
+        given = {name: value for name, value in getattr(config, "given", {}).items() if name != "preset"}
+        print(f"{'resuming' if state.step else 'starting'} {out} at step {state.step} of {end}: preset "
+              f"{config.preset}" + "".join(f", {name} = {value!r}" for name, value in given.items())
+              + f"; all options are in {out}/config.json")
         millions = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
                              for name, part in state.model.named_children())
-        print(f"parameters: {millions}; {processes.world} x {processes.device}; {out}/ at step {state.step} "
-              f"of {end}", flush=True)
+        print(f"parameters: {millions}; {processes.world} x {processes.device}", flush=True)
 
 
-def end_run(config, processes, plot):
-    """The last words of a run. plot: plot_curves."""
+def end_run(config, processes, plot, then):
+    """The last words of a run. plot: plot_curves; then: the command that comes next, without `python`."""
     if processes.rank == 0:
         draw_curves(config, plot)
-        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png")
+        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png\nnext: python {then}")
 
 
 def draw_curves(config, plot):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -152,23 +153,33 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
         given["data"] = whole_path(given["data"])
     if not given.get("out", "default").strip():
         raise UserError("--out is empty: name a folder, or leave the option out")
-    names = split_names(given.get("preset", scales[0]))
+    names = split_names(given.get("preset", ""))
     if unknown := [name for name in names if name not in presets]:
         raise UserError(f"unknown preset {', '.join(unknown)} (an extra's needs its --add); there are: "
                         f"{', '.join(presets)}")
     if not names or names[0] not in scales:
         names.insert(0, scales[0])
+        if given.get("data", scales[0]) not in scales and os.environ.get("RANK", "0") == "0":
+            print(f"note: --preset names no scale: it is {scales[0]}; for images of your own there is photos")
     if second := [name for name in names[1:] if name in scales]:
         raise UserError(f"preset {second[0]} fixes the scale of a run: only the first preset may")
     values = {}
     for name in names:
         values |= presets[name]
     try:
-        return config_class(**(values | given | {"preset": ",".join(names)}))
+        config = config_class(**(values | given | {"preset": ",".join(names)}))
+        config.given = given                                                 # for checkpoints.start_run
+        return config
     except UserError:
         raise
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+def run_name(kind, config):
+    """The default --out: runs/KIND-PRESET, with the data's name before the preset's if that lacks it."""
+    data, preset = Path(config.data).stem, config.preset.replace(",", "-")
+    return f"runs/{kind}-{preset if not data or data in preset else f'{data}-{preset}'}"
 
 
 def split_names(text):

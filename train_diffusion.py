@@ -48,7 +48,7 @@ class Config(SiTConfig):
     preset: str = "shapes"        # names joined by commas, later ones win; see PRESETS in this file
     add: str = ""                 # extras, files of variants/ and after/, joined by commas; order matters
     tokenizer: str = ""           # run or checkpoint of train_tokenizer.py, or of this script: its tokenizer
-    out: str = ""                 # folder of the run (default: runs/diffusion-PRESET)
+    out: str = ""                 # folder of the run (default: runs/diffusion-DATA-PRESET)
     init: str = ""                # start from the EMA weights of this run or checkpoint, of the same latents
     seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
     device: str = "auto"          # auto, cpu, cuda or mps
@@ -82,7 +82,7 @@ class Config(SiTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out = self.out or f"runs/diffusion-{self.preset.replace(',', '-')}"
+        self.out = self.out or common.run_name("diffusion", self)
         common.check_choices(self, path=("linear", "cosine"), times=("uniform", "logit-normal"))
 
 
@@ -90,6 +90,10 @@ class Config(SiTConfig):
 PRESETS = {
     "shapes": dict(width=128, depth=6, heads=4, flip=False, cache_images=30_000, steps=3000, batch_size=64,
                    lr=1e-3, warmup=100, ema=0.998, log_every=50, save_every=375, keep_every=375),
+    "photos": dict(width=192, depth=6, heads=3, steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.998,
+                   log_every=50, save_every=500, keep_every=500),
+    "cifar10-box": dict(width=256, depth=10, heads=4, steps=28_000, batch_size=128, lr=1e-3, warmup=500,
+                        lr_decay=0.15, ema=0.9998, save_every=1000, keep_every=2000),
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
                     ema=0.9995, save_every=2000, keep_every=10_000),
     "imagenet64": SIZES["B"] | dict(steps=80_000, lr=2e-4, warmup=1000, ema=0.9995, save_every=5000,
@@ -327,7 +331,8 @@ def main(argv=None):
     if config.cache:
         train_set = encode_once(config, tokenizer, train_set, processes)
     train(method, state, network, train_set, processes)
-    checkpoints.end_run(config, processes, plot_curves)
+    checkpoints.end_run(config, processes, plot_curves, f"sample.py --ckpt {config.out}"
+                        + " --cfg 2" * bool(config.num_classes))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Config(MAETokConfig):
     # ---- run ----
     preset: str = "shapes"       # names joined by commas, later ones win; see SCALES and ABLATIONS
     add: str = ""                # extras, files of variants/ and after/, joined by commas; order matters
-    out: str = ""                # folder of the run (default: runs/tokenizer-PRESET)
+    out: str = ""                # folder of the run (default: runs/tokenizer-DATA-PRESET)
     stage: str = "both"          # both, 1 (masked training) or 2 (decoder only, from --init or a stage 1)
     init: str = ""               # start from the EMA weights of this checkpoint or run folder
     seed: Seed = 0               # of weights, data order, augmentation, masks and noise
@@ -98,7 +98,7 @@ class Config(MAETokConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out = self.out or f"runs/tokenizer-{self.preset.replace(',', '-')}"
+        self.out = self.out or common.run_name("tokenizer", self)
         common.check_choices(self, stage=("both", "1", "2"), disc=("none", "dino", "patch"))
         if not self.mask_low <= self.mask_high < 1:
             raise UserError(f"--mask-low {self.mask_low} and --mask-high {self.mask_high}: low <= high < 1")
@@ -107,17 +107,22 @@ class Config(MAETokConfig):
 
 
 # The scale of a run. The first is the default.
-_NO_FROZEN = dict(targets="hog", percep_weight=0.0, disc="none")    # the small scales need no weight files
+_SMALL = dict(targets="hog", percep_weight=0.0, disc="none",                           # needs no weight files
+              hog_cell=4, latent_dim=16, aux_depth=1, batch_size=32, lr=3e-3, warmup=200, ema=0.998,
+              stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=100, log_every=50, save_every=500)
 SCALES = {
-    "shapes": dict(**_NO_FROZEN, data="shapes", image_size=32, patch_size=8, width=96, heads=4,
-                   encoder_depth=3, decoder_depth=3, num_latents=16, latent_dim=16, aux_depth=1, hog_cell=4,
-                   flip=False, steps=4000, batch_size=32, lr=3e-3, warmup=100, ema=0.998, stage2_steps=3000,
-                   stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=50, log_every=50, save_every=500),
-    "cifar10": dict(**_NO_FROZEN, data="cifar10", image_size=32, patch_size=4, width=96, heads=3,
-                    encoder_depth=3, decoder_depth=2, num_latents=32, latent_dim=16, aux_depth=2, hog_cell=4,
-                    aux_weight=3.0, steps=60_000, batch_size=32, lr=3e-3, warmup=200, ema=0.998,
-                    stage2_steps=20_000, stage2_ramp=0.3, stage2_lr=3e-3, stage2_warmup=100, log_every=50,
-                    save_every=500),
+    "shapes": _SMALL | dict(
+        data="shapes", image_size=32, patch_size=8, width=96, heads=4, encoder_depth=3, decoder_depth=3,
+        num_latents=16, flip=False, steps=4000, warmup=100, stage2_steps=3000, stage2_warmup=50),
+    "photos": _SMALL | dict(                                                     # a folder of your own [ours]
+        image_size=64, patch_size=8, width=128, heads=4, encoder_depth=3, decoder_depth=3, num_latents=32,
+        latent_dim=32, steps=4000, stage2_steps=2000),
+    "cifar10": _SMALL | dict(
+        data="cifar10", image_size=32, patch_size=4, width=96, heads=3, encoder_depth=3, decoder_depth=2,
+        num_latents=32, aux_depth=2, aux_weight=3.0, steps=60_000, stage2_steps=20_000),
+    "cifar10-box": _SMALL | dict(
+        data="cifar10", image_size=32, patch_size=4, width=128, heads=4, encoder_depth=4, decoder_depth=4,
+        learnable_latents=False, steps=8000, stage2_steps=8000),
     # Between CIFAR-10 and the paper: ViT-S at 64 px, half a day on a GPU of 24 GB (docs/running.md). [ours]
     "imagenet64": dict(image_size=64, patch_size=8, width=384, heads=6, num_latents=64, hog_cell=4,
                        targets="hog", disc="patch", disc_start=20_000, steps=80_000, batch_size=256, lr=3e-4,
@@ -142,7 +147,6 @@ ABLATIONS = {
        for low, high in ((0, 60), (10, 40), (20, 60), (40, 40), (40, 60))},
     "latents-256": dict(num_latents=256),                                                   # [Table 13a]
 }
-# Options that may differ when a run is resumed.
 RESUMABLE_WITH = {"out", "stage", "init", "device", "dtype", "compile", "checkpointing", "workers",
                   "accumulate", "data", "data_root", "log_every", "save_every", "weights_dir"}
 
@@ -343,8 +347,8 @@ def train_stage(method, stage, state, train_set, test_set, processes):
 # ------------------------------------------------ the run ------------------------------------------------
 
 def start_from(config, model, adversary, path):
-    """--init: copy the EMA weights of another run's encoder and decoder into `model`; auxiliary decoders and
-    the discriminator if they match. Raises UserError for another model."""
+    """--init: copy the EMA weights of another run's encoder and decoder into `model`; of auxiliary decoders
+    and the discriminator what fits. Raises UserError for another model."""
     state = checkpoints.load_checkpoint(path, mapped=True)
     source = tokenizer_of(state, path)
     if source.config.heads != config.heads:                         # another model, with weights of one shape
@@ -352,12 +356,10 @@ def start_from(config, model, adversary, path):
     for part in ("encoder", "decoder"):
         checkpoints.load_weights(getattr(model, part), getattr(source, part).state_dict(), path)
     model.latent_mean, model.latent_std = source.latent_mean, source.latent_std
-    shapes = lambda weights: {name: w.shape for name, w in weights.items()}
-    for name, decoder in model.aux_decoders.items():
-        prefix = f"aux_decoders.{name}."
-        weights = {key.removeprefix(prefix): w for key, w in state["ema"].items() if key.startswith(prefix)}
-        if shapes(weights) == shapes(decoder.state_dict()):
-            checkpoints.load_weights(decoder, weights, path)
+    for name, weight in model.aux_decoders.state_dict().items():
+        found = state["ema"].get(f"aux_decoders.{name}")
+        if found is not None and found.shape == weight.shape:
+            weight.copy_(found)
     if adversary is not None and state["config"].get("disc") == config.disc:
         checkpoints.load_weights(adversary, state["adversary"], path)
 
@@ -396,8 +398,6 @@ def start(method, processes):
         check_resumable(config, checkpoint)
         if checkpoint["stage"] == 2:
             model.freeze_encoder()
-        if config.init and processes.rank == 0:
-            print(f"note: resuming the run in {out}; --init {config.init} is not read again")
     elif config.init:
         start_from(config, model, method.adversary, config.init)
     elif config.stage == "2":
@@ -407,9 +407,8 @@ def start(method, processes):
     if config.checkpointing:
         common.recompute_blocks(model)
     state = TrainState(model, common.EMA(model, config.ema, method.EMA_WARMUP), method.optimizer(model))
-    # measured: the stage is over, latent mean and std are set
     state.facts = {"kind": "tokenizer", "add": common.model_extras(method, config.add), "stage": 1,
-                   "measured": False}
+                   "measured": False}                 # whether the stage is over, latent mean and std are set
     if method.adversary:
         state.others = {"adversary": method.adversary,
                         "adversary_optimizer": method.optimizer(method.adversary)}
@@ -426,8 +425,7 @@ def end_stage(method, state, train_set, test_set, processes):
     """Measure on test images, and the latents' mean and deviation, then save. The weights are saved already:
     a failure here repeats only the measuring."""
     if processes.rank == 0:
-        averaged = state.ema.model
-        number = state.facts["stage"]
+        averaged, number = state.ema.model, state.facts["stage"]
         record = {"step": state.step, "stage": number, "event": f"end of stage {number}",
                   **test_numbers(method, averaged, test_set)}
         checkpoints.append_metrics(method.config.out, record)
@@ -463,7 +461,9 @@ def main(argv=None):
         if state.step < stage.end or not state.facts["measured"]:
             train_stage(method, stage, state, train_set, test_set, processes)
             end_stage(method, state, train_set, test_set, processes)
-    checkpoints.end_run(config, processes, plot_curves)
+    preset = "sit-xl" if config.preset.startswith("maetok") else config.preset.split(",")[0]
+    checkpoints.end_run(config, processes, plot_curves,
+                        f"train_diffusion.py --preset {preset} --tokenizer {config.out}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/
 TESTS = ("tests/conftest.py", "tests/random_frozen.py",
          *(f"tests/test_{name}.py" for name in
            ("maetok", "hog", "losses", "train_tokenizer", "train_gan", "flow", "sit", "metrics", "theory")))
-COURSE = ("course/*.py", "course/*.md")
+COURSE = ("course/*.py", "course/*.md", "docs/figures/*")
 
 MAKEFILE = """\
 # {title}. PYTHON=... chooses another interpreter (3.10 or newer), PY=... one that has the packages already.
@@ -134,7 +134,8 @@ def student_folder(name, out, solutions=False):
     copy_files((*CODE, *READ, *TESTS, *(COURSE if solutions else ())), out)
     if not solutions:
         cut_out(name, out)
-        (out / "docs/reading.md").unlink(missing_ok=True)           # it shows the lines that are blank
+        for path in out.glob("docs/reading.*"):                     # they show the lines that are blank
+            path.unlink()
     handout = ROOT / f"course/{name}.md"
     if handout.exists():
         (out / "HANDOUT.md").write_text(handout.read_text().replace("](../", "]("))

@@ -212,17 +212,18 @@ def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell
     x = features.detach().float().cpu().reshape(rows, columns, -1, bins, g, g).clamp(min=0).sum(2)
     x = x.permute(0, 3, 1, 4, 2).reshape(rows * g, columns * g, bins)        # (cell rows, cell columns, bins)
     x = x / x.max().clamp(min=1e-6)
+    greys, weak_first = (255 * x.sqrt()).int().tolist(), x.argsort(-1).tolist()
+    angles = [(b + 0.5) * math.pi / bins for b in range(bins)]                # of the gradient, from vertical
+    strokes = [(0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)) for angle in angles]    # of the edge
     picture = Image.new("RGB", (columns * g * s, rows * g * s))
     draw = ImageDraw.Draw(picture)
     for i in range(rows * g):
         for j in range(columns * g):
             centre_x, centre_y = (j + 0.5) * s, (i + 0.5) * s
-            for b in x[i, j].argsort().tolist():                          # weak strokes first, strong on top
-                angle = (b + 0.5) * math.pi / bins                        # of the gradient, from vertical
-                dx, dy = 0.48 * s * math.cos(angle), -0.48 * s * math.sin(angle)    # of the edge
-                grey = int(255 * x[i, j, b].sqrt())
-                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy), (grey,) * 3,
-                          max(1, s // 12))
+            for b in weak_first[i][j]:                                        # strong strokes on top
+                dx, dy = strokes[b]
+                draw.line((centre_x - dx, centre_y - dy, centre_x + dx, centre_y + dy),
+                          (greys[i][j][b],) * 3, max(1, s // 12))
     return picture
 
 

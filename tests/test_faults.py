@@ -73,15 +73,15 @@ def sit(tmp_path_factory, tokenizer):
 
 
 def kill_at_random(script, argv, longest, seed):
-    """Start a command ten times and kill it after up to `longest` seconds; then let it end."""
+    """Start a command six times and kill it after up to `longest` seconds; then let it end."""
     rng, killed = random.Random(seed), 0
-    for _ in range(10):
+    for _ in range(6):
         process = start(script, argv)
         process.join(rng.uniform(0.02, longest))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 8                                                     # the others were done before
+    assert killed >= 4                                                     # the others were done before
     process = start(script, argv)
     process.join()
     assert process.exitcode == 0
@@ -100,9 +100,8 @@ def debris(folder):
 # ------------------------------------------------ kills ------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", ["tokenizer", "diffusion"])
-def test_ten_kills_change_nothing(script, workers, tmp_path, tokenizer):
+@pytest.mark.parametrize("script, workers", [("tokenizer", 0), ("tokenizer", 2), ("diffusion", 0)])
+def test_kills_change_nothing(script, workers, tmp_path, tokenizer):
     argv = ([*TINY, "--steps", "20", "--stage2-steps", "12", "--save-every", "1"]
             if script == "tokenizer" else [*SIT, "--tokenizer", tokenizer])
     argv += ["--workers", workers]
@@ -119,7 +118,7 @@ def test_ten_kills_change_nothing(script, workers, tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_ten_kills_of_a_sampling_run_change_nothing(tmp_path, sit):
+def test_kills_of_a_sampling_run_change_nothing(tmp_path, sit):
     argv = ["--ckpt", sit, "--num", "200", "--steps", "8", "--batch-size", "1", "--device", "cpu"]
     sample.main([str(a) for a in [*argv, "--out", tmp_path / "whole.npz"]])
     kill_at_random("sample", [*argv, "--out", tmp_path / "killed.npz"], 0.3, seed=1)

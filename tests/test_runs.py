@@ -429,3 +429,33 @@ def test_a_script_survives_a_closed_stderr(tmp_path):
     done = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, preexec_fn=lambda: os.close(2),
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and checkpoints.load_checkpoint(tmp_path)["step"] == 6
+
+
+# --------------------------------------- what a run says of itself ---------------------------------------
+
+@pytest.mark.parametrize("options, out", [
+    ((), "runs/tokenizer-shapes"), (("--preset", "cifar10,vae"), "runs/tokenizer-cifar10-vae"),
+    (("--data", "holiday/photos"), "runs/tokenizer-photos-shapes"),
+    (("--data", "holiday/photos", "--preset", "photos"), "runs/tokenizer-photos"),
+    (("--data", "birds.npz", "--preset", "photos"), "runs/tokenizer-birds-photos"),
+    (("--data", "birds.npz", "--out", "here"), "here")])
+def test_a_runs_folder_is_named_after_data_and_preset(options, out, capsys):
+    config = common.parse_config(train_tokenizer.Config, train_tokenizer.SCALES | train_tokenizer.ABLATIONS,
+                                 list(train_tokenizer.SCALES), "", list(options))
+    assert config.out == out
+    note = "note: --preset names no scale: it is shapes; for images of your own there is photos\n"
+    assert capsys.readouterr().out == (note if "--data" in options and "--preset" not in options else "")
+
+
+def test_a_run_says_what_it_resumes_what_was_asked_for_and_what_comes_next(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(out, "--data", photos, "--steps", 3, "--stage2-steps", 0)
+    printed = capsys.readouterr().out
+    assert f"starting {out} at step 0 of 3: preset shapes" in printed and "steps = 3" in printed
+    assert "disc_weight" not in printed    # what differs from the preset
+    assert f"next: python train_diffusion.py --preset shapes --tokenizer {out}\n" in printed
+    train(out, "--data", photos, "--steps", 3, "--stage2-steps", 0)
+    printed = capsys.readouterr().out
+    assert f"resuming {out} at step 3 of 3" in printed
+    train_sit(tmp_path / "sit", out, "--steps", 2)
+    assert f"next: python sample.py --ckpt {tmp_path / 'sit'} --cfg 2\n" in capsys.readouterr().out
