@@ -26,7 +26,7 @@ demo: .venv/runtime
 		--reference-images 2000 --test-images 1000 --tokenizer runs/demo/tokenizer
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --report runs/demo/report.png
 
-# The small model that sample.py draws from by default: the demo's sizes, trained longer and with AdamW. 45 minutes.
+# The small model that sample.py draws from by default: the demo's sizes, trained longer and with AdamW. 47 minutes.
 box: .venv/runtime
 	$(BIN)/python train_tokenizer.py --steps 8000 --stage2-steps 10000 --out runs/box/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion

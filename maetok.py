@@ -307,7 +307,7 @@ class MAETok(nn.Module):
         self.decoder = self.build_decoder(c.decoder_depth, 3 * c.patch_size ** 2)
         self.aux_decoders = nn.ModuleDict({name: target.decoder(self)
                                            for name, target in (targets or {}).items()})
-        # Scalar mean and std over all latents of the training set, measured after training and kept with the
+        # Scalar mean and std of the latents of training images, measured after training and kept with the
         # weights [released code]. A diffusion model needs latents of unit variance: without normalisation in
         # training *and* sampling it sees latents of the wrong scale.
         self.register_buffer("latent_mean", torch.zeros(()))

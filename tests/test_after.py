@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -662,7 +663,8 @@ def test_a_verdict_needs_every_seed():
 
 
 @pytest.mark.slow
-def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys):
+def test_the_measurements_run_resume_and_are_tabled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("study.study.subprocess", forked)
     command = ["--setting", "smoke", "--rows", "latent noise 0.8", "--out", str(tmp_path), "--device", "cpu"]
     study.main([*command, "--minutes", "0.0001"])
     assert "time is up" in capsys.readouterr().out

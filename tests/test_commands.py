@@ -333,7 +333,8 @@ def test_an_odd_checkpoint_is_one_line(change, tmp_path):
     change(content)
     with pytest.raises(UserError) as error:
         load_diffusion(saved(tmp_path / "x.pt", content))
-    assert "x.pt" in str(error.value) and len(str(error.value)) < 200
+    line = str(error.value).replace(str(tmp_path), "")
+    assert "x.pt" in line and len(line) < 200
 
 
 @pytest.mark.parametrize("part", ["ema", "tokenizer"])

@@ -1,5 +1,6 @@
 """The core is the paper: it works when every extra is deleted, and it stays small."""
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -94,6 +95,13 @@ def test_few_options_and_help_shows_them_all(method, most, capsys):
     assert "--help-all" not in text
 
 
+IN_TURN = """
+import importlib, json, sys
+for script, *argv in map(json.loads, sys.argv[1:]):
+    importlib.import_module(script).main([str(a) for a in argv])
+"""
+
+
 def copy_core(folder):
     """The repository without its extras, as someone has it who deleted them."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
@@ -114,19 +122,21 @@ def test_without_the_extras_everything_of_the_paper_runs(tmp_path):
         return done.stdout + done.stderr
 
     run("-c", EACH_FIRST, *(path.stem for path in home.glob("*.py")))
-    run("train_tokenizer.py", "--steps", 3, "--stage2-steps", 3, "--batch-size", 8, "--disc", "patch",
-        "--disc-start", 1, "--out", "runs/t")
-    run("train_diffusion.py", "--tokenizer", "runs/t", "--steps", 3, "--batch-size", 8, "--cache-images", 40,
-        "--width", 32, "--depth", 2, "--heads", 2, "--out", "runs/d")
-    run("sample.py", "--ckpt", "runs/d", "--steps", 3, "--num", 20, "--cfg", 2,
-        "--out", "runs/s.png", "runs/s.npz")
-    run("sample.py", "--out", "runs/default.png", "--steps", 2, "--num", 10)
-    run("evaluate.py", "recon", "runs/t", "--features", "none", "--num-images", 20)
     classifier = ["--features", "classifier", "--classifier-steps", 3, "--reference-images", 40]
-    run("evaluate.py", "generation", "runs/s.npz", "--data", "shapes", *classifier, "--test-images", 20)
-    run("evaluate.py", "latents", "runs/t", "--train-images", 60, "--test-images", 20, "--components", 1, 2,
-        "--no-umap", "--out", "runs/l")
-    run("evaluate.py", "curve", "runs/d", *classifier, "--num-images", 20, "--steps", 2)
+    # In one interpreter: the import takes most of their time.
+    run("-c", IN_TURN, *map(json.dumps, (
+        ["train_tokenizer", "--steps", 3, "--stage2-steps", 3, "--batch-size", 8, "--disc", "patch",
+         "--disc-start", 1, "--out", "runs/t"],
+        ["train_diffusion", "--tokenizer", "runs/t", "--steps", 3, "--batch-size", 8, "--cache-images", 40,
+         "--width", 32, "--depth", 2, "--heads", 2, "--out", "runs/d"],
+        ["sample", "--ckpt", "runs/d", "--steps", 3, "--num", 20, "--cfg", 2,
+         "--out", "runs/s.png", "runs/s.npz"],
+        ["sample", "--out", "runs/default.png", "--steps", 2, "--num", 10],
+        ["evaluate", "recon", "runs/t", "--features", "none", "--num-images", 20],
+        ["evaluate", "generation", "runs/s.npz", "--data", "shapes", *classifier, "--test-images", 20],
+        ["evaluate", "latents", "runs/t", "--train-images", 60, "--test-images", 20, "--components", 1, 2,
+         "--no-umap", "--out", "runs/l"],
+        ["evaluate", "curve", "runs/d", *classifier, "--num-images", 20, "--steps", 2])))
     # What is gone says so, in one line.
     assert "muon" in run("train_tokenizer.py", "--add", "muon", status=2)
     assert "speed" in run("evaluate.py", "speed", status=2)

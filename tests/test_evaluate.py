@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from forked import in_two_processes
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from sklearn.linear_model import LogisticRegression
@@ -141,12 +142,10 @@ def test_two_processes_give_the_same_distance(tmp_path, cache):
     """Statistics merged, features gathered in order: as one process, and of files alone."""
     np.savez(tmp_path / "s.npz", *shapes(41))
     one = classify(tmp_path, cache)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            ROOT / "evaluate.py", "generation", tmp_path / "s.npz", "--data", "shapes", "--features",
-            "classifier", "--classifier-steps", "150", "--test-images", "200", "--reference-images", "200",
+    argv = ["generation", tmp_path / "s.npz", "--data", "shapes", "--features", "classifier",
+            "--classifier-steps", "150", "--test-images", "200", "--reference-images", "200",
             "--cache", cache, "--device", "cpu", "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    in_two_processes("evaluate", argv, tmp_path / "log")
     two = json.loads((tmp_path / "two.json").read_text())
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=1e-4) if isinstance(value, float) else two[key] == value

@@ -1,8 +1,9 @@
 """A GPU's rules (test_cuda_rules.py) for the extras, and Muon in two processes."""
 import numpy as np
 import pytest
+from forked import in_two_processes
 from test_cuda_rules import SIT, small_networks, tokenizer, waits                    # noqa: F401 (a fixture)
-from test_train_tokenizer import command, logged_losses, run, torchrun, train
+from test_train_tokenizer import TINY, logged_losses, train
 
 import after.muon                                       # noqa: F401 (conftest.py: no extras, none of this)
 import checkpoints
@@ -50,8 +51,7 @@ def test_diffusion_and_sampler(tmp_path, monkeypatch, options):
 def test_muon_in_two_processes_follows_one_and_the_number_may_change(tmp_path):
     options = ["--add", "muon", "--steps", "20", "--stage2-steps", "4", "--save-every", "10"]
     train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options], tmp_path / "log")
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
     for path in ("last.pt", "step_0000024.pt", "step_0000020.pt"):
         (tmp_path / "two" / path).unlink()

@@ -3,7 +3,6 @@
 The runs that are killed are forks of a server that has imported everything, so that a kill costs little time.
 """
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from forked import SERVER
 from conftest import ROOT
 from PIL import Image
 from test_train_tokenizer import TINY, assert_same_weights, torchrun
@@ -34,8 +34,6 @@ from runtime import files, processes
 SIT = ("--width 32 --depth 2 --heads 2 --cache-images 40 --batch-size 8 --steps 30 --warmup 2 --log-every 1 "
        "--save-every 1 --device cpu").split()
 MODULES = {"tokenizer": train_tokenizer, "diffusion": train_diffusion, "sample": sample}
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_tokenizer", "train_diffusion", "sample", "test_faults"])
 
 
 def in_child(script, argv):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Named
+from forked import in_two_processes
 from random_frozen import use_random_networks
-from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
+from test_train_tokenizer import TINY, assert_same_weights, logged_losses, train
 
 import checkpoints
 import common
@@ -459,8 +460,7 @@ def test_ema_has_no_warmup(tmp_path):
 def test_two_processes_with_the_gan_equal_one(tmp_path):
     options = [*RELEASED, *"--targets hog --disc patch --disc-start 2 --stage 1".split()]
     one = train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options], tmp_path / "log")
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
     other = checkpoints.load_checkpoint(tmp_path / "two")
     for key, weight in one["model"].items():

@@ -4,6 +4,7 @@ import re
 import time
 
 import numpy as np
+import forked
 import pytest
 
 from common import UserError
@@ -20,7 +21,8 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys):
+def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "subprocess", forked)
     command = ["--setting", "smoke", "--rows", "MAETok (HOG)", "--data", str(images), "--out",
                str(tmp_path), "--device", "cpu"]
     study.main([*command, "--minutes", "0.0001"])                     # time is up before the first command

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Named
-from test_train_tokenizer import assert_same_weights, command, logged_losses, run, torchrun, train
+from forked import in_two_processes
+from test_train_tokenizer import TINY, assert_same_weights, logged_losses, train
 
 import checkpoints
 import common
@@ -147,8 +148,7 @@ def test_two_sizes_resume_exactly(tmp_path):
 def test_two_sizes_in_two_processes_equal_one(tmp_path):
     options = [*ADD, "--mixed-size", "24", "--stage", "1"]
     train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options], tmp_path / "log")
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import regex
 import torch
+from forked import in_two_processes
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -17,8 +18,7 @@ import checkpoints
 import common
 import train_tokenizer
 from common import UserError
-from test_train_tokenizer import (assert_same_weights, command, logged_losses, run, targets_of, torchrun,
-                                  train)
+from test_train_tokenizer import TINY, assert_same_weights, logged_losses, targets_of, train
 from variants import text
 from variants.text import (CLIP_MERGES, CLIP_TOKENS, ClipEncoding, TextTarget, WordEncoding, bag_of_words,
                            idf_weights, read_merges, split)
@@ -243,8 +243,7 @@ def test_text_joins_other_targets_with_its_own_weight_and_ends_with_stage_1(tmp_
 def test_two_processes_equal_one_and_resuming_is_exact(tmp_path):
     options = [*TEXT, "--targets", "hog,text", "--stage", "1", "--save-every", "3"]
     whole = train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options], tmp_path / "log")
     for term in ("loss", "text"):
         one, other = ([r[term] for r in checkpoints.read_metrics(tmp_path / name) if term in r]
                       for name in ("one", "two"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import in_two_processes
 from PIL import Image
 
 import cache as latent_cache
@@ -49,13 +50,10 @@ def train(out, tokenizer, *options):
     return checkpoints.load_checkpoint(out)
 
 
-def run(script, *options, launcher=(), start=subprocess.run, **kwargs):
-    argv = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+def run(script, *options, start=subprocess.run, **kwargs):
+    argv = [sys.executable, str(ROOT / script), *map(str, options)]
     return start(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                  env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def losses(out):
@@ -224,17 +222,15 @@ def test_resuming_is_exact_after_a_kill(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_two_processes_equal_one_in_training_and_sampling(tmp_path, tokenizer):
     one = train(tmp_path / "one", tokenizer)
-    two = run("train_diffusion.py", *TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path / "two",
-              launcher=TORCHRUN)
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_diffusion", [*TINY.split(), "--tokenizer", tokenizer, "--out", tmp_path / "two"],
+                     tmp_path / "log")
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(train_accumulated(tmp_path, tokenizer)),
                                atol=1e-4)
     assert one["config"]["num_classes"] == 10
     options = ["--ckpt", tmp_path / "one", "--num-images", 12, "--steps", 5, "--cfg", 2, "--device", "cpu"]
     sample.main([*map(str, options), "--out", str(tmp_path / "a.npz"), "--batch-size", "5"])
-    both = run("sample.py", *options, "--out", tmp_path / "b.npz", "--batch-size", 4, launcher=TORCHRUN)
-    assert both.returncode == 0, both.stderr
+    in_two_processes("sample", [*options, "--out", tmp_path / "b.npz", "--batch-size", 4], tmp_path / "log")
     a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
     assert a["arr_0"].shape == (12, 16, 16, 3) and np.array_equal(a["arr_1"], b["arr_1"])
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1                            # to rounding

@@ -1,14 +1,13 @@
 """train_tokenizer.py with frozen networks and a GAN: objective, two processes, memory and speed."""
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from forked import in_two_processes
 from random_frozen import use_random_networks
-from test_train_tokenizer import TINY, assert_same_weights, command, logged_losses, run, torchrun, train
+from test_train_tokenizer import TINY, assert_same_weights, command, logged_losses, run, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoints
@@ -188,6 +187,14 @@ def test_stage_2_from_another_run_takes_its_discriminator_along(tmp_path, monkey
     assert all(torch.equal(tensor, first["adversary"][name]) for name, tensor in taken.items())
 
 
+def small_and_smooth():
+    """What this test changes in the discriminators, for other processes."""
+    losses.nn.LeakyReLU = lambda slope: torch.nn.SiLU()
+    losses.DinoDiscriminator.SIZE = 32                                          # 224 px would take minutes
+    losses.load_vit = lambda *args, **options: VisionTransformer(
+        ViTConfig(32, 12, 2, 16, 14), 16).eval().requires_grad_(False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("disc", ["patch", "dino"])
 def test_two_processes_with_the_gan_equal_one(tmp_path, disc, narrow_dino, monkeypatch):
@@ -200,22 +207,12 @@ def test_two_processes_with_the_gan_equal_one(tmp_path, disc, narrow_dino, monke
     With a smooth activation: now and then a value is so close to LeakyReLU's kink that float32's rounding,
     which differs with the number of processes, puts it on the other side: the gradient changes by 1e-3.
     """
-    script = tmp_path / "train.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                      "from runtime import processes\n"
-                      "import losses, train_tokenizer\n"
-                      "from frozen.pretrained import ViTConfig, VisionTransformer\n"
-                      "losses.nn.LeakyReLU = lambda slope: losses.nn.SiLU()\n"
-                      "losses.DinoDiscriminator.SIZE = 32\n"                # 224 px would take minutes
-                      "losses.load_vit = lambda *args, **options: VisionTransformer(\n"
-                      "    ViTConfig(32, 12, 2, 16, 14), 16).eval().requires_grad_(False)\n"
-                      "processes.run(train_tokenizer.main)\n")
     options = [*GAN, "--disc", disc, "--steps", "10", "--stage", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(losses.nn, "LeakyReLU", lambda slope: torch.nn.SiLU())
         train(tmp_path / "one", *options)
-    done = run([sys.executable, *torchrun(2), str(script), *TINY, *options, "--out", str(tmp_path / "two")])
-    assert done.returncode == 0, done.stderr
+    in_two_processes("train_tokenizer", [*TINY, *options, "--out", tmp_path / "two"], tmp_path / "log",
+                     small_and_smooth)
     one, two = (checkpoints.read_metrics(tmp_path / name) for name in ("one", "two"))
     terms = ("loss", "recon", "hog", "adv", "adaptive_weight", "disc", "lecam")
     for a, b in zip(one, two, strict=True):
@@ -260,8 +257,8 @@ def test_checkpointing_gives_the_same_weights_bit_for_bit(tmp_path, narrow_dino,
 def test_checkpointing_in_two_processes_with_the_gan(tmp_path):
     options = [*GAN, "--accumulate", "2", "--steps", "5", "--stage", "1"]
     train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, "--checkpointing", launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options, "--checkpointing"],
+                     tmp_path / "log")
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), rtol=1e-3)
 
 

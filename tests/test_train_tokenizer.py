@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import in_two_processes
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,8 +357,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path, part):
 def test_two_processes_follow_one_and_may_change_in_number(tmp_path):
     options = ["--steps", "20", "--stage2-steps", "4", "--save-every", "10"]
     train(tmp_path / "one", *options)
-    two = run(command(tmp_path / "two", *options, launcher=torchrun(2)))
-    assert two.returncode == 0, two.stderr
+    in_two_processes("train_tokenizer", [*TINY, "--out", tmp_path / "two", *options], tmp_path / "log")
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
     assert len(logged_losses(tmp_path / "one")) == 24
     # Started with two processes, continued with one.
