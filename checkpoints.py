@@ -299,8 +299,13 @@ def end_run(config, processes, plot, then):
 
 
 def draw_curves(config, plot):
-    """loss.png of a run, of its log."""
-    files.write_png(Path(config.out) / "loss.png", plot(curves(config.out)))
+    """loss.png of a run, of its log: with a target's loss that of the best constant, where it is known, and a
+    mark where stage 2 begins."""
+    records = read_metrics(config.out)
+    constants = {name.removesuffix("_constant"): value for r in records for name, value in r.items()
+                 if name.endswith("_constant")}
+    second = min((r["step"] for r in records if r.get("stage") == 2), default=None)
+    files.write_png(Path(config.out) / "loss.png", plot(curves(config.out), constants, second))
 
 
 def cut_metrics(out, step, measured=True):
@@ -312,8 +317,9 @@ def cut_metrics(out, step, measured=True):
 
 
 def curves(out):
-    """{name: [(step, value)]} of all numbers in a run's log, for plot_curves."""
-    records = read_metrics(out)
+    """{name: [(step, value)]} of all numbers in a run's log, for plot_curves; of ends of stages PSNR."""
+    records = [r if "event" not in r else {name: r[name] for name in ("step", "psnr") if name in r}
+               for r in read_metrics(out)]
     names = dict.fromkeys(name for r in records for name, value in r.items() if isinstance(value, float))
     found = {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
     bins = max((len(r["loss_t"]) for r in records if r.get("loss_t")), default=0)       # a diffusion run's

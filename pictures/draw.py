@@ -259,19 +259,34 @@ def training_grid(method, stage, model, dataset, path):
 
 # --------------------------------------------- training curves ---------------------------------------------
 
-def plot_curves(curves, width=900, height=220):
+def plot_curves(curves, constants=None, second=None, width=900, height=220):
     """One panel per curve, with a logarithmic axis where the values span a wide range, as a PIL image.
-    curves: title -> [(x, y), ...]; values that are not finite and empty curves are left out."""
+    curves: title -> [(x, y), ...]; values that are not finite and empty curves are left out. constants:
+    title -> y of a line across, the best constant prediction's; second: x at which stage 2 begins."""
     curves = {title: [(x, y) for x, y in points if math.isfinite(y)] for title, points in curves.items()}
     curves = {title: list(zip(*points)) for title, points in curves.items() if points}
     sheet = Image.new("RGB", (width, height * len(curves)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for panel, (title, (xs, ys)) in enumerate(curves.items()):
         # a learning rate that falls to 0 is easier to read on a linear axis
-        log = min(ys) > 0 and 3 < max(ys) / min(ys) < 1e4
-        points = [(x, math.log10(y) if log else y) for x, y in zip(xs, ys)]
+        level = (constants or {}).get(title)
+        every = [*ys, *([] if level is None else [level])]
+        log = min(every) > 0 and 3 < max(every) / min(every) < 1e4
+        scale = math.log10 if log else float
+        points = [(x, scale(y)) for x, y in zip(xs, ys)]
         box = (LEFT, panel * height + TOP, width - RIGHT, (panel + 1) * height - 24)
-        to_pixel = _axes(draw, font, box, title + (" (log scale)" if log else ""), "", points, (False, log))
+        marks = [] if level is None else [(xs[0], scale(level)), (xs[-1], scale(level))]
+        to_pixel = _axes(draw, font, box, title + (" (log scale)" if log else ""), "", points + marks,
+                         (False, log))
+        if marks:
+            ends = [to_pixel(*mark) for mark in marks]
+            draw.line(ends, fill="darkorange", width=1)
+            end_x, end_y = ends[1]
+            draw.text((end_x, end_y - 3), "best constant", fill="darkorange", font=font, anchor="rb")
+        if second is not None and xs[0] < second <= xs[-1]:
+            x = to_pixel(second, points[0][1])[0]
+            draw.line((x, box[1], x, box[3]), fill="grey", width=1)
+            draw.text((x + 3, box[1]), "stage 2", fill="grey", font=font)
         pixels = [to_pixel(*point) for point in points]
         draw.line(pixels if len(pixels) > 1 else pixels * 2, fill="steelblue", width=2)
     return sheet

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import ROOT
 
 import checkpoints
@@ -481,6 +482,21 @@ def test_pictures_hold_what_they_are_given():
     plot = np.asarray(draw.plot_curves({"a": [(0, 1.0), (1, 0.1), (2, 0.01)], "b": [(3, 2.0)], "none": [],
                                         "lost": [(0, math.nan), (1, math.inf)]}))
     assert ((plot[:220] == (70, 130, 180)).all(-1)).sum() > 200                  # the curve was drawn
+
+
+def test_curves_show_the_best_constant_and_where_stage_2_begins(tmp_path):
+    records = [{"step": n, "stage": 1 + (n > 3), "hog": 0.4 / n} for n in range(1, 7)]
+    records.insert(3, {"step": 3, "stage": 1, "event": "end of stage 1", "psnr": 20.0, "hog_constant": 0.2})
+    for record in records:
+        checkpoints.append_metrics(tmp_path, record)
+    seen = []
+    plot = lambda *args: seen.append(args) or draw.plot_curves(*args)
+    checkpoints.draw_curves(SimpleNamespace(out=tmp_path), plot)
+    curves, constants, second = seen[0]
+    assert set(curves) == {"hog", "psnr"} and constants == {"hog": 0.2} and second == 4
+    pixels = np.asarray(Image.open(tmp_path / "loss.png"))
+    orange, grey = ((pixels == colour).all(-1) for colour in ((255, 140, 0), (128, 128, 128)))
+    assert orange.sum(1).max() > 500 and grey.sum(0).max() > 100             # a line across, a line down
 
 
 @pytest.mark.parametrize("batch", [2, 32])                 # PyTorch's choice of library depends on it
