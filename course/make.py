@@ -30,7 +30,7 @@ CODE = ("*.py", "after/*.py", "frozen/*.py", "measures/*.py", "runtime/*.py", "v
         "pictures/*", "requirements.txt", "pyproject.toml")
 READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/*")
 # The files of the visible tests, and what those import.
-TESTS = ("tests/conftest.py", "tests/random_frozen.py",
+TESTS = ("tests/conftest.py", "tests/forked.py", "tests/random_frozen.py",
          *(f"tests/test_{name}.py" for name in
            ("maetok", "hog", "losses", "train_tokenizer", "train_gan", "flow", "sit", "metrics", "theory")))
 COURSE = ("course/*.py", "course/*.md", "docs/figures/*")
