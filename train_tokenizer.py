@@ -116,7 +116,7 @@ SCALES = {
         num_latents=16, flip=False, steps=4000, warmup=100, stage2_steps=3000, stage2_warmup=50),
     "photos": _SMALL | dict(                                                     # a folder of your own [ours]
         image_size=64, patch_size=8, width=128, heads=4, encoder_depth=3, decoder_depth=3, num_latents=32,
-        latent_dim=32, steps=4000, stage2_steps=2000),
+        latent_dim=32, steps=2500, stage2_steps=1500),
     "cifar10": _SMALL | dict(
         data="cifar10", image_size=32, patch_size=4, width=96, heads=3, encoder_depth=3, decoder_depth=2,
         num_latents=32, aux_depth=2, aux_weight=3.0, steps=60_000, stage2_steps=20_000),
