@@ -286,7 +286,9 @@ def plot_curves(curves, constants=None, second=None, width=900, height=220):
         if second is not None and xs[0] < second <= xs[-1]:
             x = to_pixel(second, points[0][1])[0]
             draw.line((x, box[1], x, box[3]), fill="grey", width=1)
-            draw.text((x + 3, box[1]), "stage 2", fill="grey", font=font)
+            left = x > width - 80                                                   # no room on the right
+            draw.text((x - 3 if left else x + 3, box[1]), "stage 2", fill="grey", font=font,
+                      anchor="ra" if left else "la")
         pixels = [to_pixel(*point) for point in points]
         draw.line(pixels if len(pixels) > 1 else pixels * 2, fill="steelblue", width=2)
     return sheet
