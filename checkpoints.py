@@ -60,7 +60,7 @@ def restore(state, checkpoint, path):
         load(part, checkpoint[name], path)
     state.ema.updates, state.step = checkpoint["ema_updates"], checkpoint["step"]
     state.facts = copy.deepcopy({name: checkpoint[name] for name in state.facts})     # no pages of the file
-    state.trained_on = checkpoint.get("trained_on") or {"data": checkpoint["config"].get("data")}
+    state.trained_on = checkpoint["trained_on"]
 
 
 def save_checkpoint(out, content, keep_every=0):

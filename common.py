@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
 import re
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from runtime.processes import UserError    # before torch, see there
+from runtime.processes import UserError, first_process    # before torch, see there
 from runtime import loaders
 from runtime.files import expand_home, whole_path
 
@@ -159,7 +158,7 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
                         f"{', '.join(presets)}")
     if not names or names[0] not in scales:
         names.insert(0, scales[0])
-        if given.get("data", scales[0]) not in scales and os.environ.get("RANK", "0") == "0":
+        if given.get("data", scales[0]) not in scales and first_process():
             print(f"note: --preset names no scale: it is {scales[0]}; for images of your own there is photos")
     if second := [name for name in names[1:] if name in scales]:
         raise UserError(f"preset {second[0]} fixes the scale of a run: only the first preset may")
@@ -362,7 +361,7 @@ class TrainState:
     step: int = 0
     others: dict = dataclasses.field(default_factory=dict)   # name -> module or optimizer trained beside it
     facts: dict = dataclasses.field(default_factory=dict)    # plain values to be kept: "kind", "add", ...
-    trained_on: dict = dataclasses.field(default_factory=dict)   # see checkpoints.check_same_data
+    trained_on: dict = dataclasses.field(default_factory=dict)   # see resuming.check_same_data
 
 
 def fingerprint(model):

@@ -170,6 +170,7 @@ show({f"class {names[k]}": torch.cat([tokenizer.decode(x[k:k + 1], normalized=Tr
 
 # %%
 def draw(labels, scale, seed=0, interval=(0.0, 1.0), steps=50):
+    """One image for each label, (n, 3, H, W) in [-1, 1], guided by `scale` at the times of `interval`."""
     latents = sample_latents(model, range(len(labels)), labels, seed, scale, interval, steps=steps,
                              path=config["path"])
     return tokenizer.decode(latents, normalized=True)

@@ -119,18 +119,22 @@ def svg(width, height, title, parts):
 
 
 def text(x, y, content, kind=""):
+    """SVG of a line of text at (x, y) px. kind: a class of STYLE, as below."""
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{html.escape(content)}</text>'
 
 
 def texts(x, y, lines, kind="", gap=17):
+    """The same of several lines, `gap` px apart, as a list."""
     return [text(x, y + gap * i, line, kind) for i, line in enumerate(lines)]
 
 
 def rect(kind, x, y, width, height, radius=3):
+    """SVG of a rectangle with round corners."""
     return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}"/>'
 
 
 def circle(x, y):
+    """SVG of a latent token."""
     return f'<circle class="z" cx="{x:g}" cy="{y:g}" r="9.5"/>'
 
 
@@ -513,6 +517,7 @@ def page_html(out):
 
 
 def main(argv=None):
+    """Run the command line (argv without the program's name; None: sys.argv)."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", nargs="?", const="", metavar="RUN", help="draw docs/figures again")

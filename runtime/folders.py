@@ -12,7 +12,7 @@ import zlib
 from itertools import islice
 from pathlib import Path
 
-from runtime.processes import UserError, printable    # before torch, see there
+from runtime.processes import UserError, first_process, printable    # before torch, see there
 
 import numpy as np
 import torch.distributed as dist
@@ -29,6 +29,7 @@ WRAPPERS = ("images", "image", "imgs", "img", "jpegimages")      # a folder arou
 # ------------------------------------------------- walking -------------------------------------------------
 
 def is_image(name):
+    """Whether a file's name is that of an image which is not hidden."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
@@ -90,6 +91,7 @@ def _identity(path):
 
 
 def has_image(folder):
+    """Whether an image file is below a folder."""
     return next(walk_images(folder), None) is not None
 
 
@@ -217,10 +219,6 @@ class PathList:
 
     def __getitem__(self, index):
         return self.root / os.fsdecode(self.names[index])
-
-
-def first_process():
-    return os.environ.get("RANK", "0") == "0"
 
 
 _shared = {}

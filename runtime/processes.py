@@ -303,6 +303,11 @@ def _join(rank, world, device):
     _store[:] = [store]
 
 
+def first_process():
+    """Whether this is rank 0, or the only process; known before start_processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def barrier(hours=4):
     """Wait until every process is here. Not a collective, which would give up after minutes: the others wait
     while rank 0 downloads, lists images, measures or writes."""

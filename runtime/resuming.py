@@ -33,16 +33,12 @@ def check_same_config(saved, config, free, path):
 def check_same_data(state, config, dataset):
     """Refuse to resume on other images than before, wherever they lie. Notes in the state which these are."""
     classes, n = dataset.classes or [], dataset.length
-    now = {"data": config.data, "images": f"{n:,} images" if n else "endless images",
+    now = {"images": f"{n:,} images" if n else "endless images",
            "classes": f"{len(classes)} classes, {classes[0]} to {classes[-1]}" if classes else "no classes",
            "fingerprint": hashlib.sha256(repr([dataset.source.fingerprint(), classes]).encode()).hexdigest()}
     before, state.trained_on = state.trained_on, now
-    if "fingerprint" not in before:                         # a new run, or a checkpoint of an older version
-        same = not before or os.path.abspath(before["data"]) == os.path.abspath(config.data)
-    else:
-        same = before["fingerprint"] == now["fingerprint"]
-    if not same:
-        what = [f"{before[k]} -> {now[k]}" for k in ("images", "classes") if before.get(k, now[k]) != now[k]]
+    if before and before["fingerprint"] != now["fingerprint"]:                        # empty: a new run
+        what = [f"{before[k]} -> {now[k]}" for k in ("images", "classes") if before[k] != now[k]]
         raise UserError(f"the run in {config.out} was trained on other images than --data {config.data} has "
                         f"({'; '.join(what) or 'as many, other files or sizes'}): put them back, or choose "
                         "another --out")

@@ -213,17 +213,6 @@ def test_a_run_does_not_resume_on_other_images(tmp_path, photos, change, reason)
         assert "\n" not in str(e.value)
 
 
-def test_a_checkpoint_of_an_older_version_resumes_on_the_same_path(tmp_path, photos):
-    state = dict(train(tmp_path / "t", "--data", photos, "--stage", "1"))
-    del state["trained_on"]
-    for path in (tmp_path / "t").glob("*.pt"):
-        path.unlink()
-    torch.save(state, tmp_path / "t/last.pt")
-    with pytest.raises(UserError, match="trained on other images"):
-        train(tmp_path / "t", "--stage", "1")                                               # --data shapes
-    assert train(tmp_path / "t", "--data", photos)["step"] == 10
-
-
 def test_a_finished_diffusion_run_takes_more_steps(tmp_path, photos):
     train(tmp_path / "t", "--data", photos)
     whole = train_sit(tmp_path / "whole", tmp_path / "t", "--steps", 9)
