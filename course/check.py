@@ -53,7 +53,7 @@ def bank(name, seed=0, seconds=600):
     """
     with tempfile.TemporaryDirectory(prefix="bank-") as temporary:
         folder = Path(temporary, "copy")
-        make.copy_files((*make.CODE, *make.TESTS, "course/hidden.py", "course/runner.py"), folder)
+        make.copy_files((*make.CODE, *make.TESTS, *make.HIDDEN), folder)
         entries, trouble = grade.run_rounds(rounds_of(name), folder, temporary, seed, seconds, seconds,
                                             fenced=False)
     complaints = [trouble] if trouble else []

@@ -350,7 +350,7 @@ def grade(path, name=None, seed=0, user=None):
     try:
         os.chmod(temporary, 0o711 if user else 0o700)
         clean = temporary / "clean"
-        make.copy_files((*make.CODE, *make.TESTS, "course/hidden.py", "course/runner.py"), clean)
+        make.copy_files((*make.CODE, *make.TESTS, *make.HIDDEN), clean)
         make.cut_out(name, clean)
         os.chmod(clean, 0o700)
         closed = [ROOT, os.path.realpath(path)]

@@ -33,7 +33,10 @@ READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/
 TESTS = ("tests/conftest.py", "tests/forked.py", "tests/random_frozen.py",
          *(f"tests/test_{name}.py" for name in
            ("maetok", "hog", "losses", "train_tokenizer", "train_gan", "flow", "sit", "metrics", "theory")))
-COURSE = ("course/*.py", "course/*.md", "docs/figures/*")
+# What tests and grades; a copy in which submissions run has HIDDEN alone.
+GRADER = ("course/*.py", "course/bank/*.py", "course/hidden/*.py")
+HIDDEN = ("course/hidden/*.py", "course/runner.py")
+COURSE = (*GRADER, "course/*.md", "docs/figures/*")
 
 MAKEFILE = """\
 # {title}. PYTHON=... chooses another interpreter (3.10 or newer), PY=... one that has the packages already.
@@ -157,7 +160,7 @@ def gradescope(name, out, seed):
             entry = zipfile.ZipInfo(script, (2025, 1, 1, 0, 0, 0))
             entry.external_attr = (stat.S_IFREG | 0o755) << 16
             file.writestr(entry, text)
-        for pattern in (*CODE, *TESTS, "course/*.py"):
+        for pattern in (*CODE, *TESTS, *GRADER):
             for source in sorted(ROOT.glob(pattern)):
                 if source.is_file():
                     file.write(source, f"repository/{source.relative_to(ROOT)}")
