@@ -11,8 +11,6 @@ Two discriminators: DinoDiscriminator, trainable heads on a frozen DINO ViT-S/16
 PatchDiscriminator, a small convolutional network that needs no weights from elsewhere [ours].
 Images are (B, 3, H, W) float in [-1, 1] throughout.
 """
-import functools
-
 import common    # before torch, see there
 
 import torch
@@ -58,20 +56,14 @@ class LPIPS:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair: two (B, 3, H, W) in [-1, 1] -> (B,) float32. Gradients go to both images."""
         with torch.autocast(a.device.type, enabled=False):
-            return self.distance(a.float(), *self.features(b.float()))
-
-    def distance(self, a, *b_features):
-        pairs = zip(self.features(a), b_features, self.heads)
-        return sum(F.conv2d((f - g).square(), w.to(f)).mean((1, 2, 3)) for f, g, w in pairs)
+            pairs = zip(self.features(a.float()), self.features(b.float()), self.heads)
+            return sum(F.conv2d((f - g).square(), w.to(f)).mean((1, 2, 3)) for f, g, w in pairs)
 
 
 def build_lpips(config, device) -> LPIPS:
     """LPIPS with its public weights. Raises UserError where they are missing."""
     where = dict(weights_dir=config.weights_dir, device=device)
-    lpips = LPIPS(load_vgg16(**where), load_lpips_heads(**where))
-    if config.checkpointing:
-        lpips.distance = functools.partial(common.recompute, lpips.distance)
-    return lpips
+    return LPIPS(load_vgg16(**where), load_lpips_heads(**where))
 
 
 # ------------------------------------------- adversarial losses -------------------------------------------
@@ -84,6 +76,15 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 def generator_loss(fake: Tensor) -> Tensor:
     """L_adv of Eq. 6: the decoder wants its reconstructions' logits high."""
     return -fake.mean()
+
+
+def differentiated(loss, x: Tensor) -> Tensor:
+    """loss(x), a scalar, with its gradient at x taken at once: every backward pass from it begins at x. So
+    adaptive_weight and the step share one pass through the networks of `loss` [ours; the released code passes
+    them twice], and their activations are freed."""
+    value = loss(x)
+    gradient, = torch.autograd.grad(value, x)
+    return value.detach() + (gradient * (x - x.detach())).sum()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from common import (Count, Decay, Positive, Seed, Share, TrainState, UserError, 
                     step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float
 from hog import hog_dim
-from losses import PERCEP_WARMUP, adaptive_weight, generator_loss
+from losses import PERCEP_WARMUP, adaptive_weight, differentiated, generator_loss
 from maetok import MAETokConfig, Tokenizer, Transformer, kl_divergence, random_mask, tokenizer_of
 from measures.training import measure_latents, test_numbers
 from pictures.draw import plot_curves, training_grid
@@ -262,21 +262,21 @@ class Method(Tokenizer):
 
     def objective(self, step, batch, output, model):
         """L = L_recon + lambda_1 L_percep + lambda_2 w L_adv [Eq. 6] + aux_weight * the sum over targets of
-        L_mask [Eq. 8], and for a VAE its KL term [Table 1a]. lambda_1 grows from 0 over PERCEP_WARMUP steps.
-
+        L_mask [Eq. 8], and for a VAE its KL term [Table 1a]. lambda_1 grows from 0 over PERCEP_WARMUP
+        steps; w compares L_adv with what comes before it, pixels and LPIPS.
         output: model.forward's. Returns (loss, {name: term}): float32 scalars, the terms not weighted.
         """
         config, images, reconstruction = self.config, batch.images, output.reconstruction.float()
         terms = {"recon": F.mse_loss(reconstruction, images)}
         loss = terms["recon"]
         if self.lpips is not None:
-            terms["percep"] = self.lpips(reconstruction, images).mean()
+            terms["percep"] = differentiated(lambda x: self.lpips(x, images).mean(), reconstruction)
             loss = loss + config.percep_weight * min(1.0, step / PERCEP_WARMUP) * terms["percep"]
         if batch.windows:
             self.adversary.requires_grad_(False)                           # its own step comes after this one
             with autocast(config.dtype, self.device):
-                terms["adv"] = generator_loss(self.adversary.logits(reconstruction, batch.windows[-1]))
-            # w, against what the loss is so far: pixels and LPIPS
+                terms["adv"] = differentiated(
+                    lambda x: generator_loss(self.adversary.logits(x, batch.windows[-1])), reconstruction)
             terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
             loss = loss + config.disc_weight * terms["adaptive_weight"] * terms["adv"]
         # Where nothing is hidden (preset no-mask), Eq. 8 is taken on all patches [ours].

@@ -12,7 +12,6 @@ attention, forward and backward, two per multiply-accumulate (with --checkpointi
 forward pass too). Everything else in a step (norms, GELU, optimizer, copies) takes time but is not counted.
 """
 import ctypes
-import functools
 import gc
 import importlib.util
 import itertools
@@ -33,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 import metrics
+import train_tokenizer
 from runtime import processes
 from common import Count, UserError, Whole, number
 from data import build_dataset
 from flow import drop_labels, flow_matching_loss, sample_times
-from frozen import pretrained
 from measures.features import Report
 from hog import hog_features
 from maetok import MAETok, random_mask
@@ -151,8 +150,8 @@ def tokenizer_step(args, full):
     few = {} if full else dict(targets="hog", percep_weight=0.0, disc="none")
     config = Config(**PRESETS["maetok-b-256"] | few | dict(
         batch_size=args.tokenizer_batch, checkpointing=args.checkpointing, dtype=args.dtype, disc_start=0))
-    for name in ("load_vgg16", "load_lpips_heads", "load_vit", "load_teacher"):
-        setattr(losses, name, functools.partial(getattr(pretrained, name), random=True))
+    from tests.random_frozen import use_random_networks
+    use_random_networks()
     method = Method(config, args.device)
     model = faster_products(Method.Model(config, method.targets)).to(args.device)
     if args.checkpointing:
@@ -367,14 +366,45 @@ def mixture_beside_scikit_learn(args):
 
 
 def probe_beside_scikit_learn(args):
-    """A linear probe on 3,000 vectors of 256 values in ten classes."""
+    """A linear probe on 3,000 vectors of 256 values in ten classes, to the same size of the gradient."""
     from sklearn.linear_model import LogisticRegression
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(3000) % 10
     x = torch.randn(10, 256, generator=generator)[y] * 0.3 + torch.randn(3000, 256, generator=generator)
     x = x.double()
     return (lambda: metrics.linear_probe(x, y, 10),
-            lambda: LogisticRegression(max_iter=1000).fit(x.numpy(), y.numpy()))
+            lambda: LogisticRegression(tol=1e-6, max_iter=1000).fit(x.numpy(), y.numpy()))
+
+
+def precision_recall_beside_cdist(args):
+    """Precision and recall of 3,000 and 3,000 Inception features: torch.cdist and kthvalue, as torch-fidelity
+    has it, whole matrices in memory."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(128, 2048, generator=generator)
+    real, fake = (torch.randn(3000, 128, generator=generator) @ base + noise
+                  for noise in torch.randn(2, 3000, 2048, generator=generator))
+
+    def theirs():
+        reach = [torch.cdist(x, x).kthvalue(4).values for x in (real, fake)]
+        between = torch.cdist(fake, real)
+        return ((between <= reach[0]).any(1).double().mean().item(),
+                (between.T <= reach[1]).any(1).double().mean().item())
+
+    return lambda: metrics.precision_recall(real, fake), theirs
+
+
+def objective_beside_two_passes(args):
+    """A training step with LPIPS, GAN and teachers: losses.differentiated, and without it."""
+    step, once = tokenizer_step(args, full=True)[0], train_tokenizer.differentiated
+
+    def theirs():
+        train_tokenizer.differentiated = lambda loss, x: loss(x)
+        try:
+            step()
+        finally:
+            train_tokenizer.differentiated = once
+
+    return step, theirs
 
 
 def jpeg_beside_pillow(args):
@@ -409,16 +439,26 @@ COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
                "Fréchet distance / sqrtm, as pytorch-fid": (frechet_beside_sqrtm, "scipy"),
                "EM, 5 steps / scikit-learn": (mixture_beside_scikit_learn, "sklearn"),
                "linear probe / scikit-learn": (probe_beside_scikit_learn, "sklearn"),
+               "precision and recall / cdist, as torch-fidelity": (precision_recall_beside_cdist, "torch"),
                "JPEG to tensor / plain Pillow": (jpeg_beside_pillow, "PIL"),
+               "full objective / two passes": (objective_beside_two_passes, "torch"),
                "SiT-B call, faster_products / nn.Linear": (convolution_beside_linear, "torch"),
                "SiT-B call in bfloat16, cast once / autocast": (weights_cast_once, "torch")}
+
+
+def chosen(rows, only):
+    """The rows in whose names one of `only` occurs; all, if that is None. Raises UserError if none is."""
+    rows = {name: row for name, row in rows.items() if not only or any(part in name for part in only)}
+    if not rows:
+        raise UserError(f"--only {' '.join(only)}: no row has that in its name")
+    return rows
 
 
 def compare(args):
     """{name: {ours, theirs: seconds, times: theirs / ours, median of the repeats, lowest, highest}}. The two
     take turns, so that other work on the machine slows both. Packages that are not installed are left out."""
     result = {}
-    for name, (build, package) in COMPARISONS.items():
+    for name, (build, package) in chosen(COMPARISONS, args.only).items():
         if importlib.util.find_spec(package) is None or package == "PIL" and not args.images:
             print(f"{name}: left out ({'--images FOLDER' if package == 'PIL' else package} is needed)")
             continue
@@ -430,6 +470,7 @@ def compare(args):
         mine, other = (statistics.median(column) for column in zip(*pairs))
         result[name] = {"ours": mine, "theirs": other, "times": statistics.median(ratios),
                         "lowest": ratios[0], "highest": ratios[-1]}
+        del ours, theirs                                          # a training step's model, maybe
         print(f"{name}: {mine:.4g} s against {other:.4g} s, {statistics.median(ratios):.2f} times as fast "
               f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
     return result
@@ -461,10 +502,7 @@ def measure(args):
 def measure_rows(args):
     """The Report of all rows."""
     dtype, cuda = getattr(torch, args.dtype), args.device.type == "cuda"
-    rows = {name: build for name, build in all_rows(args).items()
-            if not args.only or any(part in name for part in args.only)}
-    if not rows:
-        raise UserError(f"--only {' '.join(args.only)}: no row has that in its name")
+    rows = chosen(all_rows(args), args.only)
     peaks, result = [matmul_peak(dtype, args.device, args.repeats)], {}
     for name, build in rows.items():
         torch.manual_seed(args.seed)

@@ -18,6 +18,7 @@ import train_diffusion
 import train_tokenizer
 from common import UserError
 from data import build_dataset, some_images, to_float, to_uint8
+from frozen import inception, pretrained
 from measures import features, image_sets
 from pictures.page import write_report
 from runtime import files
@@ -165,6 +166,22 @@ def test_speed_counts_every_product_of_a_row(tmp_path):
     assert 0.1 < row["peak_memory_gib"] < 20                    # its 130 M weights alone are 0.5
     with pytest.raises(UserError, match="no row"):
         measure("speed", "--only", "SiT-Z")
+
+
+def test_a_step_with_all_frozen_networks_can_be_timed(monkeypatch, tmp_path):
+    """At a small size; `evaluate.py speed` takes ViT-B at 256 px."""
+    small = dict(image_size=32, patch_size=8, width=32, heads=2, encoder_depth=1, decoder_depth=1,
+                 num_latents=4, latent_dim=4, disc="patch", targets="hog")
+    monkeypatch.setitem(speed.PRESETS, "maetok-b-256", speed.PRESETS["maetok-b-256"] | small)
+    for module in (pretrained, inception):
+        monkeypatch.setattr(module, "load_frozen", module.load_frozen)       # undone when the test ends
+    for name in ("find_weights", "read_weights"):
+        monkeypatch.setattr(pretrained, name, getattr(pretrained, name))
+    measure("speed", "--only", "full objective", "--repeats", 1, "--out", tmp_path / "speed")
+    row, = json.loads((tmp_path / "speed.json").read_text())["rows"].values()
+    assert row["flops"] > 3e9                                             # VGG is in it, forward and back
+    measure("speed", "--compare", "--only", "two passes", "--repeats", 1, "--out", tmp_path / "c")
+    assert list(json.loads((tmp_path / "c.json").read_text())["ratios"]) == ["full objective / two passes"]
 
 
 def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, capsys):
