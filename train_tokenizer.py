@@ -60,7 +60,7 @@ class Config(MAETokConfig):
     device: str = "auto"         # auto, cpu, cuda or mps
     dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
-    checkpointing: bool = False  # less memory, more time: the backward pass computes blocks and losses again
+    checkpointing: bool = False  # less memory, more time: the backward pass computes blocks again
     workers: Workers = -1        # loader processes for each training process; -1: 8 on CUDA, none elsewhere
     # ---- data ----
     data: str = ""               # shapes, cifar10, a folder or an .npz file; see data.py

@@ -200,6 +200,10 @@ def run(main):
             first = (str(e).splitlines() or ["MemoryError"])[0]
             _complain(f"error: not enough memory for these sizes ({first[:200]})")
             status = 2
+        elif "DataLoader worker" in str(e):        # PyTorch's handler of SIGCHLD raises it, wherever that is
+            _complain(f"error: a loader process failed ({str(e).strip()[:200]}): there may be too little "
+                      "memory; give fewer --workers, 0 for none")
+            status = 2
         else:
             raise
     if dist.is_initialized() and status == 0:
