@@ -27,7 +27,7 @@ MOMENTUM = 0.95                                         # [Jordan et al. 2024], 
 
 
 def orthogonal(u: Tensor, steps=5) -> Tensor:
-    """Approximately U V^T of matrices u = U S V^T, (..., rows, columns) float32.
+    """Approximately U V^T of matrices u = U S V^T, (n, rows, columns) float32.
 
     Newton-Schulz: each step maps singular values s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five steps bring
     those above 0.002 of u's norm to 0.68 ... 1.2; much smaller ones stay small.
@@ -37,7 +37,7 @@ def orthogonal(u: Tensor, steps=5) -> Tensor:
     x = u / (torch.linalg.matrix_norm(u, keepdim=True) + 1e-7)                  # s <= 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x
 
 
