@@ -1,10 +1,12 @@
 """Functions as pieces of source text: find one, take its body out, put another in.
 
 Everything works on whole lines, by the positions that `ast` gives, so that comments and layout elsewhere
-stay as they are.
+stay as they are. What a student's body uses of the helpers and imports that the student added to the file
+comes with it, inside the function: there it can replace nothing else.
 """
 import ast
 import copy
+import symtable
 import textwrap
 from typing import NamedTuple
 
@@ -39,6 +41,12 @@ def find(source: str, name: str) -> Piece:
     return Piece(node, first, node.end_lineno)
 
 
+def function(source: str, name: str) -> str:
+    """The function's text without its decorators."""
+    piece = find(source, name)
+    return "".join(source.splitlines(keepends=True)[piece.node.lineno - 1:piece.end])
+
+
 def body(source: str, name: str) -> str:
     """The body's own text, comments and indentation included, without the docstring."""
     piece = find(source, name)
@@ -67,8 +75,70 @@ def signature(source: str, name: str) -> str:
     return "".join(f"@{ast.unparse(d)} " for d in node.decorator_list) + f"({ast.unparse(arguments)})"
 
 
+def bound(statement) -> list:
+    """The names that a statement at a module's top defines: a function, a class, an import, an assignment to
+    names. None of any other statement."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split(".")[0] for alias in statement.names if alias.name != "*"]
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value:
+        names = [name for target in targets for name in getattr(target, "elts", [target])]
+        if all(isinstance(name, ast.Name) for name in names):
+            return [name.id for name in names]
+    return []
+
+
+def used(statement) -> set:
+    """The names that a statement, or anything in it, looks up in its module."""
+    found, tables = set(), [symtable.symtable(ast.unparse(statement), "statement", "exec")]
+    while tables:
+        table = tables.pop()
+        found |= {s.get_name() for s in table.get_symbols()
+                  if s.is_global() and s.is_referenced() or s.is_declared_global()}
+        tables += table.get_children()
+    return found
+
+
+def new_part(statement, old: set):
+    """The statement, if all names that it defines are new; of an import the new ones, and
+    `import scipy.linalg` beside an old `scipy`. Else None."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        names = [alias for alias in statement.names
+                 if (alias.asname or alias.name).split(".")[0] not in {*old, "*"}
+                 or isinstance(statement, ast.Import) and "." in alias.name and not alias.asname]
+        statement = copy.copy(statement)
+        statement.names = names
+        return statement if names else None
+    names = bound(statement)
+    return statement if names and not old & {*names} else None
+
+
+def added(clean: ast.Module, theirs: ast.Module, names: set) -> list:
+    """The statements of `theirs` that define `names`, and what these use in turn, in the file's order. What
+    `clean` defines is never among them."""
+    old = {name for statement in clean.body for name in bound(statement)}
+    new = [part for statement in theirs.body if (part := new_part(statement, old))]
+    taken, wanted = set(), set(names)
+    while wanted:
+        name = wanted.pop()
+        for i, statement in enumerate(new):
+            if i not in taken and name in bound(statement):
+                taken.add(i)
+                wanted |= used(statement)
+    return [new[i] for i in sorted(taken)]
+
+
 def transplant(source: str, name: str, other: str) -> str:
-    """`source` with the body that the function has in the text `other`, and nothing else of it.
+    """`source` with the body that the function has in the text `other`, and with what that body uses of the
+    helpers, constants and imports that `other` has more than `source`. These go into the function:
+
+        def _added():
+            import itertools
+            return itertools
+        itertools = _added()
+        <the body>
 
     The statements are written from their syntax tree, since `other` may be indented by tabs or by 2 spaces.
     Raises as `find` does, and ValueError where the signature differs.
@@ -76,7 +146,21 @@ def transplant(source: str, name: str, other: str) -> str:
     ours, theirs = signature(source, name), signature(other, name)
     if ours != theirs:
         raise ValueError(f"its signature is {theirs}, not {ours}")
-    node = find(other, name).node
+    node = copy.deepcopy(find(other, name).node)
+    node.decorator_list, node.returns = [], None
+    for argument in ast.walk(node.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
     statements = node.body[ast.get_docstring(node) is not None:]
+    needed = used(node)
+    helpers = added(ast.parse(source), ast.parse(other), needed)
+    taken = {name for helper in helpers for name in bound(helper)}
+    for part in ast.walk(ast.Module([node, *helpers], [])):
+        if isinstance(part, ast.Global) and taken & {*part.names}:
+            raise ValueError(f"`global {part.names[0]}`: what a call leaves for the next one is not taken")
     text = "\n".join(map(ast.unparse, statements)) or "pass"
+    if names := sorted(needed & taken):
+        lines = [*map(ast.unparse, helpers), f"return {', '.join(names)}"]
+        text = (f"def _added():\n{textwrap.indent(chr(10).join(lines), '    ')}\n"
+                f"{', '.join(names)} = _added()\n{text}")
     return replace_body(source, name, textwrap.indent(text, " " * (find(source, name).node.col_offset + 4)))

@@ -1,16 +1,20 @@
 """Check the course: what `make course` runs.
 
-    python course/check.py            # all five folders, the bank of wrong answers, three submissions of each
-    python course/check.py A3 --bank  # the bank of one assignment alone
+    python course/check.py               # all below but --seeds, and three submissions of each folder
+    python course/check.py A3 --bank     # wrong answers alone: each blank's tests reject every one
+    python course/check.py --right       # right answers alone: the tests accept each, at ten seeds
+    python course/check.py --seeds 200   # the solution alone: the hidden tests accept it, at 200 seeds
 
-The bank runs in one process per assignment, in which runner.py exchanges functions: some 300 runs of a few
-tests each. The submissions go through make.py and grade.py as a student's would, with one process per blank.
+Each runs in one process per assignment, in which runner.py exchanges functions: hundreds of runs of a few
+tests. The submissions go through make.py and grade.py as a student's would, with one process per blank.
 """
 import argparse
+import importlib
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -32,30 +36,38 @@ def rounds_of(name):
     alone    it and what it needs are solved, all other functions of the assignment are empty
     wrong i  its i-th wrong answer
     """
-    rounds, listed = [], assignments.ASSIGNMENTS[name]
-    for b in listed:
+    rounds = []
+    for b in assignments.ASSIGNMENTS[name]:
         tests = [*b.tests, *b.hidden]
-        others = {}
-        for other in listed:
-            others |= {} if other.id in (b.id, *b.needs) else grade.empty(other)
         rounds.append(dict(name=f"{b.id} empty", put=grade.empty(b), tests=tests, first=False))
-        rounds.append(dict(name=f"{b.id} alone", put=others, tests=tests, first=False))
+        rounds.append(dict(name=f"{b.id} alone", put=others_empty(b), tests=tests, first=False))
         rounds += [dict(name=f"{b.id} wrong {i}", put=grade.mistaken(b, wrong), tests=tests, first=True)
                    for i, wrong in enumerate(b.wrong)]
     return rounds
 
 
-def bank(name, seed=0, seconds=600):
+def others_empty(blank):
+    """{place: code object} of the assignment's other functions as students find them, except those that the
+    blank's tests need."""
+    return {place: code for other in assignments.ASSIGNMENTS[blank.id.split(".")[0]]
+            if other.id not in (blank.id, *blank.needs) for place, code in grade.empty(other).items()}
+
+
+def run(rounds, seed=0, seconds=3600):
+    """run_rounds on a copy of the solution, without fence. seconds: limit, of processor time as well."""
+    with tempfile.TemporaryDirectory(prefix="check-") as temporary:
+        folder = Path(temporary, "copy")
+        make.copy_files((*make.CODE, *make.TESTS, *make.HIDDEN), folder)
+        return grade.run_rounds(rounds, folder, temporary, seed, seconds, seconds, fenced=False)
+
+
+def bank(name, seed=0):
     """Run all rounds of an assignment on a copy of the solution.
 
     Returns (complaints, seconds, counts): what the tests do wrong, a line each; how long each blank's tests
     take; the numbers of wrong answers, of those rejected, and of those that visible tests alone reject.
     """
-    with tempfile.TemporaryDirectory(prefix="bank-") as temporary:
-        folder = Path(temporary, "copy")
-        make.copy_files((*make.CODE, *make.TESTS, *make.HIDDEN), folder)
-        entries, trouble = grade.run_rounds(rounds_of(name), folder, temporary, seed, seconds, seconds,
-                                            fenced=False)
+    entries, trouble = run(rounds_of(name), seed)
     complaints = [trouble] if trouble else []
     times, rejected, by_visible = {}, 0, 0
     for b in assignments.ASSIGNMENTS[name]:
@@ -77,6 +89,72 @@ def bank(name, seed=0, seconds=600):
             by_visible += any(e["test"] in b.tests for e in found)
     wrong = sum(len(b.wrong) for b in assignments.ASSIGNMENTS[name])
     return complaints, times, (wrong, rejected, by_visible)
+
+
+def right_answers(name):
+    """[(blank, how it differs from the solution, {place: code object})] of right/."""
+    found = []
+    for id, how, text in importlib.import_module(f"course.right.{name.lower()}").RIGHT:
+        b = assignments.blank_of(id)
+        source = (ROOT / b.file).read_text()
+        indent = " " * (blanks.find(source, b.name).node.col_offset + 4)
+        body = textwrap.indent(textwrap.dedent(text).strip("\n"), indent)
+        filled = blanks.replace_body(source, b.name, body)
+        found.append((b, how, {f"{b.file}:{b.name}": grade.code_of(filled, b.file, b.name)}))
+    return found
+
+
+def right(name, seeds=range(10)):
+    """Run each right answer alone, as the grader does: its visible tests once, its hidden ones at every seed.
+    Returns (complaints, number of answers)."""
+    answers = right_answers(name)
+    rounds = [dict(name=f"{i} {seed}", put=others_empty(b) | put, first=False, seed=seed,
+                   tests=[*(b.tests if seed == seeds[0] else ()), *b.hidden])
+              for i, (b, _, put) in enumerate(answers) for seed in seeds]
+    complaints, entries = together(rounds)
+    for i, (b, how, _) in enumerate(answers):
+        complaints += [f"{b.id}, right: {how}: {line}" for line in
+                       at_seeds([e for e in entries if e["round"].split()[0] == str(i)],
+                                [*b.tests, *b.hidden], len(seeds))]
+    return complaints, len(answers)
+
+
+def solution(name, seeds):
+    """Run the hidden tests on the solution at every one of these seeds. Returns complaints."""
+    tests = list(dict.fromkeys(test for b in assignments.ASSIGNMENTS[name] for test in b.hidden))
+    complaints, entries = together([dict(name=f"solution {seed}", put={}, tests=tests, first=False, seed=seed)
+                                    for seed in seeds])
+    return complaints + [f"{name}, the solution: {line}" for line in at_seeds(entries, tests, len(seeds))]
+
+
+def together(rounds):
+    """`run` without a seed of its own. Returns (complaints, lines of tests)."""
+    entries, trouble = run(rounds)
+    return [trouble] if trouble else [], [e for e in entries if "round" in e]
+
+
+def at_seeds(entries, tests, count):
+    """Lines of complaint on those tests that do not pass at every seed, of rounds named "... seed"."""
+    lines = []
+    for test in tests:
+        ran = [e for e in entries if e["test"] == test and e["outcome"] != "skipped"]
+        bad = {e["round"].split()[-1]: e["reason"] for e in ran if e["outcome"] == "failed"}
+        if bad:
+            lines.append(f"{test} fails at {len(bad)} of {count} seeds ({', '.join([*bad][:5])}): "
+                         + grade.one_line(next(iter(bad.values()))))
+        elif not ran:
+            lines.append(f"{test} did not run")
+    return lines
+
+
+def seed_holds(name, seed):
+    """Raise UserError unless at this seed an assignment's tests accept the solution and every right answer,
+    and reject empty blanks and every wrong answer. It takes a minute or two."""
+    if assignments.ASSIGNMENTS[name]:
+        complaints = bank(name, seed)[0] + right(name, [seed])[0]
+        if complaints:
+            raise UserError(f"at seed {seed} the tests of {name} do not hold; take another, or correct them:"
+                            + "".join(f"\n{line}" for line in complaints))
 
 
 # --------------------------------------------- made submissions ---------------------------------------------
@@ -143,14 +221,19 @@ def main(argv=None):
     add = parser.add_argument
     add("assignments", nargs="*", help="default: all")
     add("--bank", action="store_true", help="the bank of wrong answers alone")
+    add("--right", action="store_true", help="the bank of right answers alone, at ten seeds from --seed on")
+    add("--seeds", type=common.number(common.Count), metavar="N",
+        help="the solution alone: the hidden tests at N seeds from --seed on")
     add("--seed", type=common.number(common.Seed), default=0, help="of the hidden tests' data (default 0)")
     args = parser.parse_args(argv)
     if unknown := set(args.assignments) - set(assignments.ASSIGNMENTS):
         raise UserError(f"there is no assignment {sorted(unknown)[0]}: choose A1 ... A5")
+    everything = not (args.bank or args.right or args.seeds)
     complaints, total = [], [0, 0, 0]
     with tempfile.TemporaryDirectory(prefix="course-") as temporary:
         for name in args.assignments or assignments.ASSIGNMENTS:
-            if assignments.ASSIGNMENTS[name]:
+            some = bool(assignments.ASSIGNMENTS[name])
+            if some and (args.bank or everything):
                 begun = time.time()
                 found, times, counts = bank(name, args.seed)
                 complaints += found
@@ -158,9 +241,22 @@ def main(argv=None):
                 print(f"{name} bank: {counts[1]} of {counts[0]} wrong answers rejected, {counts[2]} by "
                       f"visible tests; {time.time() - begun:.0f} s; each blank's own tests: "
                       + ", ".join(f"{id} {seconds:.1f} s" for id, seconds in times.items()), flush=True)
-            if not args.bank:
+            if some and (args.right or everything):
+                begun = time.time()
+                found, count = right(name, range(args.seed, args.seed + 10))
+                complaints += found
+                print(f"{name}: {count} right answers at 10 seeds, {len(found)} complaints; "
+                      f"{time.time() - begun:.0f} s", flush=True)
+            if some and args.seeds:
+                begun = time.time()
+                found = solution(name, range(args.seed, args.seed + args.seeds))
+                complaints += found
+                print(f"{name}: the solution at {args.seeds} seeds, {len(found)} complaints; "
+                      f"{time.time() - begun:.0f} s", flush=True)
+            if everything:
                 complaints += submissions(name, temporary)
-    print(f"in all: {total[1]} of {total[0]} wrong answers rejected, {total[2]} by visible tests alone")
+    if args.bank or everything:
+        print(f"in all: {total[1]} of {total[0]} wrong answers rejected, {total[2]} by visible tests alone")
     if complaints:
         print("\n".join(complaints))
         raise UserError(f"the course has {len(complaints)} faults, listed above")

@@ -5,40 +5,50 @@
     python course/grade.py SUBMISSION --assignment A2 --seed 7 --results FILE --user nobody
                                                          # Gradescope's call
 
-Only the bodies of the blank functions are taken, by qualified name; what else was changed or added does not
-count. Each goes alone into a clean copy of the repository in which the assignment's other functions are
-empty; those that its tests need (`needs`) come from the solution as compiled code. The tests run in a
-separate process: time, memory and file sizes are limited, its output is kept out of the report, its
-environment is six variables, its folder and TMPDIR are the copy, and it and all it started are killed at the
-end. An audit hook (runner.py) forbids it to change files outside the copy, to read this repository or the
-submission, to start processes and to open connections.
+Only the bodies of the blank functions are taken, by qualified name, each with what it uses of the functions,
+classes, constants and imports that the student added to the file; these are moved into it (blanks.py). All
+else that was changed or added does not count. Each goes alone into a clean copy of the repository in which
+the assignment's other functions are empty; those that its tests need (`needs`) come from the solution as
+compiled code. The tests run in a separate process: time, memory and file sizes are limited, its output is
+kept out of the report, its environment is six variables, its folder and TMPDIR are the copy. At the end it
+and all that it started are killed: this process inherits what its child leaves, whatever session that is in.
+An audit hook (runner.py) forbids it to change files outside the copy, to read others than Python's, to start
+processes, to open connections and to call C functions through ctypes.
 
-Exit status and output prove nothing. A test counts as passed if the process wrote so to a file, with a nonce
-that is in no environment, argument or file. Before and after the submission's code has run, the same tests
-judge the wrong answers of assignments.py; a submission that weakens the tests (a patched assert_close, a
-patched pytest) changes that verdict and gets nothing.
+Exit status and output prove nothing. A test counts as passed if the process wrote so into a pipe, with a
+nonce that is in no environment, argument or file. When the answer has passed, the process is sent some of the
+blank's wrong answers, drawn by chance; before, it holds none of them. Every test that rejects one in a
+process of the grader's own has to reject it here too. So a submission that weakens the tests (a patched
+assert_close, a patched pytest) gets nothing.
+
+A student reads of a failure which test it was and of what kind, and of a message only what is a text of the
+test's own or a name out of the submission's file: else the submission's code could send the hidden tests or
+the seed home. The whole messages are for the staff: --notes here, an entry of visibility "hidden" in
+Gradescope. There they also find which bodies are the published solution except for comments and layout. That
+is no verdict: two people write the same short function.
 
 What this does not stop: the submission's code shares a process with the tests. Made for the purpose it could
-find the nonce, or the values that a test compares with, in the interpreter's memory, repair what it has
-patched before the second judgement, or get around the audit hook through a C library; and without --user it
-has this user's rights. A grader runs on Linux, in a container that holds nothing worth stealing; there, as
-root, --user nobody shuts the rest of the machine off. Points that matter are confirmed by a look at the code:
-it is short.
+walk the call stack to the nonce, to the seed and to the values that a test compares with, repair what it has
+patched before the wrong answers come, read files through a library's C++ (torch.from_file), or tell a bit of
+the seed by each test that it passes or fails on purpose. Without --user it has this user's rights, and
+another clone of the repository on the machine is closed to Python's functions alone. A grader runs on Linux,
+in a container that holds nothing worth stealing; there, as root, --user nobody shuts off the rest of the
+machine, except for files that everybody may read. Points that matter are confirmed by a look at the code: it
+is short.
 """
 import argparse
+import ast
+import builtins
+import functools
+import importlib.metadata
 import json
-import marshal
 import os
-import pwd
-import resource
+import platform
+import re
 import secrets
 import shutil
-import signal
-import stat
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -49,87 +59,37 @@ import common  # noqa: E402
 from runtime import processes  # noqa: E402
 from common import UserError  # noqa: E402
 from course import assignments, blanks, make  # noqa: E402
+from course.sandbox import run_rounds  # noqa: E402
+from course.submission import Submission  # noqa: E402
 
-# For one blank, start included. A loop meets the limit of processor time, a sleep the other; a solution is
-# far from both, on a busy machine too.
+# For one blank, from its first test on. A loop meets the limit of processor time, which counts from the
+# process's start, a sleep the other; a solution is far from both, on a busy machine too.
 SECONDS, PROCESSOR = 180, 60
-LIMITS = {"RLIMIT_AS": 6 << 30, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 512}
-LARGEST = 1 << 20                      # bytes of a source file, several times that of the longest here
-MOST = 5000                            # files that are looked at
+CANARIES = 5                           # wrong answers that are judged after a blank's own
 
 
 class Mark(NamedTuple):
-    """What a blank got, and why not more."""
+    """What a blank got, and why not more: `reasons` for the student, `notes` for the staff alone."""
     id: str
     name: str
     points: int
     most: int
     reasons: list
+    notes: list = []
 
 
 # -------------------------------------------- what was handed in --------------------------------------------
 
-class Submission:
-    """The files of a folder or a zip, by their path from its top: only regular ones, only small ones. A link
-    could lead to the solution."""
-
-    def __init__(self, path):
-        self.zip, self.files = None, {}
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-                for name in sorted(names):
-                    full = Path(folder, name)
-                    if stat.S_ISREG(full.lstat().st_mode) and len(self.files) < MOST:
-                        self.files[full.relative_to(path).as_posix()] = full, full.stat().st_size
-        else:
-            try:
-                self.zip = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile) as e:
-                raise UserError(f"{path} is neither a folder nor a zip file: {e}") from e
-            for info in self.zip.infolist()[:MOST]:
-                if not info.is_dir():
-                    self.files[info.filename] = info, info.file_size
-
-    def find(self, file):
-        """The path of `file`: where it belongs, else the least deep of those that end like it or have its
-        name (Gradescope's upload of single files forgets folders). None: not there."""
-        parts = PurePosixPath(file).parts
-        there = sorted((PurePosixPath(p) for p in self.files), key=lambda p: (len(p.parts), str(p)))
-        for tail in (parts, parts[-1:]):
-            for path in there:
-                if path.parts[-len(tail):] == tail:
-                    return str(path)
-        return None
-
-    def text(self, file):
-        """The file's text. ValueError, with the reason, for one that is missing, too large or not UTF-8."""
-        path = self.find(file)
-        if path is None:
-            raise ValueError(f"{file} is not in the submission")
-        where, size = self.files[path]
-        if size > LARGEST:
-            raise ValueError(f"{path} has {size} bytes; {LARGEST} are the most")
-        try:
-            if self.zip is None:
-                return where.read_text(encoding="utf-8")
-            with self.zip.open(where) as entry:
-                return entry.read(LARGEST + 1).decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not a text in UTF-8") from None
-        except (OSError, RuntimeError, zipfile.BadZipFile) as e:          # RuntimeError: a password
-            raise ValueError(f"{path} cannot be read: {e}") from None
-
-
 def with_answer(blank, clean, submission):
-    """The clean text of a blank's file with the submission's body in it. ValueError, with the reason, if that
-    cannot be."""
+    """The clean text of a blank's file with the submission's body in it, and what that uses of the
+    submission's additions. ValueError, with the reason, if that cannot be."""
     text = submission.text(blank.file)
     try:
         filled = blanks.transplant(clean, blank.name, text)
         compile(filled, blank.file, "exec")
     except SyntaxError as e:
-        raise ValueError(f"{blank.file} does not parse: {e.msg}, line {e.lineno}") from None
+        raise ValueError(f"{blank.file} does not parse: {e.msg}, line {e.lineno}, in Python "
+                         f"{platform.python_version()}") from None
     except KeyError:
         raise ValueError(f"{blank.file} has no function {blank.name}") from None
     except (RecursionError, MemoryError):
@@ -176,73 +136,16 @@ def mistaken(blank, wrong):
     return {f"{blank.file}:{blank.name}": code_of(wrong_text(blank, wrong), blank.file, blank.name)}
 
 
-def run_rounds(rounds, folder, temporary, seed, seconds, processor, closed=(), fenced=True, user=None):
-    """Run runner.py on `rounds` in a copy of the repository.
+def rounds_of(blank, wrongs):
+    """Rounds in which these wrong answers of a blank are judged by its tests, all else as for an answer."""
+    return [dict(name=f"{blank.id}: {wrong[0]}", put=needed(blank) | mistaken(blank, wrong),
+                 tests=[*blank.tests, *blank.hidden], first=False) for wrong in wrongs]
 
-    folder: the copy. temporary: a folder of the grader's own. seconds, processor: limits, the latter of
-    processor time. Returns (lines that carry the nonce, why the process did not finish or None). Raises
-    UserError where it has not come to the first test: that is no submission's fault.
-    """
-    nonce, temp = secrets.token_hex(16), folder / "tmp"
-    temp.mkdir(exist_ok=True)
-    who = {}
-    if user:
-        entry = pwd.getpwnam(user)
-        who = dict(user=entry.pw_uid, group=entry.pw_gid, extra_groups=[])
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, entry.pw_uid, entry.pw_gid)
 
-    def limit():
-        for name, value in LIMITS.items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        resource.setrlimit(resource.RLIMIT_CPU, (processor, processor + 5))         # SIGXCPU, then SIGKILL
-        if user:
-            resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
-
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(temp), "TMPDIR": str(temp), "OMP_NUM_THREADS": "1",
-                   "COURSE_SEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryFile(dir=temporary) as lines, tempfile.TemporaryFile(dir=temporary) as output:
-        job = dict(rounds=rounds, nonce=nonce, fd=lines.fileno(), closed=[str(c) for c in closed],
-                   temp=str(temp), fence=os.path.realpath(folder) if fenced else None)
-        try:
-            process = subprocess.Popen([sys.executable, "course/runner.py"], cwd=folder, env=environment,
-                                       stdin=subprocess.PIPE, stdout=output, stderr=output,
-                                       pass_fds=[lines.fileno()], start_new_session=True, preexec_fn=limit,
-                                       **who)
-        except PermissionError as e:
-            raise UserError(f"user {user} cannot run {sys.executable}: {e}") from e
-        trouble = None
-        try:
-            process.communicate(marshal.dumps(job), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            trouble = f"not finished after {seconds} s"
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)                  # with all that it has started
-            except ProcessLookupError:
-                pass
-            process.wait()
-        lines.seek(0)
-        found = []
-        for line in lines.read(LARGEST * 8).splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and secrets.compare_digest(str(entry.get("nonce")), nonce):
-                found.append(entry)
-        if trouble is None and not any(entry.get("finished") for entry in found):
-            status = process.returncode
-            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            trouble = (f"more than {processor} s of processor time" if status == -signal.SIGXCPU else
-                       f"the process ended {how} before its tests were done")
-        broken = [entry["broken"] for entry in found if "broken" in entry]
-        if broken or trouble and not any(entry.get("started") for entry in found):
-            output.seek(0, os.SEEK_END)
-            output.seek(max(0, output.tell() - 2000))
-            last = output.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"the grader itself does not work here: {[*broken, *last, trouble][0]}")
-    return found, trouble
+def needed(blank):
+    """{place: code object} of what a blank's tests need of the other solutions."""
+    return {place: code for id in blank.needs
+            for place, code in solution(assignments.blank_of(id)).items()}
 
 
 def failures(entries, name, tests):
@@ -264,40 +167,92 @@ def one_line(text):
     return line if len(line) <= 160 else line[:157] + "..."
 
 
+@functools.cache
+def messages(file):
+    """The texts that a file of tests has for students: `assert ..., "text"`."""
+    return {node.msg.value for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, ast.Assert) and isinstance(node.msg, ast.Constant)}
+
+
+def kind(why, test, text):
+    """What a student may read of a failure. why: as it was reported. text: of the submission's file. Nothing
+    here can be chosen at will by the code under test."""
+    error, _, message = one_line(why).partition(": ")
+    if message in messages(test.split("::")[0]) | messages("course/hidden/given.py"):
+        return message
+    if message in {b.message for listed in assignments.ASSIGNMENTS.values() for b in listed}:
+        return f"it calls {message}, which is empty while this blank is graded"
+    if error.startswith("assert") or error == "AssertionError":
+        return "a value, shape or dtype is not as asked"
+    if error == "Failed" and message.startswith("DID NOT RAISE"):
+        return "an error that is asked for is not raised"
+    if error in ("skipped", "it did not run"):
+        return "it did not run"
+    if error == "runtime.processes.UserError":
+        return "UserError"
+    if not isinstance(found := getattr(builtins, error, None), type) or not issubclass(found, BaseException):
+        return "an error"
+    name = re.search(r"(?:name|module named|attribute|variable) '(\w+)'", message)
+    return f"{error}, '{name[1]}'" if name and re.search(rf"\b{name[1]}\b", text) else error
+
+
 def grade_blank(blank, clean, submission, temporary, seed, user, closed):
-    """The Mark of one blank."""
-    mark = lambda points, *reasons: Mark(blank.id, blank.name, points, blank.points, list(reasons))
+    """(the Mark of one blank, {round: tests that failed in it} of wrong answers, if its own has passed)."""
+    mark = lambda points, reasons, notes=(): Mark(blank.id, blank.name, points, blank.points, reasons,
+                                                  [*notes])
     source = (clean / blank.file).read_text()
     try:
         text = with_answer(blank, source, submission)
     except ValueError as e:
-        return mark(0, str(e))
-    if text == blanks.transplant(source, blank.name, source):
-        return mark(0, "still empty")
+        return mark(0, [str(e)]), {}
+    if blanks.body(text, blank.name).strip().startswith("raise NotImplementedError("):
+        return mark(0, ["still empty"]), {}
     folder = temporary / blank.id
     shutil.copytree(clean, folder)
     (folder / blank.file).write_text(text)
-    needs = {place: code for id in blank.needs for place, code in solution(assignments.blank_of(id)).items()}
     tests = [*blank.tests, *blank.hidden]
-    check = lambda when: [dict(name=f"{when} {i}", put=needs | mistaken(blank, wrong), tests=tests,
-                               first=False)
-                          for i, wrong in enumerate(blank.wrong)]
-    rounds = [*check("before"), dict(name="answer", put=needs, tests=tests, first=False), *check("after")]
-    entries, trouble = run_rounds(rounds, folder, temporary, seed, SECONDS, PROCESSOR, closed, user=user)
+    canaries = rounds_of(blank, secrets.SystemRandom().sample(blank.wrong, min(CANARIES, len(blank.wrong))))
+    answer = [dict(name="answer", put=needed(blank), tests=tests, first=False)]
+    entries, trouble = run_rounds(answer, folder, temporary, seed, SECONDS, PROCESSOR, closed, user=user,
+                                  more=lambda found: [] if failures(found, "answer", tests) else canaries)
     shutil.rmtree(folder, ignore_errors=True)
-    reasons = [f"{'hidden' if test in blank.hidden else 'test'} {test.split('::')[1]}: {one_line(why)}"
-               for test, why in failures(entries, "answer", tests).items() if why != "it did not run"]
+    failed = {test: why for test, why in failures(entries, "answer", tests).items()
+              if not trouble or why != "it did not run"}
+    what = {test: ("hidden " if test in blank.hidden else "test ") + test.split("::")[1] for test in failed}
+    own = submission.text(blank.file)
+    reasons = [f"{what[test]}: {kind(why, test, own)}" for test, why in failed.items()]
+    notes = [f"{what[test]}: {one_line(why)}" for test, why in failed.items()]
     if trouble:
         reasons.append(trouble)
-    elif not reasons:
-        for i in range(len(blank.wrong)):
-            if (failures(entries, f"before {i}", tests).keys()
-                    != failures(entries, f"after {i}", tests).keys()):
-                reasons = ["after this code has run the tests judge other answers differently than before: "
-                           "it has changed the tests, pytest, torch or numpy"]
-    if any("NameError" in reason for reason in reasons):
-        reasons.append("only the body of this function is taken: put helpers and imports inside it")
-    return mark(0 if reasons else blank.points, *reasons)
+    if any(re.search(r"\b(Name|Attribute|Import|ModuleNotFound)Error", reason) for reason in reasons):
+        reasons.append("taken are the function's body and what you added at the top level of its file; not "
+                       "methods, changes of what was there, other files")
+    if text == blanks.transplant(source, blank.name, (ROOT / blank.file).read_text()):
+        notes.append("equals the published solution, except for comments and layout")
+    return (mark(0 if reasons else blank.points, reasons, notes),
+            {} if reasons else {c["name"]: failures(entries, c["name"], tests).keys() for c in canaries})
+
+
+def with_verdicts(marks, seen, clean, temporary, seed):
+    """The marks, with 0 where after the answer a test let a wrong answer pass that it rejects in a process in
+    which no submission has run. seen: {blank's id: {round: tests that failed in it}}."""
+    rounds = [r for mark in marks for b in [assignments.blank_of(mark.id)] for r in rounds_of(b, b.wrong)
+              if r["name"] in seen[b.id]]
+    if not rounds:
+        return marks
+    folder = temporary / "verdicts"
+    shutil.copytree(clean, folder)
+    entries, trouble = run_rounds(rounds, folder, temporary, seed, 10 * SECONDS, 10 * SECONDS, fenced=False)
+    if trouble:
+        raise UserError(f"the grader itself does not work here: {trouble}")
+    rejected = {r["name"]: failures(entries, r["name"], r["tests"]).keys() for r in rounds}
+    judged = []
+    for mark in marks:
+        passed = [name for name, tests in seen[mark.id].items() if not rejected[name] <= tests]
+        judged.append(mark if not passed else mark._replace(points=0, notes=[*mark.notes, *passed], reasons=[
+            "after this code has run, tests let wrong answers pass: it has changed tests, pytest, torch or "
+            "numpy"]))
+    return judged
 
 
 # -------------------------------------------- A5, and the report --------------------------------------------
@@ -337,13 +292,18 @@ def grade(path, name=None, seed=0, user=None):
     if not path.exists():
         raise UserError(f"there is nothing at {path}")
     submission = Submission(path)
-    if name is None:
-        try:
-            name = submission.text("ASSIGNMENT").strip()
-        except ValueError:
-            name = ""
-        if name not in assignments.ASSIGNMENTS:
-            raise UserError(f"{path}: no file ASSIGNMENT says which one this is: give --assignment A1 ... A5")
+    try:
+        said = submission.text("ASSIGNMENT").strip()
+    except ValueError:
+        said = ""
+    if name is None and said not in assignments.ASSIGNMENTS:
+        raise UserError(f"{path}: no file ASSIGNMENT says which one this is: give --assignment A1 ... A5")
+    if name and said in assignments.ASSIGNMENTS and said != name:
+        most = (sum(b.points for b in assignments.ASSIGNMENTS[name])
+                or sum(points for _, points, _ in assignments.A5_CHECKS))
+        return name, [Mark(name, assignments.TITLES[name], 0, most,
+                           [f"this is {said}, as its file ASSIGNMENT says, and not {name}"])]
+    name = name or said
     if name == "A5":
         return name, check_experiment(submission)
     temporary = Path(tempfile.mkdtemp(prefix="grade-"))
@@ -354,27 +314,46 @@ def grade(path, name=None, seed=0, user=None):
         make.cut_out(name, clean)
         os.chmod(clean, 0o700)
         closed = [ROOT, os.path.realpath(path)]
-        return name, [grade_blank(b, clean, submission, temporary, seed, user, closed)
-                      for b in assignments.ASSIGNMENTS[name]]
+        marks, seen = [], {}
+        for b in assignments.ASSIGNMENTS[name]:
+            mark, seen[b.id] = grade_blank(b, clean, submission, temporary, seed, user, closed)
+            marks.append(mark)
+        return name, with_verdicts(marks, seen, clean, temporary, seed)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def as_json(name, marks):
-    """Gradescope's results.json."""
+def versions(path):
+    """Whose Python and torch graded, and which the student had, as `make submit` wrote it."""
+    try:
+        theirs = " ".join(Submission(path).text("ENVIRONMENT").split())[:100]
+    except ValueError:
+        theirs = "not said"
+    return (f"graded with Python {platform.python_version()}, torch {importlib.metadata.version('torch')}; "
+            f"the student's: {theirs}")
+
+
+def as_json(name, marks, environment=""):
+    """Gradescope's results.json. What is for the staff alone is in a test without points that students do not
+    see."""
+    tests = [{"name": f"{m.id} {m.name}", "score": m.points, "max_score": m.most,
+              "status": "passed" if m.points == m.most else "failed",
+              "output": "\n".join(m.reasons), "visibility": "visible"} for m in marks]
+    if notes := [f"{m.id}: {note}" for m in marks for note in m.notes]:
+        tests.append({"name": "for the staff", "score": 0, "max_score": 0, "status": "passed",
+                      "output": "\n".join(notes), "visibility": "hidden"})
     return {"score": sum(m.points for m in marks),
-            "output": f"{name}: {assignments.TITLES[name]}",
-            "tests": [{"name": f"{m.id} {m.name}", "score": m.points, "max_score": m.most,
-                       "status": "passed" if m.points == m.most else "failed",
-                       "output": "\n".join(m.reasons), "visibility": "visible"} for m in marks]}
+            "output": "\n".join(filter(None, [f"{name}: {assignments.TITLES[name]}", environment])),
+            "tests": tests}
 
 
-def as_text(name, marks):
-    """What is printed."""
+def as_text(name, marks, notes=False):
+    """What is printed. notes: with what is for the staff alone."""
     rows = []
     for m in marks:
         rows.append(f"{m.id:6} {m.name:28} {m.points:3} of {m.most}")
         rows += [f"       - {reason}" for reason in m.reasons]
+        rows += [f"       (staff) {note}" for note in m.notes if notes]
     return "\n".join([*rows, f"{name}: {sum(m.points for m in marks)} of "
                              f"{sum(m.most for m in marks)} points"])
 
@@ -386,6 +365,7 @@ def main(argv=None):
     add("submission", type=Path, help="a student's folder or the zip of `make submit`")
     add("--assignment", choices=tuple(assignments.ASSIGNMENTS), help="default: what its file ASSIGNMENT says")
     add("--json", action="store_true", help="print JSON")
+    add("--notes", action="store_true", help="print what is for the staff alone, too; --json always has it")
     add("--results", type=Path, default=Path("results.json"),
         help="write Gradescope's JSON here (results.json)")
     add("--seed", type=common.number(common.Seed), default=0, help="of the hidden tests' data (default 0)")
@@ -394,8 +374,10 @@ def main(argv=None):
     if args.user and os.geteuid() != 0:
         raise UserError("--user needs root: leave it out, and grade in a container")
     name, marks = grade(args.submission, args.assignment, args.seed, args.user)
-    args.results.write_text(json.dumps(as_json(name, marks), indent=1) + "\n")
-    print(json.dumps(as_json(name, marks), indent=1) if args.json else as_text(name, marks))
+    environment = versions(args.submission)
+    results = json.dumps(as_json(name, marks, environment), indent=1)
+    args.results.write_text(results + "\n")
+    print(results if args.json else f"{as_text(name, marks, args.notes)}\n{environment}")
 
 
 if __name__ == "__main__":

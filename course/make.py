@@ -1,21 +1,25 @@
 """Make the folders of the course from the working code.
 
     python course/make.py A2 --out DIR               # the student's folder: A2's functions are blank
+    python course/make.py A2 --open A1 --out DIR     # A1's deadline is over: its solutions can be read
     python course/make.py --all --out DIR            # DIR/A1 ... DIR/A5
     python course/make.py A2 --solutions --out DIR   # a staff copy: nothing blank, with the hidden tests
-    python course/make.py A2 --gradescope --out DIR  # DIR/A2-autograder.zip
+    python course/make.py A2 --gradescope --seed 7 --out DIR   # DIR/A2-autograder.zip
     python course/make.py --handouts                 # write the tables of blanks into course/A*.md
 
-The sources carry no marks: assignments.py names the functions, and their bodies are cut out here. Assignments
-before and after keep their solutions, so that every script runs as soon as the folder's own blanks are
-filled.
+The sources carry no marks: assignments.py names the functions, and their bodies are cut out here. What the
+other assignments ask for works in every folder, so that its scripts run as soon as its own blanks are filled;
+but it is packed (solved.py), so that one folder does not show the solutions of another.
 """
 import argparse
+import difflib
+import json
 import re
 import shutil
 import stat
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,45 +34,49 @@ CODE = ("*.py", "after/*.py", "frozen/*.py", "measures/*.py", "runtime/*.py", "v
         "pictures/*", "requirements.txt", "pyproject.toml")
 READ = ("README.md", "LICENSE", "CITATION.cff", ".gitignore", "docs/*", "assets/*")
 # The files of the visible tests, and what those import.
-TESTS = ("tests/conftest.py", "tests/forked.py", "tests/random_frozen.py",
+TESTS = ("tests/conftest.py", "tests/cuda_autocast.py", "tests/forked.py", "tests/random_frozen.py",
          *(f"tests/test_{name}.py" for name in
            ("maetok", "hog", "losses", "train_tokenizer", "train_gan", "flow", "sit", "metrics", "theory")))
 # What tests and grades; a copy in which submissions run has HIDDEN alone.
 GRADER = ("course/*.py", "course/bank/*.py", "course/hidden/*.py")
 HIDDEN = ("course/hidden/*.py", "course/runner.py")
-COURSE = (*GRADER, "course/*.md", "docs/figures/*")
+COURSE = (*GRADER, "course/right/*.py", "course/*.md", "course/staff/*", "docs/figures/*")
 
 MAKEFILE = """\
-# {title}. PYTHON=... chooses another interpreter (3.10 or newer), PY=... one that has the packages already.
+# {title}. Without make (Windows): `python work.py TARGET` does the same.
+# PYTHON=... chooses the interpreter (3.10 or newer), VENV=../.venv one environment for several folders,
+# PY=... an interpreter that has the packages already.
 PYTHON ?= python3
-PY := .venv/bin/python
-TESTS := {tests}
-SUBMIT := {submit}
+VENV ?= .venv
+export VENV
+ifeq ($(origin PY),undefined)
+READY := $(VENV)/ready
+PY := $(VENV)/bin/python
+endif
 
 .PHONY: test submit {ids}
 
 # All tests that you may see. One blank's: make {first}.
-test: .venv/ready
-	$(PY) -m pytest -q $(TESTS)
-{targets}
+test {ids}: $(READY)
+	$(PY) work.py $@
+
 # What you hand in.
 submit:
-	$(PY) -c "import glob, zipfile; z = zipfile.ZipFile('submission.zip', 'w'); \\
-	[z.write(f) for p in '$(SUBMIT)'.split() for f in sorted(glob.glob(p, recursive=True))]; z.close()"
-	@echo wrote submission.zip
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) work.py submit
 
-.venv/ready: requirements.txt requirements-dev.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) work.py install
 """
+
+# Where functions are that other assignments ask for, behind the last of them.
+SOLVED = '__import__("solved").put("{file}", globals())     # the functions of other assignments: solved.py\n'
 
 SETUP = """\
 #!/usr/bin/env bash
 # Gradescope runs this once, as root, when it builds the container. Only the CPU is used.
 set -e
-apt-get update -y && apt-get install -y python3 python3-venv
-python3 -m venv /opt/course
+apt-get update -y && apt-get install -y {python} {python}-venv
+{python} -m venv /opt/course
 /opt/course/bin/python -m pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \\
     -r /autograder/source/repository/requirements.txt {pytest}
 """
@@ -94,12 +102,46 @@ def copy_files(patterns, out):
                 shutil.copyfile(path, target)
 
 
-def cut_out(name, out, keep=()):
-    """Blank the functions of assignment `name` in the folder `out`, but those whose ids are in `keep`."""
+def cut_out(name, out):
+    """Blank the functions of assignment `name` in the folder `out`."""
     for blank in assignments.ASSIGNMENTS[name]:
-        if blank.id not in keep:
-            path = out / blank.file
-            path.write_text(blanks.blank(path.read_text(), blank.name, blank.message))
+        path = out / blank.file
+        path.write_text(blanks.blank(path.read_text(), blank.name, blank.message))
+
+
+def pack(names, out):
+    """Take the solutions of the assignments `names` out of the folder's sources, and put them into
+    solved.bin. What calls the functions does not notice."""
+    texts = {}
+    for blank in (b for name in names for b in assignments.ASSIGNMENTS[name]):
+        source, path = (ROOT / blank.file).read_text(), out / blank.file
+        shell = "".join(f"{' ' * 4 * depth}class {part}:\n"
+                        for depth, part in enumerate(blank.name.split(".")[:-1]))
+        texts.setdefault(blank.file, {})[blank.name] = shell + blanks.function(source, blank.name)
+        path.write_text(blanks.blank(path.read_text(), blank.name, f"{blank.id} {blank.name}: see solved.py"))
+    for file in texts:
+        before, guard, after = (out / file).read_text().partition('\n\nif __name__ == "__main__":')
+        (out / file).write_text(f"{before.rstrip()}\n\n\n{SOLVED.format(file=file)}{guard}{after}")
+    (out / "solved.bin").write_bytes(zlib.compress(json.dumps(texts).encode(), 9))
+    shutil.copyfile(ROOT / "course/solved.py", out / "solved.py")
+
+
+def right_lines(out):
+    """In the folder's pages, links to lines of a source (maetok.py#L120) lead to where these lines are now,
+    or, if they are cut out, to the file."""
+    moved = {}
+
+    def right(match):
+        file = match[1].removeprefix("../")
+        if file not in moved:
+            old, new = ((folder / file).read_text().splitlines() for folder in (ROOT, out))
+            blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
+            moved[file] = {b.a + i: b.b + i for b in blocks for i in range(b.size)}
+        line = moved[file].get(int(match[2]) - 1)
+        return f"]({match[1]})" if line is None else f"]({match[1]}#L{line + 1})"
+
+    for page in (*out.glob("*.md"), *out.glob("docs/*.md")):
+        page.write_text(re.sub(r"\]\(([\w./]+\.py)#L(\d+)\)", right, page.read_text()))
 
 
 def pytest_pin():
@@ -107,20 +149,16 @@ def pytest_pin():
     return re.search(r"^pytest==\S+", (ROOT / "requirements-dev.txt").read_text(), re.M)[0]
 
 
-def makefile(name, hidden=False):
-    """The text of a folder's Makefile. hidden: with the tests that students do not see."""
-    listed = {b.id: [*b.tests, *(b.hidden if hidden else ())] for b in assignments.ASSIGNMENTS[name]}
-    quote = lambda tests: " ".join(f"'{t}'" if "[" in t else t for t in dict.fromkeys(tests))
-    targets = "".join(f"{id}: .venv/ready\n\t$(PY) -m pytest -q {quote(tests)}\n"
-                      for id, tests in listed.items())
-    files = sorted({b.file for b in assignments.ASSIGNMENTS[name]}) or [
+def commands(name, hidden=False):
+    """(Makefile, blanks.json) of a folder. hidden: with the tests that students do not see."""
+    listed = {b.id: {"file": b.file, "name": b.name, "message": b.message,
+                     "tests": [*b.tests, *(b.hidden if hidden else ())]}
+              for b in assignments.ASSIGNMENTS[name]}
+    files = sorted({b["file"] for b in listed.values()}) or [
         "report.*", "runs/**/config.json", "runs/**/metrics.jsonl"]
-    # A5 has nothing blank, so nothing of it can be tested: what is there runs a look at the small parts.
-    return MAKEFILE.format(title=f"{name}: {assignments.TITLES[name]}", ids=" ".join(listed),
-                           tests=(quote(t for tests in listed.values() for t in tests)
-                                  or "tests/test_maetok.py"),
-                           submit=" ".join(["ASSIGNMENT", *files]), first=next(iter(listed), "test"),
-                           targets=targets)
+    return (MAKEFILE.format(title=f"{name}: {assignments.TITLES[name]}", ids=" ".join(listed),
+                            first=next(iter(listed), "test")),
+            json.dumps({"blanks": listed, "submit": ["ASSIGNMENT", *files]}, indent=1) + "\n")
 
 
 def hints(name):
@@ -130,32 +168,42 @@ def hints(name):
     return f"# {name}: one hint for each blank\n\n" + "\n".join(parts)
 
 
-def student_folder(name, out, solutions=False):
-    """What a student works in; with `solutions` the staff's copy, which has everything."""
+def student_folder(name, out, solutions=False, opened=()):
+    """What a student works in; with `solutions` the staff's copy, which has everything. opened: assignments
+    whose solutions may be read in it."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds files already: choose another --out, or delete it")
     copy_files((*CODE, *READ, *TESTS, *(COURSE if solutions else ())), out)
-    if not solutions:
-        cut_out(name, out)
-        for path in out.glob("docs/reading.*"):                     # they show the lines that are blank
-            path.unlink()
     handout = ROOT / f"course/{name}.md"
     if handout.exists():
         (out / "HANDOUT.md").write_text(handout.read_text().replace("](../", "]("))
+    if not solutions:
+        cut_out(name, out)
+        if closed := [n for n, listed in assignments.ASSIGNMENTS.items()
+                      if listed and n not in (name, *opened)]:
+            pack(closed, out)
+        for path in out.glob("docs/reading.*"):                     # they show the lines that are blank
+            path.unlink()
+        right_lines(out)
     if assignments.ASSIGNMENTS[name]:
         (out / "HINTS.md").write_text(hints(name))
     (out / "ASSIGNMENT").write_text(name + "\n")
-    (out / "Makefile").write_text(makefile(name, hidden=solutions))
+    for file, text in zip(("Makefile", "blanks.json"), commands(name, hidden=solutions)):
+        (out / file).write_text(text)
+    shutil.copyfile(ROOT / "course/work.py", out / "work.py")
     (out / "requirements-dev.txt").write_text(f"-r requirements.txt\n{pytest_pin()}\n")
 
 
-def gradescope(name, out, seed):
-    """The autograder's zip, as Gradescope wants it: setup.sh, run_autograder,
-    and the repository to grade with."""
+def gradescope(name, out, seed, python="python3"):
+    """The autograder's zip, as Gradescope wants it: setup.sh, run_autograder, and the repository to grade
+    with. python: the package and command of its Python. Raises UserError where the tests do not hold with
+    this seed."""
+    from course import check                                        # it imports this module
+    check.seed_holds(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-autograder.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for script, text in (("setup.sh", SETUP.format(pytest=pytest_pin())),
+        for script, text in (("setup.sh", SETUP.format(python=python, pytest=pytest_pin())),
                              ("run_autograder", RUN.format(name=name, seed=seed))):
             entry = zipfile.ZipInfo(script, (2025, 1, 1, 0, 0, 0))
             entry.external_attr = (stat.S_IFREG | 0o755) << 16
@@ -169,9 +217,10 @@ def gradescope(name, out, seed):
 
 def table(name):
     """The table of blanks for a handout, in Markdown."""
-    rows = [(b.id, f"`{Path(b.file).stem}.{b.name}`", b.source, b.points, b.checks)
-            for b in assignments.ASSIGNMENTS[name]]
-    head = "| blank | function | source | points | what the tests check |\n|---|---|---|---|---|\n"
+    rows = [(b.id, f"`{Path(b.file).stem}.{b.name}`", b.source, b.points, ", ".join(b.needs) or "–",
+             b.checks) for b in assignments.ASSIGNMENTS[name]]
+    head = ("| blank | function | source | points | needs | what the tests check |\n"
+            "|---|---|---|---|---|---|\n")
     if not rows:
         rows = assignments.A5_CHECKS
         head = "| check | points | what a program looks for |\n|---|---|---|\n"
@@ -195,11 +244,15 @@ def main(argv=None):
     add("assignment", nargs="?", choices=tuple(assignments.ASSIGNMENTS))
     add("--all", action="store_true", help="every assignment, each in a folder of its name under --out")
     add("--out", type=Path, help="the folder to make; it must be empty or not there")
+    add("--open", nargs="+", default=[], choices=tuple(assignments.ASSIGNMENTS), metavar="A",
+        help="assignments whose solutions may be read in the folders: their deadline is over (default: none)")
     add("--solutions", action="store_true",
         help="the staff's copy: nothing blank, hidden tests, wrong answers")
     add("--gradescope", action="store_true", help="the autograder's zip instead of a folder")
-    add("--seed", type=common.number(common.Seed), default=0,
-        help="with --gradescope: of the hidden tests' data (default 0)")
+    add("--seed", type=common.number(common.Seed),
+        help="with --gradescope: of the hidden tests' data, a number for each term")
+    add("--python", default="python3",
+        help="with --gradescope: the base image's package of the Python to grade with, e.g. python3.12")
     add("--handouts", action="store_true", help="write the tables of blanks into course/A*.md")
     args = parser.parse_args(argv)
     if args.handouts:
@@ -213,12 +266,14 @@ def main(argv=None):
         raise UserError("which assignment? One of A1 ... A5, or --all")
     if args.out is None:
         raise UserError("give --out DIR")
+    if args.gradescope and args.seed is None:
+        raise UserError("give --seed, a number that no student knows")
     for name in assignments.ASSIGNMENTS if args.all else [args.assignment]:
         if args.gradescope:
-            print(f"wrote {gradescope(name, args.out, args.seed)}")
+            print(f"wrote {gradescope(name, args.out, args.seed, args.python)}")
         else:
             out = args.out / name if args.all else args.out
-            student_folder(name, out, args.solutions)
+            student_folder(name, out, args.solutions, args.open)
             print(f"wrote {out}")
 
 

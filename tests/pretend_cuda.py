@@ -7,8 +7,9 @@ The rules, each broken one a RuleBroken:
 What makes the host wait for the GPU is not an error. It is counted, with the line of ours that asked for it:
 numbers read back, sizes that depend on values, copies to the host, copies from memory that is not pinned.
 
-What it cannot show: speed, memory, races between streams, differences between CUDA's kernels and the CPU's,
-and bfloat16: autocast is entered but casts nothing, since these tensors are on the meta device to C++.
+Autocast casts by CUDA's lists (cuda_autocast.py).
+
+What it cannot show: speed, memory, races between streams, differences between CUDA's kernels and the CPU's.
 """
 import contextlib
 import sys
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import common
 import losses
+from cuda_autocast import CudaAutocast, checkpoint
 from frozen import pretrained
 from runtime import meter, processes
 
@@ -123,11 +126,12 @@ def our_line():
 
 
 class Gpu(TorchDispatchMode):
-    """The device while it is entered: `waits` counts by line, `collectives` and `operations` in all."""
+    """The device while it is entered: `waits` counts by line, `operations` in all; `collectives` lists them,
+    (line, shapes)."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.collectives, self.operations = Counter(), 0, 0
+        self.waits, self.collectives, self.operations = Counter(), [], 0
         self.pinned = {}                                               # id -> tensor: kept, so ids are theirs
 
     def __enter__(self):
@@ -210,7 +214,7 @@ class Gpu(TorchDispatchMode):
             tensor.mul_(world)
 
     def collective(self, *tensors):
-        self.collectives += 1
+        self.collectives.append((our_line(), [tuple(tensor.shape) for tensor in tensors]))
         for tensor in tensors:
             if not isinstance(tensor, Pretended):
                 raise RuleBroken(f"{our_line()}: a collective under NCCL got a CPU tensor, "
@@ -241,8 +245,8 @@ class DistributedDataParallel(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def pretend_cuda(monkeypatch, world=1):
-    """Within it torch has one GPU, and this process is rank 0 of `world`. Yields the Gpu."""
+def pretend_cuda(monkeypatch, world=1, rank=0):
+    """Within it torch has one GPU, and this process is `rank` of `world`. Yields the Gpu."""
     pretrained.channel_constants.cache_clear()                              # made once a process and device
     with monkeypatch.context() as patch, Gpu() as gpu:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -250,24 +254,25 @@ def pretend_cuda(monkeypatch, world=1):
         patch.setattr(torch.cuda, "Event", gpu.event)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
         patch.setattr(meter, "product_speed", lambda device, dtype: 1e12)
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "device_count", lambda: world)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: CUDA)
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-        replace_everywhere(patch, "cast_matrices", lambda model, dtype: model)     # as autocast does not cast
+        patch.setattr(torch, "autocast", CudaAutocast)
+        patch.setattr(common, "checkpoint", checkpoint)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: gpu.pinned.setdefault(id(tensor), tensor))
         # Module.to would put a GPU's data into a parameter of the CPU's class.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)                 # torch.tensor(x, device=) by way of the CPU
         if world > 1:
-            for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", world)):
+            for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)):
                 patch.setenv(name, str(value))
             patch.setattr(dist, "is_initialized", lambda: True)
             patch.setattr(dist, "get_world_size", lambda group=None: world)
-            patch.setattr(dist, "get_rank", lambda group=None: 0)
+            patch.setattr(dist, "get_rank", lambda group=None: rank)
             replace_everywhere(patch, "barrier", lambda: gpu.collective())
             patch.setattr(dist, "broadcast_object_list", lambda objects: gpu.collective())
             patch.setattr(dist, "all_reduce", lambda tensor, op=dist.ReduceOp.SUM, async_op=False: (

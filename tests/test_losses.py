@@ -68,6 +68,9 @@ def test_adaptive_weight_is_the_ratio_of_the_gradients_that_backward_gives():
     weight = adaptive_weight(*losses(), layer.weight)
     assert weight.item() == pytest.approx((norms[0] / (norms[1] + 1e-4)).item(), rel=1e-5)
     assert layer.weight.grad is None and not weight.requires_grad
+    loss, adversarial = losses()
+    (loss + adaptive_weight(loss, adversarial, layer.weight) * adversarial).backward()     # the graph is kept
+    layer.zero_grad()
     loss, nothing = losses()[0] * 1e6, (layer(x) * 0).sum()
     assert adaptive_weight(loss, nothing, layer.weight) == 1e4                      # clamped
 

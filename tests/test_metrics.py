@@ -227,7 +227,8 @@ def test_linear_probe_is_at_the_minimum_of_its_loss(strength):
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 4, (200,), generator=g)
     x = torch.randn(200, 5, generator=g, dtype=torch.float64) + torch.randn(4, 5, generator=g)[y] + 0.3
-    weight, bias = (p.requires_grad_() for p in metrics.linear_probe(x, y, 4, strength, iterations=1000))
+    weight, bias = (p.detach().requires_grad_()
+                    for p in metrics.linear_probe(x, y, 4, strength, iterations=1000))
     assert weight.shape == (5, 4) and bias.shape == (4,) and bias.abs().max() > 0.01
     loss = (torch.nn.functional.cross_entropy(x @ weight + bias, y)
             + weight.square().sum() / (2 * 200 * strength))

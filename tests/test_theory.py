@@ -15,7 +15,7 @@ def test_score_is_the_gradient_of_the_log_density():
         torch.distributions.Categorical(torch.ones(3).double()),
         torch.distributions.Independent(torch.distributions.Normal(means * math.exp(-t), 1.0), 1))
     gradient, = torch.autograd.grad(density.log_prob(x).sum(), x)
-    np.testing.assert_allclose(theory.mixture_score(x.detach(), means, t), gradient, atol=1e-12)
+    np.testing.assert_allclose(theory.mixture_score(x.detach(), means, t).detach(), gradient, atol=1e-12)
 
 
 def test_the_learned_score_of_one_mode_is_as_good_as_the_sample_mean():

@@ -160,6 +160,8 @@ def test_stage_2_lowers_the_mask_ratio_from_60_percent_to_none():
     assert method.mask_range(Stage(1, 0, 500_000), 3) == (0.4, 0.6)
     early = Method(Config(**NO_NETWORKS, stage2_ramp=0.5), torch.device("cpu"))
     assert [early.mask_range(stage, 500_000 + step)[0] for step in (0, 24_999, 40_000)] == [0.6, 0, 0]
+    never = Method(Config(**NO_NETWORKS, mask_low=0.0, mask_high=0.0, stage2_steps=1), torch.device("cpu"))
+    assert never.mask_range(Stage(2, 500_000, 500_001), 500_000) == (0, 0)
 
 
 def test_weight_decay_is_for_matrices_of_linear_layers_only(monkeypatch):

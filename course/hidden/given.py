@@ -1,7 +1,8 @@
-"""What the hidden tests share: the seed's numbers, a small tokenizer, a comparison.
+"""What the hidden tests share: the seed's numbers, a small tokenizer, comparisons of values and gradients.
 
 The seed is the environment's COURSE_SEED; grade.py --seed sets it.
 """
+import contextlib
 import os
 
 import numpy as np
@@ -38,6 +39,30 @@ def close(found, expected, tolerance=1e-5):
     assert found.shape == expected.shape
     torch.testing.assert_close(found.detach().double(), expected.detach().double(),
                                rtol=tolerance, atol=tolerance)
+
+
+def same_gradients(found, expected, *leaves, tolerance=1e-4):
+    """Equal, and with equal gradients at each of the leaves, which both depend on, in a random direction."""
+    close(found, expected, tolerance)
+    direction = torch.randn(expected.shape)
+    ours, theirs = (torch.autograd.grad((made.float() * direction).sum(), leaves, retain_graph=True)
+                    for made in (found, expected))
+    for gradient, oracle in zip(ours, theirs):
+        close(gradient, oracle, tolerance * max(1.0, oracle.abs().max().item()))
+
+
+@contextlib.contextmanager
+def unchanged(*tensors):
+    """What is done inside leaves the tensors' values as they are."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before):
+        assert torch.equal(tensor, old), "an input was changed in place"
+
+
+def strided(x):
+    """The same values in another order in memory, as after a transpose: not contiguous."""
+    return x.detach().transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def generators(count, rng):
