@@ -6,6 +6,7 @@ comes with it, inside the function: there it can replace nothing else.
 """
 import ast
 import copy
+import functools
 import symtable
 import textwrap
 from typing import NamedTuple
@@ -18,6 +19,7 @@ class Piece(NamedTuple):
     end: int
 
 
+@functools.lru_cache(maxsize=64)
 def find(source: str, name: str) -> Piece:
     """The function with this qualified name, "random_mask" or "Encoder.forward".
 

@@ -29,12 +29,12 @@ from course import assignments, blanks, grade, make  # noqa: E402
 
 # -------------------------------------------- tests of the tests --------------------------------------------
 
-def rounds_of(name):
+def rounds_of(name, every=1):
     """What has to be run to prove the tests of an assignment, as runner.py's rounds: for every blank
 
     empty    its function alone is as students find it
     alone    it and what it needs are solved, all other functions of the assignment are empty
-    wrong i  its i-th wrong answer
+    wrong i  its i-th wrong answer, of each `every` the first
     """
     rounds = []
     for b in assignments.ASSIGNMENTS[name]:
@@ -42,7 +42,7 @@ def rounds_of(name):
         rounds.append(dict(name=f"{b.id} empty", put=grade.empty(b), tests=tests, first=False))
         rounds.append(dict(name=f"{b.id} alone", put=others_empty(b), tests=tests, first=False))
         rounds += [dict(name=f"{b.id} wrong {i}", put=grade.mistaken(b, wrong), tests=tests, first=True)
-                   for i, wrong in enumerate(b.wrong)]
+                   for i, wrong in enumerate(b.wrong) if i % every == 0]
     return rounds
 
 
@@ -61,13 +61,13 @@ def run(rounds, seed=0, seconds=3600):
         return grade.run_rounds(rounds, folder, temporary, seed, seconds, seconds, fenced=False)
 
 
-def bank(name, seed=0):
-    """Run all rounds of an assignment on a copy of the solution.
+def bank(name, seed=0, every=1):
+    """Run all rounds_of of an assignment on a copy of the solution.
 
     Returns (complaints, seconds, counts): what the tests do wrong, a line each; how long each blank's tests
     take; the numbers of wrong answers, of those rejected, and of those that visible tests alone reject.
     """
-    entries, trouble = run(rounds_of(name), seed)
+    entries, trouble = run(rounds_of(name, every), seed)
     complaints = [trouble] if trouble else []
     times, rejected, by_visible = {}, 0, 0
     for b in assignments.ASSIGNMENTS[name]:
@@ -81,13 +81,13 @@ def bank(name, seed=0):
                 complaints.append(f"{b.id} empty: {test} does not fail with its NotImplementedError")
         for test, why in grade.failures(entries, f"{b.id} alone", tests).items():
             complaints.append(f"{b.id} solved, others empty: {test}: {grade.one_line(why)}")
-        for i, wrong in enumerate(b.wrong):
+        for i, wrong in list(enumerate(b.wrong))[::every]:
             found = [e for e in entries if e.get("round") == f"{b.id} wrong {i}" and e["outcome"] == "failed"]
             if not found:
                 complaints.append(f"{b.id}: no test rejects {wrong[0]!r}")
             rejected += bool(found)
             by_visible += any(e["test"] in b.tests for e in found)
-    wrong = sum(len(b.wrong) for b in assignments.ASSIGNMENTS[name])
+    wrong = sum(len(b.wrong[::every]) for b in assignments.ASSIGNMENTS[name])
     return complaints, times, (wrong, rejected, by_visible)
 
 
@@ -104,10 +104,11 @@ def right_answers(name):
     return found
 
 
-def right(name, seeds=range(10)):
-    """Run each right answer alone, as the grader does: its visible tests once, its hidden ones at every seed.
+def right(name, seeds=range(10), every=1):
+    """Run each right answer, of each `every` the first, alone, as the grader does: its visible tests once, its
+    hidden ones at every seed.
     Returns (complaints, number of answers)."""
-    answers = right_answers(name)
+    answers = right_answers(name)[::every]
     rounds = [dict(name=f"{i} {seed}", put=others_empty(b) | put, first=False, seed=seed,
                    tests=[*(b.tests if seed == seeds[0] else ()), *b.hidden])
               for i, (b, _, put) in enumerate(answers) for seed in seeds]

@@ -89,10 +89,11 @@ def test_handouts_carry_the_table_of_blanks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_each_blanks_tests_fail_empty_pass_alone_and_reject_all_wrong_answers(name):
-    complaints, _, (wrong, rejected, _) = check.bank(name, seed=1)
+def test_each_blanks_tests_fail_empty_pass_alone_and_reject_wrong_answers(name):
+    """One wrong answer of eight; `make course` tries all."""
+    complaints, _, (wrong, rejected, _) = check.bank(name, seed=1, every=8)
     assert not complaints, "\n".join(complaints)
-    assert rejected == wrong
+    assert rejected == wrong >= 20
 
 
 # ----------------------------------------------- the folders -----------------------------------------------
@@ -165,8 +166,9 @@ def test_folders_of_code_are_all_copied():
 
 def test_wrong_answers_are_edits_that_apply_once():
     for b in BLANKS:
-        for wrong in b.wrong:
-            compile(grade.wrong_text(b, wrong), b.file, "exec")
+        texts = [grade.wrong_text(b, wrong) for wrong in b.wrong]
+        for text in texts[::8]:                                      # `make course` compiles all
+            compile(text, b.file, "exec")
 
 
 @pytest.mark.slow
