@@ -21,7 +21,7 @@ def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by the kernel [[1,0,-1],[2,0,-2],[1,0,-1]] (gx) and its transpose (gy),
     reflect padding of 1 px.
 
-    images: (B, 3, H, W) float. Returns gx, gy, the same shape: gx is left minus right,
+    images: (B, C, H, W) float. Returns gx, gy, the same shape: gx is left minus right,
     gy is above minus below.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                 # (B, 3, H+2, W+2)

@@ -105,9 +105,8 @@ def right_answers(name):
 
 
 def right(name, seeds=range(10), every=1):
-    """Run each right answer, of each `every` the first, alone, as the grader does: its visible tests once, its
-    hidden ones at every seed.
-    Returns (complaints, number of answers)."""
+    """Run each right answer, of each `every` the first, as the grader does: alone, its visible tests once
+    and its hidden ones at every seed. Returns (complaints, number of answers)."""
     answers = right_answers(name)[::every]
     rounds = [dict(name=f"{i} {seed}", put=others_empty(b) | put, first=False, seed=seed,
                    tests=[*(b.tests if seed == seeds[0] else ()), *b.hidden])

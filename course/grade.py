@@ -65,6 +65,10 @@ from course.submission import Submission  # noqa: E402
 # For one blank, from its first test on. A loop meets the limit of processor time, which counts from the
 # process's start, a sleep the other; a solution is far from both, on a busy machine too.
 SECONDS, PROCESSOR = 180, 60
+# What torch.testing.assert_close says first, and what a student reads of it.
+COMPARED = {"Tensor-likes are not close": "wrong values", "Scalars are not close": "wrong values",
+            "The values for attribute 'shape'": "wrong shape",
+            "The values for attribute 'dtype'": "wrong dtype"}
 CANARIES = 5                           # wrong answers that are judged after a blank's own
 
 
@@ -183,7 +187,8 @@ def kind(why, test, text):
     if message in {b.message for listed in assignments.ASSIGNMENTS.values() for b in listed}:
         return f"it calls {message}, which is empty while this blank is graded"
     if error.startswith("assert") or error == "AssertionError":
-        return "a value, shape or dtype is not as asked"
+        return next((what for start, what in COMPARED.items() if message.startswith(start)),
+                    "a value, shape or dtype is not as asked")
     if error == "Failed" and message.startswith("DID NOT RAISE"):
         return "an error that is asked for is not raised"
     if error in ("skipped", "it did not run"):

@@ -7,6 +7,7 @@
 
 Packages are looked for in the Python that runs this, then in VENV.
 """
+import ast
 import glob
 import importlib.util
 import json
@@ -74,7 +75,12 @@ def submit(blanks, patterns):
     for id, blank in blanks.items():
         path = Path(blank["file"])
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else blank["message"]
-        print(f"{id} {blank['name']}: {'still empty' if blank['message'] in text else 'written'}")
+        state = "still empty" if blank["message"] in text else "written"
+        try:
+            ast.parse(text.removeprefix("\ufeff"))
+        except SyntaxError as e:
+            state = f"{path} does not parse, line {e.lineno}: 0 points for its blanks"
+        print(f"{id} {blank['name']}: {state}")
     if blanks:
         print(TAKEN)
 
