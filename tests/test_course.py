@@ -207,6 +207,9 @@ def test_submit_needs_no_packages_and_says_what_is_empty(tmp_path):
             assert re.fullmatch(rb"Python 3[.\d]+, torch \S+\n", file.read("ENVIRONMENT"))
         (folder / "submission.zip").unlink()
     assert not (folder / ".venv").exists()
+    path.write_text("def sobel(images):\n    return images images\n")
+    done = subprocess.run(["make", "submit"], cwd=folder, capture_output=True, text=True)
+    assert "A1.4 sobel: hog.py does not parse, line 2" in done.stdout
 
 
 def test_a_folder_without_make_runs_the_same_tests(tmp_path):
@@ -471,7 +474,8 @@ SECRET = "AssertionError: COURSE_SEED 16\nassert data"
 
 
 @pytest.mark.parametrize("why, shown", [
-    ("AssertionError: Tensor-likes are not close!\n\nMismatched", "a value, shape or dtype is not as asked"),
+    ("AssertionError: Tensor-likes are not close!\n\nMismatched", "wrong values"),
+    ("AssertionError: The values for attribute 'dtype' do not match: torch.float32 != 16", "wrong dtype"),
     ("assert 3 == 16\n +  where", "a value, shape or dtype is not as asked"),
     (SECRET, "a value, shape or dtype is not as asked"),
     ("AssertionError: one channel per head\nassert 3 == 4", "one channel per head"),
