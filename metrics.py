@@ -15,8 +15,7 @@ from typing import NamedTuple
 from runtime.processes import UserError    # before torch, see there
 
 import numpy as np
-import scipy.linalg
-import scipy.optimize
+import scipy                               # its parts load when they are used
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -53,8 +53,8 @@ def parse(argv):
         "(default 1: off; for the model in assets/ 2)")
     add("--cfg-interval", type=number(Share), nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
         help="times at which it acts, noise at 1; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
-    add("--sampler", choices=SAMPLERS, default="euler-maruyama", help="[Table 8] Euler-Maruyama, the default")
-    add("--steps", type=number(Count), help="[Table 8] (default 250; for the model in assets/ 50; heun calls "
+    add("--sampler", choices=SAMPLERS, help="(default euler-maruyama [Table 8]; model in assets/: heun)")
+    add("--steps", type=number(Count), help="(default 250 [Table 8]; model in assets/: 8; heun calls "
         "the model twice per step)")
     add("--seed", type=number(Seed), default=0, help="of all noise and of random labels")
     add("--batch-size", type=number(Count), default=50, help="images at a time in each process (default 50)")
@@ -73,7 +73,8 @@ def load(args, device):
     null = args.classes == ["null"]
     if args.cfg is None:
         args.cfg = 1.0 if args.ckpt or null else 2.0
-    args.steps = args.steps or (250 if args.ckpt else 50)
+    args.steps = args.steps or (250 if args.ckpt else 8)
+    args.sampler = args.sampler or ("euler-maruyama" if args.ckpt else "heun")
     args.ckpt = args.ckpt or str(checkpoints.DEFAULT_MODEL)
     model, tokenizer, config = load_model(args.ckpt, args, device)
     check_guidance(model, args.cfg)

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

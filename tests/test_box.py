@@ -40,7 +40,7 @@ def test_without_a_model_the_one_in_assets_is_drawn_from_and_measured(run, tmp_p
     monkeypatch.setattr(checkpoints, "DEFAULT_MODEL", small)
     monkeypatch.chdir(tmp_path)
     sample.main(["--steps", "3", "--device", "cpu"])
-    given = ["--ckpt", str(small), "--cfg", "2", "--steps", "3", "--device", "cpu"]
+    given = ["--ckpt", str(small), "--cfg", "2", "--sampler", "heun", "--steps", "3", "--device", "cpu"]
     sample.main([*given, "--out", "given.png"])
     pixels = [np.asarray(Image.open(name)) for name in ("samples.png", "given.png")]
     assert np.array_equal(*pixels) and pixels[0].shape[0] > 10 * 32                     # a row for each class

@@ -22,10 +22,10 @@ BLANKS = [b for name in NAMES for b in assignments.ASSIGNMENTS[name]]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_right_answers_are_accepted(name):
-    """One of three, at one seed; `make course` tries all at ten."""
-    complaints, count = check.right(name, seeds=(3,), every=3)
+    """One of five, at one seed; `make course` tries all at ten."""
+    complaints, count = check.right(name, seeds=(3,), every=5)
     assert not complaints, "\n".join(complaints)
-    assert count >= 7 and len(check.right_answers(name)) >= 20
+    assert count >= 4 and len(check.right_answers(name)) >= 20
 
 
 def test_every_blank_has_a_right_answer_that_is_not_the_solutions_text():
