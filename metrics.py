@@ -79,7 +79,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) 
     real, fake = ((x.double() - centre).float() for x in (real, fake))
     # Equal distances (of duplicate images, say) must count, so what rounding may have parted is equal: radii
     # are computed a little larger, distances a little smaller. A float32 product ab of d terms is off by less
-    # than 6 sqrt(d) 2^-24 |a||b|, all but once in 3e7 (Higham and Mary 2019); 4 more for the sums.
+    # than 6 sqrt(d) 2^-24 |a||b|, all but once in 3e7 (Ipsen and Zhou 2020); 4 more for the sums.
     rounding = (6 * math.sqrt(real.shape[1]) + 4) * 2 ** -24
     squares = lambda x, factor: (x.double().square().sum(1) * factor).float()
 

@@ -40,5 +40,5 @@ def save_sheet(path, model, tokenizer, config, args, columns=10):
     states = []                                                                        # of one trajectory
     draw(y[-1:], args.cfg, states)
     nearest = [min(states, key=lambda state: abs(state[0] - t))[1] for t in np.linspace(1, 0, 8)]
-    rows["denoising, t =\n1, 6/7, ... 0"] = torch.cat([tokenizer.decode(x, normalized=True) for x in nearest])
+    rows["denoising,\nt from 1 to 0"] = torch.cat([tokenizer.decode(x, normalized=True) for x in nearest])
     files.write_png(path, image_grid([to_uint8(row) for row in rows.values()], list(rows)))

@@ -53,11 +53,13 @@ class Row(NamedTuple):
 
 
 TOKENIZER, DIFFUSION = train_tokenizer, train_diffusion
-ROWS = [Row(TOKENIZER, preset, batch, again) for preset, batch in (
-            ("imagenet64", 256), ("maetok-b-256", 64), ("maetok-b-256", 32), ("maetok-b-512", 64))
-        for again in (False, True)] + [
-    Row(DIFFUSION, "imagenet64", 256), Row(DIFFUSION, "sit-xl", 32), Row(DIFFUSION, "sit-xl", 256),
-    Row(DIFFUSION, "lightningdit-xl", 128, add="lightningdit"), Row(DIFFUSION, "usit-2b", 32, add="usit")]
+# Two batches of each: what lies between is linear.
+ROWS = [Row(script, preset, batch, again, add) for script, preset, batches, add in (
+            (TOKENIZER, "imagenet64", (256,), ""), (TOKENIZER, "maetok-b-256", (32, 64), ""),
+            (TOKENIZER, "maetok-b-512", (8, 32), ""), (DIFFUSION, "imagenet64", (256,), ""),
+            (DIFFUSION, "sit-xl", (32, 256), ""), (DIFFUSION, "lightningdit-xl", (32, 128), "lightningdit"),
+            (DIFFUSION, "usit-2b", (32,), "usit"))
+        for batch in batches for again in (False, True)]
 
 
 class Live(TorchDispatchMode):

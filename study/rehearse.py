@@ -121,11 +121,11 @@ def descendants(pid):
 
 class Watch:
     """What is seen of a run from outside: when each step was logged, the least memory left, the most of
-    /dev/shm."""
+    /dev/shm, whether it was killed on the way."""
 
     def __init__(self, out):
         self.out, self.times, self.begun = out, {}, time.time()
-        self.available, self.shm, self.shm_before = [], 0, self.shm_used()
+        self.available, self.shm, self.shm_before, self.killed = [], 0, self.shm_used(), False
 
     @staticmethod
     def shm_used():
@@ -194,13 +194,13 @@ def rehearse(plan, out, log):
     gan = [part.first for part in plan.parts if "GAN" in part.name]
     kill_after = max(gan[0] if gan else 1, 1)
     status = call(plan, out, log, watch, kill_after)
-    killed = status is None
-    if killed:
+    watch.killed = status is None
+    if watch.killed:
         status = call(plan, out, log, watch)
     if status:
         raise UserError(f"the run fails at {where_it_failed(plan, watch)}: "
                         f"{last_line(log).removeprefix('error: ')} (all it said: {log})")
-    if killed and b"resuming " not in log.read_bytes():
+    if watch.killed and b"resuming " not in log.read_bytes():
         raise UserError("the run was killed after a checkpoint, and did not resume from it")
     return watch
 
@@ -257,7 +257,7 @@ def costs(plan, out, watch):
     return {"parts": parts, "start_seconds": starting, "save_seconds": save, "end_of_stage_seconds": events,
             "checkpoint_bytes": checkpoint, "checkpoints": kept, "disk_bytes": disk, "hours": seconds / 3600,
             "memory_gib": max(r["peak_memory_gib"] for r in steps.values()), "shm_bytes": watch.shm,
-            "memory_left_bytes": min(watch.available, default=None)}
+            "memory_left_bytes": min(watch.available, default=None), "killed": watch.killed}
 
 
 def check_disk(plan, found):
@@ -285,7 +285,7 @@ def as_text(plan, read, found, price):
                            f"waiting for data; peak memory {part['memory_gib']:.2f} GiB"
                      + (f"; {part['speed_used']:.0%} of the GPU's speed" if part["speed_used"] else "")))
     rows += [("checkpoint and picture", f"{found['save_seconds']:.1f} s, {size(found['checkpoint_bytes'])}"),
-             ("killed, then resumed", "as it should")]
+             ("killed, then resumed", "at its checkpoint" if found["killed"] else "no: it ended too soon")]
     rows += [("end of a stage", f"{seconds:.1f} s") for seconds in found["end_of_stage_seconds"]]
     hours = found["hours"]
     rows += [("the whole run", (f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes")

@@ -152,6 +152,26 @@ def test_precision_and_recall_count_equal_distances():
     assert found == pytest.approx((covered(fake, real), covered(real, fake)))
 
 
+@pytest.mark.parametrize("d", [3, 300, 2048])
+def test_precision_and_recall_of_duplicates_and_of_what_nearly_is_one(d):
+    """Balls of radius 0 hold copies, and nothing that is moved by more than float32's rounding; elsewhere the
+    answers are float64's."""
+    g = torch.Generator().manual_seed(d)
+    real = torch.randn(40, d, generator=g).repeat(4, 1) + 30
+    near = real[:40] + 0.02 * torch.randn(40, d, generator=g)
+    assert metrics.precision_recall(real, torch.cat((real[:60], near))) == (0.6, 1)
+    a, b = torch.randn(2, 300, d, generator=g)
+    b = 0.9 * b + 0.1
+
+    def covered(queries, points):
+        between = torch.cdist(points.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        reach = between.fill_diagonal_(torch.inf).kthvalue(3, dim=1).values
+        inside = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        return (inside <= reach).any(1).double().mean().item()
+
+    assert metrics.precision_recall(a, b) == pytest.approx((covered(b, a), covered(a, b)))
+
+
 def test_precision_and_recall_by_brute_force():
     g = torch.Generator().manual_seed(1)
     real = torch.randn(60, 3, generator=g) + 100                                # far from 0
