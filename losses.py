@@ -268,7 +268,7 @@ def build_adversary(config, device, kind=Adversary) -> Adversary | None:
         discriminator = PatchDiscriminator(config.image_size)
     else:
         dino = load_vit("dino-s", 16, gelu="tanh", weights_dir=config.weights_dir, device=device)
-        cast_matrices(dino, autocast_dtype(config.dtype, device))
+        cast_matrices(dino, autocast_dtype(config.dtype, device, config.width))
         if config.checkpointing:   # not the heads: a second call would update spectral norm's vectors again
             common.recompute_blocks(dino)
         discriminator = DinoDiscriminator(dino)

@@ -61,7 +61,7 @@ def parse(argv):
     add("--compile", action="store_true",
         help="torch.compile the diffusion model, which takes a minute at the start; for many images")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="auto", help="autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
+    add("--dtype", default="auto", help="autocast: auto (bfloat16 where fast), float32, bfloat16")
     add_extras(parser, argv)
     args = parser.parse_args(argv)
     check_outputs(args.out, args.report)
@@ -82,7 +82,8 @@ def load(args, device):
         raise UserError("--classes null: guidance leads away from the null class itself; give --cfg 1")
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
         raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
-    args.dtype = str(autocast_dtype(args.dtype, device)).removeprefix("torch.")    # what it is, for settings
+    dtype = autocast_dtype(args.dtype, device, model.config.width)
+    args.dtype = str(dtype).removeprefix("torch.")                               # what it is, for settings
     classes = model.config.num_classes
     args.num = args.num or (8 * len(args.classes or range(classes)) if classes and not null else 64)
     return model, tokenizer, config

@@ -52,7 +52,7 @@ class Config(SiTConfig):
     init: str = ""                # start from the EMA weights of this run or checkpoint, of the same latents
     seed: Seed = 0                # of weights, data order, flips, times, noise and label dropout
     device: str = "auto"          # auto, cpu, cuda or mps
-    dtype: str = "auto"           # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    dtype: str = "auto"           # autocast: auto (bfloat16 where fast), float32, bfloat16
     compile: bool = False         # torch.compile the model; pays off on GPUs in runs longer than some minutes
     checkpointing: bool = False   # less memory, more time: the backward pass computes blocks again
     workers: Workers = -1         # loader processes for each training process; -1: 8 on CUDA, none elsewhere
@@ -214,7 +214,7 @@ def train(method, state, network, train_set, processes):
                 batch = method.batch(step, positions, next(loader))
                 x_t, v = interpolate(batch.x, batch.noise, batch.t, config.path)            # (B, L, C) each
                 with exchange_gradients(micro + 1 == config.accumulate, wrapped):
-                    with autocast(config.dtype, device):
+                    with autocast(config.dtype, device, config.width):
                         prediction = wrapped(x_t, batch.t, batch.y, **batch.more)         # v_theta(x_t, t, y)
                     loss, losses, terms = method.objective(prediction, x_t, v, batch)
                     (loss / config.accumulate).backward()
@@ -284,9 +284,10 @@ def start(method, tokenizer_state, classes, processes):
         files.lock(out)
     checkpoint = checkpoints.find_checkpoint(out, processes.rank)
     if checkpoint is not None:
-        # A learning rate that does not fall at the end depends on no number of steps: there may be more.
-        more = {"steps"} if config.lr_decay == 0 and config.steps >= checkpoint["step"] else set()
-        resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH | more, out)
+        # Until the learning rate falls it does not depend on the number of steps: the end may be moved.
+        ends = [(1 - c["lr_decay"]) * c["steps"] for c in (checkpoint["config"], vars(config))]
+        end = {"steps", "lr_decay"} if checkpoint["step"] <= min(ends) else set()
+        resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH | end, out)
         if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))
                for k, v in tokenizer_state["ema"].items()):
             raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")

@@ -58,7 +58,7 @@ class Config(MAETokConfig):
     init: str = ""               # start from the EMA weights of this checkpoint or run folder
     seed: Seed = 0               # of weights, data order, augmentation, masks and noise
     device: str = "auto"         # auto, cpu, cuda or mps
-    dtype: str = "auto"          # autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    dtype: str = "auto"          # autocast: auto (bfloat16 where fast), float32, bfloat16
     compile: bool = False        # torch.compile the model; pays off on GPUs in runs longer than some minutes
     checkpointing: bool = False  # less memory, more time: the backward pass computes blocks again
     workers: Workers = -1        # loader processes for each training process; -1: 8 on CUDA, none elsewhere
@@ -274,7 +274,7 @@ class Method(Tokenizer):
             loss = loss + config.percep_weight * min(1.0, step / PERCEP_WARMUP) * terms["percep"]
         if batch.windows:
             self.adversary.requires_grad_(False)                           # its own step comes after this one
-            with autocast(config.dtype, self.device):
+            with autocast(config.dtype, self.device, config.width):
                 terms["adv"] = differentiated(
                     lambda x: generator_loss(self.adversary.logits(x, batch.windows[-1])), reconstruction)
             terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
@@ -300,14 +300,14 @@ def train_step(method, stage, state, batches, loader, wrapped, wrapped_adversary
     for micro, positions in enumerate(batches.positions()):
         batch = method.batch(stage, step, micro, positions, next(loader))
         with exchange_gradients(micro + 1 == config.accumulate, wrapped, wrapped_adversary):
-            with autocast(config.dtype, method.device):
+            with autocast(config.dtype, method.device, config.width):
                 output = wrapped(batch.images, batch.mask, batch.noise, **batch.more)
             loss, terms = method.objective(step, batch, output, model)                       # Eq. 6 + Eq. 8
             (loss / config.accumulate).backward()
             if batch.windows:
                 method.adversary.requires_grad_(True)                            # `objective` froze it
                 reconstruction = output.reconstruction.float().detach()
-                with autocast(config.dtype, method.device):
+                with autocast(config.dtype, method.device, config.width):
                     disc_loss, disc_terms = wrapped_adversary(batch.images, reconstruction, batch.windows)
                 (disc_loss / config.accumulate).backward()
                 terms |= disc_terms

@@ -13,7 +13,7 @@ good start; 2 to 4 times that was better here. All other parameters (embeddings,
 modulation) are trained by AdamW.
 
 torch.optim.Muon rounds to bfloat16, which takes ten times as long on a processor without bfloat16 products.
-Here products are float32 (TF32 on CUDA), and matrices of the same shape are multiplied together.
+Here products are in the run's --dtype, and matrices of the same shape are multiplied together.
 To remove it: delete this file.
 """
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from common import Weight
+from runtime.processes import autocast_dtype
 
 MOMENTUM = 0.95                                         # [Jordan et al. 2024], as are the coefficients below
 
 
 def orthogonal(u: Tensor, steps=5) -> Tensor:
-    """Approximately U V^T of matrices u = U S V^T, (n, rows, columns) float32.
+    """Approximately U V^T of matrices u = U S V^T, (n, rows, columns) float32 or bfloat16.
 
     Newton-Schulz: each step maps singular values s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five steps bring
     those above 0.002 of u's norm to 0.68 ... 1.2; much smaller ones stay small.
@@ -43,6 +44,7 @@ def orthogonal(u: Tensor, steps=5) -> Tensor:
 
 class Muon(torch.optim.AdamW):
     """AdamW, but groups with "muon" take the steps above, at that multiple of their learning rate."""
+    dtype = torch.float32                                                        # of the products
 
     @torch.no_grad()
     def step(self):
@@ -65,12 +67,14 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(matrices, orthogonal(updates).unbind(), alpha=-lr * 0.2 * max(shape) ** 0.5)
+            steps = orthogonal(updates.to(self.dtype)).to(updates.dtype)
+            torch._foreach_add_(matrices, steps.unbind(), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
-def with_muon(adamw, model, times: float):
+def with_muon(adamw, model, times: float, dtype: torch.dtype):
     """A Muon optimizer of the same parameter groups, in which the matrices of the transformer blocks have
-    their own group with "muon": times. adamw itself if `model` has no such matrices (a discriminator)."""
+    their own group with "muon": times, and products in `dtype`. adamw itself if `model` has no such matrices
+    (a discriminator)."""
     blocks = {p for name, p in model.named_parameters()
               if p.requires_grad and p.ndim == 2 and "block" in name and "modulation" not in name}
     if not blocks:
@@ -80,7 +84,9 @@ def with_muon(adamw, model, times: float):
               for group in adamw.param_groups]
     matrices = [p for p in model.parameters() if p in blocks]
     groups.append(dict(params=matrices, weight_decay=first["weight_decay"], muon=times))
-    return Muon(groups, lr=defaults["lr"], betas=defaults["betas"], fused=defaults["fused"])
+    muon = Muon(groups, lr=defaults["lr"], betas=defaults["betas"], fused=defaults["fused"])
+    muon.dtype = dtype
+    return muon
 
 
 class AddToTokenizer:
@@ -91,7 +97,8 @@ class AddToTokenizer:
         muon: Weight = 2.0           # the blocks' matrices train with Muon, at this multiple of lr
 
     def optimizer(self, model):
-        return with_muon(super().optimizer(model), model, self.config.muon)
+        dtype = autocast_dtype(self.config.dtype, self.device, self.config.width)
+        return with_muon(super().optimizer(model), model, self.config.muon, dtype)
 
 
 class AddToDiffusion(AddToTokenizer):

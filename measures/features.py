@@ -357,8 +357,8 @@ def open_run(args, path, source=""):
     network, name = feature_network(args, data, size)
     real, against = reference(args, network, name, data, size)
     source = source or f"EMA weights; {'null class' if args.null_class else 'balanced labels'}"
-    dtype = str(autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
-    protocol = (f"{args.num_images} samples at {size} px, drawn in {dtype}, against {against}; features "
+    args.dtype = str(autocast_dtype(args.dtype, args.device, model.config.width)).removeprefix("torch.")
+    protocol = (f"{args.num_images} samples at {size} px, drawn in {args.dtype}, against {against}; features "
                 f"{name} in float32; {source}; {args.sampler}, {args.steps} steps; seed {args.seed}"
                 + (f"; decoded by {args.tokenizer}" if args.tokenizer else "")
                 + (f"; trained with --add {config['add']}" if config.get('add') else "")

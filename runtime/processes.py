@@ -399,20 +399,27 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def autocast_dtype(name, device):
-    """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, else float32."""
+# Intel's matrix units multiply bfloat16 many times faster than float32 (docs/speed.md).
+AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
+AMX_WIDTH = 192                                # narrower models lose more by the casts than they gain
+
+
+def autocast_dtype(name, device, width=0):
+    """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, and on CPUs with AMX for models of
+    at least AMX_WIDTH; else float32."""
     if name == "auto":
         # Without emulation: a V100 or T4 computes in bfloat16 too, many times slower than in float32.
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                  else device.type == "cpu" and AMX and width >= AMX_WIDTH)
         return torch.bfloat16 if native else torch.float32
     if name not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")
     return getattr(torch, name)
 
 
-def autocast(name, device):
-    """A context in which matrix products run in --dtype `name`."""
-    dtype = autocast_dtype(name, device)
+def autocast(name, device, width=0):
+    """A context in which the matrix products of a model of `width` run in --dtype `name`."""
+    dtype = autocast_dtype(name, device, width)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -1,6 +1,6 @@
-"""The memory that a training step takes on a GPU, without one: docs/memory.md's first table.
+"""The memory that a training step takes on a GPU, without one: the table of docs/memory.md.
 
-    python -m study.memory                  # print the table, and write it into docs/memory.md; some minutes
+    python -m study.memory                  # print it, and write it into docs/memory.md; fifteen minutes
     python -m study.memory --only sit-xl
 
 The scripts' own training loops run two steps on fake tensors, which have shapes and dtypes but no values,
@@ -53,13 +53,15 @@ class Row(NamedTuple):
 
 
 TOKENIZER, DIFFUSION = train_tokenizer, train_diffusion
-# Two batches of each: what lies between is linear.
+KIND = {TOKENIZER: "tokenizer", DIFFUSION: "diffusion"}
+# Two batches of each: memory is linear in the batch.
 ROWS = [Row(script, preset, batch, again, add) for script, preset, batches, add in (
-            (TOKENIZER, "imagenet64", (256,), ""), (TOKENIZER, "maetok-b-256", (32, 64), ""),
-            (TOKENIZER, "maetok-b-512", (8, 32), ""), (DIFFUSION, "imagenet64", (256,), ""),
+            (TOKENIZER, "imagenet64", (64, 256), ""), (TOKENIZER, "maetok-b-256", (32, 64), ""),
+            (TOKENIZER, "maetok-b-512", (8, 32), ""), (DIFFUSION, "imagenet64", (64, 256), ""),
             (DIFFUSION, "sit-xl", (32, 256), ""), (DIFFUSION, "lightningdit-xl", (32, 128), "lightningdit"),
-            (DIFFUSION, "usit-2b", (32,), "usit"))
-        for batch in batches for again in (False, True)]
+            (DIFFUSION, "usit-2b", (8, 32), "usit"))
+        for again in (False, True) for batch in batches]
+GPUS, SPARE = (24, 40, 80), 4                       # GiB; what the table's last columns leave free
 
 
 class Live(TorchDispatchMode):
@@ -173,12 +175,17 @@ def peak(row):
 
 
 def table(found):
-    """Markdown, of {Row: bytes}."""
-    gib = lambda row: f"{found[row] / 2 ** 30:.1f}" if row in found else "–"
-    lines = ["| run | per GPU | plain | `--checkpointing` |", "|---|---|---|---|"]
-    what = {TOKENIZER: "images", DIFFUSION: "latents"}
-    lines += [f"| `{row.preset}` | {row.batch} {what[row.script]} | {gib(row)} | "
-              f"{gib(row._replace(checkpointing=True))} |" for row in found if not row.checkpointing]
+    """Markdown, of {Row: bytes} with the rows in pairs that differ in the batch alone: the line through both,
+    and the largest batches, multiples of 8, with which SPARE stays free."""
+    lines = ["| run | GiB for n images or latents | " + " | ".join(f"n in {g} GiB" for g in GPUS) + " |",
+             "|---" * (2 + len(GPUS)) + "|"]
+    for small, large in zip(*[iter(found)] * 2):
+        low, high = (found[row] / 2 ** 30 for row in (small, large))
+        each = (high - low) / (large.batch - small.batch)
+        fixed = low - each * small.batch
+        fits = [max(0, int((g - SPARE - fixed) / each) // 8 * 8) or "–" for g in GPUS]
+        name = f"{KIND[small.script]} `{small.preset}`" + " `--checkpointing`" * small.checkpointing
+        lines.append(f"| {name} | {fixed:.1f} + {each:.3f} n | " + " | ".join(map(str, fits)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,11 +193,11 @@ def main(argv=None):
     """Run the command line (argv without the program's name; None: sys.argv)."""
     parser = common.OneLineParser(prog="python -m study.memory", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows with this in their name; the page stays as it is")
+    parser.add_argument("--only", default="", help="presets with this in their name; the page stays as it is")
     args = parser.parse_args(argv)
-    rows, found = [row for row in ROWS if args.only in row.name], {}
+    rows, found = [row for row in ROWS if args.only in row.preset], {}
     if not rows:
-        raise UserError(f"--only {args.only}: there are {'; '.join(row.name for row in ROWS)}")
+        raise UserError(f"--only {args.only}: there are {', '.join(sorted({row.preset for row in ROWS}))}")
     for row in rows:
         found[row] = peak(row)
         print(f"{row.name}: {found[row] / 2 ** 30:.1f} GiB", flush=True)

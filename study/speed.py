@@ -50,7 +50,7 @@ Config, PRESETS, USES = Method.Config, Method.PRESETS, ()
 def add_arguments(add):
     """The options of this command. add: a parser's add_argument."""
     add("--only", nargs="+", help="rows whose name has one of these in it, e.g. 'SiT-B' HOG (default: all)")
-    add("--dtype", default="auto", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
+    add("--dtype", default="auto", help="auto (bfloat16 where fast), float32, bfloat16")
     add("--compare", action="store_true", help="instead: the ratio to other libraries (scikit-image, "
         "scikit-learn, sqrtm, Pillow, where installed), and what the host draws for a step")
     add("--repeats", type=number(Count), default=7, help="timed calls per row at most (default 7)")

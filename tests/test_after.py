@@ -456,12 +456,14 @@ def test_orthogonal_keeps_singular_vectors_and_makes_all_values_about_one(shape)
         torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-5, rtol=0)
 
 
-def test_muon_takes_the_steps_of_pytorchs_and_adamw_those_of_the_rest():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.03), (torch.bfloat16, 0.003)])
+def test_muon_takes_the_steps_of_pytorchs_and_adamw_those_of_the_rest(dtype, tolerance):
     shapes = [(16, 16), (48, 16), (16, 64), (16, 16)]
     mine, theirs = ([torch.nn.Parameter(torch.ones(s) + i) for i, s in enumerate([*shapes, (7,)])]
                     for _ in range(2))
     ours = Muon([dict(params=mine[4:]), dict(params=mine[:4], weight_decay=0.1, muon=2.0)], lr=0.01,
                 weight_decay=0.3)
+    ours.dtype = dtype
     oracles = [torch.optim.Muon(theirs[:4], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                torch.optim.AdamW(theirs[4:], lr=0.01, weight_decay=0.3)]
     for _ in range(4):
@@ -473,7 +475,7 @@ def test_muon_takes_the_steps_of_pytorchs_and_adamw_those_of_the_rest():
     for i, (a, b) in enumerate(zip(mine, theirs)):
         moved, expected = a.detach() - 1 - i, b.detach() - 1 - i
         # PyTorch's products are bfloat16.
-        assert (moved - expected).norm() < (0.03 if i < 4 else 1e-6) * expected.norm() and expected.norm() > 0
+        assert (moved - expected).norm() < (tolerance if i < 4 else 1e-6) * expected.norm() and expected.norm() > 0
 
 
 def test_muon_is_for_matrices_of_blocks_and_nothing_is_left_out(random_networks):
@@ -502,6 +504,8 @@ def test_muon_is_for_matrices_of_blocks_and_nothing_is_left_out(random_networks)
         assert blocks == expected and len(blocks) >= 8
         assert [group["weight_decay"] for group in groups] == [weight_decay]
     kind = common.attach(train_tokenizer.Method, ["muon"])
+    rounded = kind(kind.Config(**kind.PRESETS["shapes"] | dict(dtype="bfloat16")), cpu)
+    assert optimizer.dtype == torch.float32 and rounded.optimizer(whole).dtype == torch.bfloat16
     for disc in ("patch", "dino"):                                      # discriminators keep AdamW
         config = kind.Config(**kind.PRESETS["shapes"] | dict(disc=disc))
         adversary = build_adversary(config, cpu)

@@ -1,6 +1,7 @@
 """What a run must survive, and what must stop it at once with one line: signals, moved and changed images, a
 small /dev/shm, a GPU that cannot be used, half of torchrun's environment, logs that cannot be written."""
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import checkpoints
 import common
 import losses
 import maetok
+import sample
 import train_diffusion
 import train_tokenizer
 from common import UserError
@@ -213,22 +215,48 @@ def test_a_run_does_not_resume_on_other_images(tmp_path, photos, change, reason)
         assert "\n" not in str(e.value)
 
 
-def test_a_finished_diffusion_run_takes_more_steps(tmp_path, photos):
+def test_the_end_of_a_diffusion_run_moves_until_its_learning_rate_falls(tmp_path, photos):
     train(tmp_path / "t", "--data", photos)
-    whole = train_sit(tmp_path / "whole", tmp_path / "t", "--steps", 9)
-    train_sit(tmp_path / "longer", tmp_path / "t")
-    assert_same_weights(whole, train_sit(tmp_path / "longer", tmp_path / "t", "--steps", 9))
+    sit = lambda name, *options: train_sit(tmp_path / name, tmp_path / "t", *options)
+    whole, falls = sit("whole", "--steps", 9), sit("whole-falls", "--steps", 9, "--lr-decay", 0.3)
+    sit("longer")                                                                                   # 8 steps
+    assert_same_weights(whole, sit("longer", "--steps", 9))
     with pytest.raises(UserError, match="steps 9 -> 6"):
-        train_sit(tmp_path / "longer", tmp_path / "t", "--steps", 6)
-    # Where the schedule depends on them there is another way, which the line names.
-    train_sit(tmp_path / "falls", tmp_path / "t", "--lr-decay", 0.5)
-    for more in (lambda: train_sit(tmp_path / "falls", tmp_path / "t", "--lr-decay", 0.5, "--steps", 9),
+        sit("longer", "--steps", 6)
+    # Six steps, as of a run without a fall; 0.3 of 9 steps begin after them.
+    sit("moved", "--steps", 6)
+    assert_same_weights(falls, sit("moved", "--steps", 9, "--lr-decay", 0.3))
+    # Where the learning rate has fallen already there is another way, which the line names.
+    for more in (lambda: sit("moved", "--steps", 20, "--lr-decay", 0.3),
                  lambda: train(tmp_path / "t", "--data", photos, "--steps", 20)):
         with pytest.raises(UserError, match="steps . -> .*--init"):
             more()
 
 
 # ------------------------------------------ devices and launchers ------------------------------------------
+
+def test_dtype_auto_is_bfloat16_for_wide_models_on_cpus_with_amx(tmp_path, photos, monkeypatch):
+    def run(name, *options):
+        tokenizer = train(tmp_path / f"{name}-t", "--data", photos, *GAN, *options)
+        sit = train_sit(tmp_path / f"{name}-d", tmp_path / "exact-t", *options)
+        sample.main(["--ckpt", str(tmp_path / f"{name}-d"), "--steps", "2", "--num-images", "4",
+                     "--out", str(tmp_path / f"{name}.npz"), *options])
+        settings = json.loads((tmp_path / f"{name}.npz.settings.json").read_text())
+        return (tokenizer, sit), np.load(tmp_path / f"{name}.npz")["arr_0"], settings["dtype"]
+
+    monkeypatch.setattr(processes, "AMX", True)
+    exact, _, dtype = run("exact")                                                # narrow ones in float32
+    assert dtype == "float32"
+    rounded, images, _ = run("rounded", "--dtype", "bfloat16")
+    monkeypatch.setattr(processes, "AMX_WIDTH", exact[0]["config"]["width"])
+    found, same, dtype = run("found")
+    assert dtype == "bfloat16" and np.array_equal(images, same)
+    for a, b, c in zip(found, rounded, exact):
+        assert_same_weights(a, b)
+        assert any(not torch.equal(a["ema"][name], weight) for name, weight in c["ema"].items())
+    monkeypatch.setattr(processes, "AMX", False)
+    assert processes.autocast_dtype("auto", CPU, 10 ** 6) == torch.float32
+
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):
     def old():

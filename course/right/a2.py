@@ -191,7 +191,7 @@ RIGHT = (
             loss = loss + c.percep_weight * min(1, step / PERCEP_WARMUP) * terms["percep"]
         if batch.windows is not None:
             self.adversary.requires_grad_(False)
-            with autocast(c.dtype, self.device):
+            with autocast(c.dtype, self.device, c.width):
                 logits = self.adversary.logits(x, batch.windows[2])
                 terms["adv"] = generator_loss(logits)
             weight = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
@@ -217,7 +217,7 @@ RIGHT = (
         if batch.windows:
             for p in self.adversary.parameters():
                 p.requires_grad_(False)
-            with autocast(config.dtype, self.device):
+            with autocast(config.dtype, self.device, config.width):
                 terms["adv"] = generator_loss(self.adversary.logits(x, batch.windows[-1]))
             terms["adaptive_weight"] = adaptive_weight(total(), terms["adv"], model.decoder.head.weight)
             weights["adv"] = config.disc_weight * terms["adaptive_weight"]
@@ -237,7 +237,7 @@ RIGHT = (
             terms["percep"] = self.lpips(reconstruction, images).mean()
             loss = loss + config.percep_weight * min(1.0, step / PERCEP_WARMUP) * terms["percep"]
         if batch.windows:
-            with autocast(config.dtype, self.device):
+            with autocast(config.dtype, self.device, config.width):
                 terms["adv"] = differentiated(
                     lambda x: generator_loss(self.adversary.logits(x, batch.windows[-1])), reconstruction)
             terms["adaptive_weight"] = adaptive_weight(loss, terms["adv"], model.decoder.head.weight)
