@@ -223,7 +223,9 @@ class Log:
         """terms: {name: scalar tensor} of one forward pass."""
         self.names = frozenset(terms)
         for name, term in terms.items():
-            self.terms.setdefault(name, []).append(term.detach())
+            # A sum in place: scalars kept from each step, between large tensors, would hold freed memory apart.
+            total, count = self.terms.get(name, (torch.zeros_like(term, dtype=torch.float32), 0))
+            self.terms[name] = total.add_(term.detach()), count + 1
 
     def check_finite(self, *values):
         """Remember whether these scalars were ever not finite; `write` raises."""
@@ -232,7 +234,7 @@ class Log:
     def write(self, step, **more):
         """One record: the means, more's values, images per second. Raises UserError if a value to be checked
         was not finite."""
-        means = [torch.stack(values).mean() for values in self.terms.values()]
+        means = [total / count for total, count in self.terms.values()]
         *means, finite = all_mean(torch.stack([*means, self.finite])).tolist()
         if finite < 1:
             raise UserError(f"the loss or its gradient is not finite at step {step} or up to "
