@@ -9,22 +9,34 @@ OUT ?= runs/study-$(SETTING)
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: box course demo lint read study test test-fast
+.PHONY: box course demo demo-diffusion demo-tokenizer lint read study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 # First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/speed.md.
+# Stage 2 changes the decoder alone: SiT is trained beside it, on stage 1's latents.
 demo: .venv/runtime
 	$(BIN)/python sample.py --out runs/demo/first.png
-	$(BIN)/python train_tokenizer.py --add muon --muon 2 --steps 1600 --stage2-steps 1200 --out runs/demo/tokenizer
-	$(BIN)/python train_diffusion.py --add muon --muon 4 --steps 1050 --tokenizer runs/demo/tokenizer --out runs/demo/diffusion
-	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --classifier-steps 500 \
-		--num-images 1000 --out runs/demo/recon
-	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --pixels --train-images 3000 --test-images 1000 \
-		--components 1 5 10 20 --starts 1 --no-full --out runs/demo/latents
-	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --num-images 500 --out runs/demo/samples.npz
+	$(BIN)/python train_tokenizer.py --add muon --muon 2 --steps 1600 --stage 1 --out runs/demo/stage1
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 demo-tokenizer demo-diffusion
+	$(BIN)/python sample.py --ckpt runs/demo/diffusion --tokenizer runs/demo/tokenizer --cfg 2 --steps 50 --num-images 500 \
+		--out runs/demo/samples.npz
 	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier --classifier-steps 500 \
 		--reference-images 2000 --test-images 1000 --tokenizer runs/demo/tokenizer
-	$(BIN)/python sample.py --ckpt runs/demo/diffusion --cfg 2 --steps 50 --report runs/demo/report.png
+	$(BIN)/python sample.py --ckpt runs/demo/diffusion --tokenizer runs/demo/tokenizer --cfg 2 --steps 50 \
+		--report runs/demo/report.png
+
+demo-diffusion:
+	$(BIN)/python train_diffusion.py --add muon --muon 4 --steps 1050 --tokenizer runs/demo/stage1 --out runs/demo/diffusion
+
+# Its progress would write over SiT's.
+demo-tokenizer:
+	@echo "meanwhile: stage 2, reconstructions and latents, see runs/demo/tokenizer.log"
+	@exec > runs/demo/tokenizer.log 2>&1 && $(BIN)/python train_tokenizer.py --add muon --muon 2 --stage 2 \
+		--init runs/demo/stage1 --stage2-steps 1200 --out runs/demo/tokenizer && \
+	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --classifier-steps 500 --num-images 1000 \
+		--out runs/demo/recon && \
+	$(BIN)/python evaluate.py latents runs/demo/tokenizer --names MAETok --pixels --train-images 3000 --test-images 1000 \
+		--components 1 5 10 20 --starts 1 --no-full --out runs/demo/latents
 
 # The small model that sample.py draws from by default: the demo's sizes, trained longer and with AdamW. 47 minutes.
 box: .venv/runtime

@@ -223,7 +223,7 @@ class Log:
         """terms: {name: scalar tensor} of one forward pass."""
         self.names = frozenset(terms)
         for name, term in terms.items():
-            # A sum in place: scalars kept from each step, between large tensors, would hold freed memory apart.
+            # A sum in place: scalars kept from each step, among large tensors, would keep free memory apart.
             total, count = self.terms.get(name, (torch.zeros_like(term, dtype=torch.float32), 0))
             self.terms[name] = total.add_(term.detach()), count + 1
 

@@ -280,8 +280,6 @@ def shared_options(parser, uses, argv):
         add("run", help="run folder of train_diffusion.py, or a checkpoint")
         add("--gap", action="store_true", help="also the distance between samples and the tokenizer's "
             "reconstructions of reference images: what diffusion has not learned")
-        add("--tokenizer", help="decode by this run of train_tokenizer.py, which must have the same encoder: "
-            "the decoder of another stage")
         add("--dtype", default="auto", help="of sampling: auto (bfloat16 where fast), float32, bfloat16")
         add("--sampler", choices=SAMPLERS, default="euler-maruyama")
         numbers(add, ("--num-images", Count, 1000, "samples per point; Table 12: 10000"),

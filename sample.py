@@ -93,13 +93,13 @@ def load(args, device):
 # Batches go to part files, so that an interrupted run can be resumed. Sample i has its own noise: it does not
 # matter which process draws it, or when. settings.json, with a hash of the weights, says what the parts are.
 
-def parts_folder(args, model, processes):
+def parts_folder(args, models, processes):
     """The folder of the part files, locked. Raises UserError if it, or a folder of --out, holds anything else
     than these samples, complete or begun."""
     outs = [Path(out) for out in args.out]
     folder = outs[0].with_name(outs[0].name + ".parts")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "report", "added_options")}
-    settings = json.loads(json.dumps(settings | {"weights": common.fingerprint(model)}))    # tuples to lists
+    settings = json.loads(json.dumps(settings | {"weights": common.fingerprint(models)}))    # tuples to lists
     if processes.rank == 0:
         for out in outs:
             notes = [n for n in (Path(f"{out}.settings.json"), folder / "settings.json") if n.exists()]
@@ -167,7 +167,7 @@ def main(argv=None):
         return
     num_classes = model.config.num_classes
     labels = choose_labels(args.num, args.classes, num_classes, args.labels, args.seed)
-    folder = parts_folder(args, model, processes)
+    folder = parts_folder(args, torch.nn.ModuleList((model, tokenizer)), processes)
     for part in (model, tokenizer):
         cast_matrices(part, autocast_dtype(args.dtype, device))
     if args.compile:

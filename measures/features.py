@@ -30,7 +30,6 @@ from measures.image_sets import (batches, data_of, draws, gather, load_model, op
                                reconstructions)
 from frozen.inception import load_inception
 from frozen.pretrained import load_teacher
-from maetok import load_tokenizer
 from runtime.processes import autocast_dtype, cast_matrices, rank_zero_first
 
 
@@ -346,14 +345,6 @@ def open_run(args, path, source=""):
     """The Run of one checkpoint. source: what draws the samples, for the protocol."""
     model, tokenizer, config = load_model(path, args, args.device)
     data, size = data_of(args.data, config), tokenizer.config.image_size
-    if args.tokenizer:
-        other = load_tokenizer(args.tokenizer, args.device)
-        if common.fingerprint(other.encoder) != common.fingerprint(tokenizer.encoder):
-            raise UserError(f"--tokenizer {args.tokenizer} has another encoder than the one whose latents "
-                            f"{path} has learned; only decoders may differ")
-        # Each stage measures its latents when it ends. SiT was trained with the statistics of its tokenizer.
-        other.latent_mean, other.latent_std = tokenizer.latent_mean, tokenizer.latent_std
-        tokenizer = other
     network, name = feature_network(args, data, size)
     real, against = reference(args, network, name, data, size)
     source = source or f"EMA weights; {'null class' if args.null_class else 'balanced labels'}"

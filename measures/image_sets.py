@@ -143,8 +143,10 @@ class Sampler:
 
 
 def add_extras(parser, argv):
-    """The option --add, and those of the extras that a command line (None: sys.argv's) names with it. Their
-    names are args.added_options."""
+    """The options --tokenizer and --add, and those of the extras that a command line (None: sys.argv's) names
+    with it. Their names are args.added_options."""
+    parser.add_argument("--tokenizer", help="decode by this run of train_tokenizer.py, which must have the "
+                        "same encoder: the decoder of another stage")
     parser.add_argument("--add", default="", help="extras: files of after/ or variants/, joined by commas")
     early, names = common.OneLineParser(add_help=False, allow_abbrev=False), []
     early.add_argument("--add", default="")
@@ -155,8 +157,17 @@ def add_extras(parser, argv):
 
 
 def load_model(path, args, device):
-    """(model, tokenizer, config) as sit.load_diffusion, with the extras of --add."""
+    """(model, tokenizer, config) as sit.load_diffusion, with the extras of --add and the decoder of
+    --tokenizer. Raises UserError for another encoder."""
     model, tokenizer, config = load_diffusion(path, device)
+    if args.tokenizer:
+        other = load_tokenizer(args.tokenizer, device)
+        if common.fingerprint(other.encoder) != common.fingerprint(tokenizer.encoder):
+            raise UserError(f"--tokenizer {args.tokenizer} has another encoder than the one whose latents "
+                            f"{path} has learned; only decoders may differ")
+        # Each stage measures its latents when it ends. SiT was trained with the statistics of its tokenizer.
+        other.latent_mean, other.latent_std = tokenizer.latent_mean, tokenizer.latent_std
+        tokenizer = other
     for name in common.split_names(args.add):
         model = common.addition(Sampler, name).wrap(model, tokenizer, config, args)
     return model, tokenizer, config

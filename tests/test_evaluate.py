@@ -322,6 +322,12 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
                 "--out", tmp_path / "cfg")
         gap = json.loads((tmp_path / "cfg.json").read_text())["rows"][0]["diffusion_gap"]
         assert (gap == pytest.approx(found, rel=1e-6)) == (name == tokenizer)
+        sample.main(["--ckpt", str(diffusion), "--tokenizer", str(name), "--num", "4", "--steps", "2",
+                     "--out", str(tmp_path / f"{name.name}.npz"), "--device", "cpu"])
+    own, other = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in (tokenizer.name, "other"))
+    sample.main(["--ckpt", str(diffusion), "--num", "4", "--steps", "2", "--device", "cpu",
+                 "--out", str(tmp_path / "plain.npz")])
+    assert np.array_equal(np.load(tmp_path / "plain.npz")["arr_0"], own) and not np.array_equal(own, other)
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
     with pytest.raises(UserError, match="another encoder"):
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
