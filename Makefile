@@ -31,7 +31,7 @@ demo-diffusion:
 # Its progress would write over SiT's.
 demo-tokenizer:
 	@echo "meanwhile: stage 2, reconstructions and latents, see runs/demo/tokenizer.log"
-	@exec > runs/demo/tokenizer.log 2>&1 && $(BIN)/python train_tokenizer.py --add muon --muon 2 --stage 2 \
+	@exec > runs/demo/tokenizer.log 2>&1 && $(BIN)/python train_tokenizer.py --add muon --muon 2 --steps 1600 --stage 2 \
 		--init runs/demo/stage1 --stage2-steps 1200 --out runs/demo/tokenizer && \
 	$(BIN)/python evaluate.py recon runs/demo/tokenizer --features classifier --classifier-steps 500 --num-images 1000 \
 		--out runs/demo/recon && \
