@@ -1,0 +1,233 @@
+"""Which property of latents says, before a diffusion model is trained, how well it will draw?        [ours]
+
+    python evaluate.py diffusability RUN ... --names "AE 0" ... --known study/results/study-sharp.json
+
+RUNs of train_tokenizer.py. Scores of each, in about a minute:
+
+probe              accuracy of a linear probe on the latents                            [Sec. 4.3, Fig. 5a]
+mixture_nll        negative log-likelihood of K Gaussians on held-out latents            [App. B.3, Fig. 2a]
+velocity_variance  velocity loss left by the same K Gaussians, in all dimensions: an upper bound of the
+                   variance that no model can remove            [after 2606.03578, whose estimator differs]
+over_gaussian      that loss over the loss that one Gaussian leaves
+effective_rank     exp(entropy of the covariance's spectrum) over the number of latent values
+spatial            cosine similarity of near patches less that of far ones, in the encoder's outputs
+                                                                             [LDS of 2512.10794; radii ours]
+perturbed          Fréchet distance from images to reconstructions from noisy latents     [pFID, 2509.12474]
+psnr               of reconstructions, for comparison
+
+With --known, a study's results, each score's rank correlation with the distances and gaps of samples that
+the same rows and seeds had there; a name is a row's and a seed.
+"""
+import json
+from pathlib import Path
+
+from common import Count, Positive, UserError, number    # before torch, see runtime/processes.py
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+
+import metrics
+from data import to_float, to_uint8
+from measures.features import Report, collect, feature_network, frechet_between
+from measures.image_sets import batches, gather, open_data, open_tokenizer
+from measures.latent_space import probe_accuracy
+
+USES = ("data", "features")
+PAGE = ["Which latents will diffusion learn?", "ours; Sec. 2",
+        "Rank correlations with the samples' distances. One of size 1 would name the best tokenizer without "
+        "training a diffusion model; the interval says how far few tokenizers support it."]
+NEAR, FAR = 0.25, 0.5                 # radii of `spatial`, in image widths
+TIMES = 10                            # of velocity_variance: the middles of as many equal parts of [0, 1]
+NLL_DIMS = 32                         # of mixture_nll, which compares at equal numbers alone
+# What a study's results call the outcomes: less is better.
+OUTCOMES = {"distance, ImageNet": "distance imagenet cfg 1", "gap, ImageNet": "gap imagenet cfg 1",
+            "distance, classifier": "distance stage2 cfg 1", "gap, classifier": "gap stage2 cfg 1"}
+
+
+def add_arguments(add):
+    """The options of this command. add: a parser's add_argument."""
+    add("runs", nargs="+", help="runs or checkpoints of train_tokenizer.py")
+    add("--names", nargs="+", help="what to call them (default: their paths); with --known a row and a seed: "
+        "'AE 0'")
+    add("--known", help="JSON of study.study, with the distances and gaps of the same rows and seeds")
+    add("--train-images", type=number(Count), default=8000, help="(default 8000)")
+    add("--test-images", type=number(Count), default=2000, help="held out (default 2000)")
+    add("--components", type=number(Count), default=20, help="K (default 20)")
+    add("--noise", type=number(Positive), default=0.3, help="of `perturbed`, for latents of unit variance "
+        "(default 0.3)")
+
+
+# -------------------------------------------------- scores --------------------------------------------------
+
+def mixture_velocity_loss(mixture, x, rng):
+    """Mean squared error of a latent value's velocity, over uniform times of the linear path, by what would
+    be the best prediction if latents x (n, d) had this mixture of Gaussians with diagonal covariances.
+
+    Given component k, x_t = (1 - t) x + t eps has the mean (1 - t) mu_k, the variance (1 - t)^2 s_k + t^2 and
+    the covariance t - (1 - t) s_k with the velocity eps - x, whose mean is -mu_k; the prediction weighs the
+    components by their probability given x_t. rng: numpy Generator of eps.
+    """
+    total, (weights, means, variances) = 0.0, mixture
+    for t in (np.arange(TIMES) + 0.5) / TIMES:
+        eps = torch.from_numpy(rng.standard_normal(x.shape))
+        x_t = (1 - t) * x + t * eps
+        seen = metrics.GaussianMixture(weights, (1 - t) * means, (1 - t) ** 2 * variances + t ** 2)
+        chances = torch.cat(list(metrics.log_joint(seen, x_t)), 1).softmax(0).T                     # (n, K)
+        slope = (t - (1 - t) * variances) / seen.covariances                                        # (K, d)
+        # sum_k p(k | x_t) (slope_k (x_t - seen mean_k) - mu_k), without an array (n, K, d)
+        predicted = x_t * (chances @ slope) - chances @ (slope * seen.means + means)                # (n, d)
+        total += (eps - x - predicted).square().mean().item() / TIMES
+    return total
+
+
+def velocity_losses(x, held_out, K, seed):
+    """mixture_velocity_loss on held-out latents (m, d) of K Gaussians and of one, fitted to latents x (n, d):
+    along the axes of the PCA, where one Gaussian with a diagonal covariance has them all."""
+    mean, axes, _ = metrics.pca(x, dims=x.shape[1])
+    z, test = ((v.double() - mean) @ axes for v in (x, held_out))
+    scale = z.std(0)                                        # EM's small regularisation is for unit variance
+    losses = []
+    for components in (K, 1):
+        mixture, _ = metrics.fit_mixture(z / scale, components, full=False, starts=1, seed=seed)
+        mixture = metrics.GaussianMixture(mixture.weights, mixture.means * scale,
+                                          mixture.covariances * scale ** 2)
+        losses.append(mixture_velocity_loss(mixture, test, np.random.default_rng(seed)))
+    return losses
+
+
+def effective_rank(x):
+    """exp(entropy of the shares of variance along the PCA's axes) / d, in (0, 1], of x (n, d)."""
+    shares = torch.linalg.eigvalsh(torch.cov(x.double().T)).clamp(min=0)
+    shares = shares / shares.sum()
+    return (torch.special.entr(shares).sum().exp() / len(shares)).item()
+
+
+def near_less_far(tokens, grid):
+    """Mean cosine similarity of pairs of patches nearer than NEAR, less that of pairs at FAR or further, in
+    image widths: tokens (B, N, D) of a grid (rows, columns) -> (B,)."""
+    places = torch.cartesian_prod(*(torch.arange(n) / n for n in grid)).to(tokens)                  # (N, 2)
+    distance = (places[:, None] - places).norm(dim=-1)
+    near, far = ((distance > 0) & (distance < NEAR + 1e-6)).float(), (distance > FAR - 1e-6).float()
+    unit = F.normalize(tokens, dim=-1)
+    similarity = unit @ unit.mT                                                                  # (B, N, N)
+    mean = lambda pairs: (similarity * pairs).sum((1, 2)) / pairs.sum()
+    return mean(near) - mean(far)
+
+
+def patch_outputs(tokenizer, x):
+    """(latents (B, L, C), the encoder's outputs at the patches (B, N, D), their grid) of images x."""
+    seen = []
+    hook = tokenizer.encoder.transformer.register_forward_hook(
+        lambda module, args, output: seen.append((output, args[1])))
+    latents = tokenizer.encode(x, normalize=True)
+    hook.remove()
+    (output, grid), = seen
+    return latents, output[:, :grid[0] * grid[1]], grid
+
+
+def encode(args, tokenizer, images, title):
+    """(latents (n, L C), near_less_far (n,), labels (n,)) of Images."""
+    latents, spatial = [], []
+    for _, x in batches(images, args, title):
+        h, tokens, grid = patch_outputs(tokenizer, to_float(x.to(args.device)))
+        latents.append(h.flatten(1).cpu())
+        spatial.append(near_less_far(tokens, grid).cpu())
+    return gather(torch.cat(latents), args), gather(torch.cat(spatial), args), torch.from_numpy(images.labels)
+
+
+def of_tokenizer(args, run):
+    """{score: value} of the tokenizer of one run."""
+    tokenizer, data = open_tokenizer(args, run)
+    size = tokenizer.config.image_size
+    train, test = (open_data(args, data, split, size, count)
+                   for split, count in (("train", args.train_images), ("test", args.test_images)))
+    (x, _, y), (held_out, spatial, truth) = (encode(args, tokenizer, images, f"{run}: {split}")
+                                             for images, split in ((train, "train"), (test, "test")))
+    network, _ = feature_network(args, data, size)
+    rng, psnr = torch.Generator().manual_seed(args.seed), []
+
+    def reconstructions(noise):
+        for indices, images in batches(test, args, "decoding"):
+            h = held_out[list(indices)].unflatten(1, (-1, tokenizer.config.latent_dim))
+            h = h + noise * torch.randn(h.shape, generator=rng)
+            pictures = to_uint8(tokenizer.decode(h.to(args.device), (size, size), normalized=True))
+            if not noise:
+                psnr.append(metrics.psnr(images.to(args.device), pictures).cpu())
+            yield indices, pictures
+
+    real, clean, noisy = (collect(args, network, stream).pool for stream in
+                          (batches(test, args, "images"), reconstructions(0.0), reconstructions(args.noise)))
+    probed, probed_test = metrics.standardise(x, held_out)
+    mean, axes, _ = metrics.pca(x, dims=min(NLL_DIMS, x.shape[1]))
+    z, z_test = metrics.standardise(*((v.double() - mean) @ axes for v in (x, held_out)))
+    mixture, _ = metrics.fit_mixture(z, args.components, full=False, starts=1, seed=args.seed)
+    variance, gaussian = velocity_losses(x, held_out, args.components, args.seed)
+    return {"probe": probe_accuracy(probed, y, probed_test, truth),
+            "mixture_nll": metrics.negative_log_likelihood(mixture, z_test).mean().item(),
+            "velocity_variance": variance, "over_gaussian": variance / gaussian,
+            "effective_rank": effective_rank(x), "spatial": spatial.mean().item(),
+            "perturbed": frechet_between(real, noisy), "psnr": gather(torch.cat(psnr), args).mean().item(),
+            "reconstructed": frechet_between(real, clean)}
+
+
+# -------------------------------------------- what they predict --------------------------------------------
+
+def read_known(path, names):
+    """{outcome: [value of each name]} of a study's results. Raises UserError for a missing row or seed."""
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--known {path} is not a JSON file of study.study ({type(e).__name__})") from e
+    units = {f"{row} {seed}": found for row, seeds in rows.items() for seed, found in seeds.items()}
+    if missing := [name for name in names if name not in units]:
+        raise UserError(f"--known {path} has no {missing[0]!r}; it has {', '.join(units)}")
+    return {outcome: [units[name].get(key, np.nan) for name in names] for outcome, key in OUTCOMES.items()}
+
+
+def correlations(scores, outcomes, seed=0, draws=2000):
+    """Spearman's rank correlation of each score with each outcome over tokenizers.
+
+    scores, outcomes: {name: [value per tokenizer]}, outcomes with NaN where one was not measured. Returns
+    [{"outcome", "score", "tokenizers", "correlation", "low", "high" (of 95 % of bootstrap samples),
+    "chosen" (on the tokenizers but every third), "held_out" (on every third)}].
+    """
+    rows = []
+    for outcome, values in outcomes.items():
+        values = np.array(values, float)
+        there = np.flatnonzero(np.isfinite(values))
+        if len(there) < 6:
+            continue
+        parts = there[np.arange(len(there)) % 3 < 2], there[2::3]
+        for score, x in scores.items():
+            x = np.array(x, float)
+            rank = lambda index: float(spearmanr(x[index], values[index]).statistic)
+            rng = np.random.default_rng(seed)
+            samples = [rng.choice(there, len(there)) for _ in range(draws)]
+            found = [rank(index) for index in samples
+                     if len(set(x[index])) > 1 and len(set(values[index])) > 1]
+            low, high = np.quantile(found, (0.025, 0.975)).tolist()
+            rows.append({"outcome": outcome, "score": score, "tokenizers": len(there),
+                         "correlation": rank(there), "low": low, "high": high,
+                         "chosen": rank(parts[0]), "held_out": rank(parts[1])})
+    return rows
+
+
+@torch.no_grad()
+def measure(args):
+    """Scores of tokenizers' latents, and how they rank the samples of a study. [ours]"""
+    names = args.names or args.runs
+    if len(set(names)) != len(args.runs):
+        raise UserError(f"--names: {len(args.runs)} runs need as many different names")
+    outcomes = read_known(args.known, names) if args.known else {}
+    found = {name: of_tokenizer(args, run) for name, run in zip(names, args.runs)}
+    scores = {key: [values[key] for values in found.values()] for key in next(iter(found.values()))}
+    rows = correlations(scores, outcomes, args.seed)
+    protocol = (f"{args.train_images} training and {args.test_images} test images at most; {args.components} "
+                f"Gaussians, diagonal, one start; noise {args.noise:g}; features {args.features}; seed "
+                f"{args.seed}" + (f"; samples of {args.known}" if args.known else ""))
+    table = [("tokenizer", *scores), *((name, *values.values()) for name, values in found.items())]
+    for row in [tuple(rows[0]), *(tuple(row.values()) for row in rows)] if rows else ():
+        table.append(row + ("",) * (len(table[0]) - len(row)))
+    return Report({"scores": found, "correlations": rows, "protocol": protocol, "page": PAGE}, table)
