@@ -17,7 +17,7 @@ TESTS ?= tests
 demo: .venv/runtime
 	$(BIN)/python sample.py --out runs/demo/first.png
 	$(BIN)/python train_tokenizer.py --add muon --muon 2 --steps 1600 --stage 1 --out runs/demo/stage1
-	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 demo-tokenizer demo-diffusion
+	OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(MAKE) --jobs=2 demo-tokenizer demo-diffusion
 	$(BIN)/python sample.py --ckpt runs/demo/diffusion --tokenizer runs/demo/tokenizer --cfg 2 --steps 50 --num-images 500 \
 		--out runs/demo/samples.npz
 	$(BIN)/python evaluate.py generation runs/demo/samples.npz --data shapes --features classifier --classifier-steps 500 \

@@ -285,7 +285,7 @@ def start(method, tokenizer_state, classes, processes):
     checkpoint = checkpoints.find_checkpoint(out, processes.rank)
     if checkpoint is not None:
         # Until the learning rate falls it does not depend on the number of steps: the end may be moved.
-        ends = [(1 - c["lr_decay"]) * c["steps"] for c in (checkpoint["config"], vars(config))]
+        ends = [(1 - c.get("lr_decay", 0)) * c["steps"] for c in (checkpoint["config"], vars(config))]
         end = {"steps", "lr_decay"} if checkpoint["step"] <= min(ends) else set()
         resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH | end, out)
         if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))

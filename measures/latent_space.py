@@ -49,7 +49,7 @@ def measure(args):
     """Linear probe, Gaussian mixtures and a picture of tokenizers' latents. [Sec. 4.3, Fig. 2a, 4, 8]"""
     check_umap(args.umap)
     names = args.names or args.runs
-    if len(set(names)) != len(args.runs):
+    if not len(set(names)) == len(names) == len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
     found = {name: of_tokenizer(args, name, path) for name, path in zip(names, args.runs)}
     if args.rank > 0:

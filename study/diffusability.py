@@ -6,22 +6,23 @@ RUNs of train_tokenizer.py. Scores of each, in about a minute:
 
 probe              accuracy of a linear probe on the latents                            [Sec. 4.3, Fig. 5a]
 mixture_nll        negative log-likelihood of K Gaussians on held-out latents            [App. B.3, Fig. 2a]
-velocity_variance  velocity loss left by the same K Gaussians, in all dimensions: an upper bound of the
-                   variance that no model can remove            [after 2606.03578, whose estimator differs]
+velocity_variance  velocity loss left by K Gaussians fitted in all dimensions: an upper bound of the variance
+                   that no model can remove                     [after 2606.03578, whose estimator differs]
 over_gaussian      that loss over the loss that one Gaussian leaves
 effective_rank     exp(entropy of the covariance's spectrum) over the number of latent values
-spatial            cosine similarity of near patches less that of far ones, in the encoder's outputs
-                                                                             [LDS of 2512.10794; radii ours]
+spatial            cosine similarity of near patches less that of far ones, before the encoder's last block,
+                   which no loss trains at the patches                       [LDS of 2512.10794; radii ours]
 perturbed          Fréchet distance from images to reconstructions from noisy latents     [pFID, 2509.12474]
 psnr               of reconstructions, for comparison
 
 With --known, a study's results, each score's rank correlation with the distances and gaps of samples that
-the same rows and seeds had there; a name is a row's and a seed.
+the same rows and seeds had there; a name is a row's and a seed. Seeds of a row are alike: intervals are over
+rows, and every third row is held out.
 """
 import json
 from pathlib import Path
 
-from common import Count, Positive, UserError, number    # before torch, see runtime/processes.py
+from common import Count, Positive, UserError, number, sample_rng    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from scipy.stats import spearmanr
 import metrics
 from data import to_float, to_uint8
 from measures.features import Report, collect, feature_network, frechet_between
-from measures.image_sets import batches, gather, open_data, open_tokenizer
+from measures.image_sets import batches, gather, open_data, open_tokenizer, without_classes
 from measures.latent_space import probe_accuracy
 
 USES = ("data", "features")
@@ -84,7 +85,7 @@ def mixture_velocity_loss(mixture, x, rng):
 
 def velocity_losses(x, held_out, K, seed):
     """mixture_velocity_loss on held-out latents (m, d) of K Gaussians and of one, fitted to latents x (n, d):
-    along the axes of the PCA, where one Gaussian with a diagonal covariance has them all."""
+    along the axes of the PCA, where a diagonal covariance is the full one."""
     mean, axes, _ = metrics.pca(x, dims=x.shape[1])
     z, test = ((v.double() - mean) @ axes for v in (x, held_out))
     scale = z.std(0)                                        # EM's small regularisation is for unit variance
@@ -117,14 +118,14 @@ def near_less_far(tokens, grid):
 
 
 def patch_outputs(tokenizer, x):
-    """(latents (B, L, C), the encoder's outputs at the patches (B, N, D), their grid) of images x."""
-    seen = []
-    hook = tokenizer.encoder.transformer.register_forward_hook(
-        lambda module, args, output: seen.append((output, args[1])))
+    """(latents (B, L, C), what the encoder's last block gets at the patches (B, N, D), their grid) of images
+    x."""
+    seen, grid = [], tokenizer.grid(x.shape[-2:])
+    hook = tokenizer.encoder.transformer.blocks[-1].register_forward_pre_hook(
+        lambda block, inputs: seen.append(inputs[0]))
     latents = tokenizer.encode(x, normalize=True)
     hook.remove()
-    (output, grid), = seen
-    return latents, output[:, :grid[0] * grid[1]], grid
+    return latents, seen[0][:, :grid[0] * grid[1]], grid
 
 
 def encode(args, tokenizer, images, title):
@@ -138,20 +139,28 @@ def encode(args, tokenizer, images, title):
 
 
 def of_tokenizer(args, run):
-    """{score: value} of the tokenizer of one run."""
+    """{score: value} of the tokenizer of one run; None in processes other than rank 0, which only help."""
     tokenizer, data = open_tokenizer(args, run)
     size = tokenizer.config.image_size
     train, test = (open_data(args, data, split, size, count)
                    for split, count in (("train", args.train_images), ("test", args.test_images)))
     (x, _, y), (held_out, spatial, truth) = (encode(args, tokenizer, images, f"{run}: {split}")
                                              for images, split in ((train, "train"), (test, "test")))
+    if not (x.isfinite().all() and held_out.isfinite().all()):
+        raise UserError(f"the latents of {run} hold NaN or infinite values: its training has failed")
+    if without_classes(train, "") or without_classes(test, ""):
+        raise UserError(f"the probe needs classes, which --data {data} lacks")
+    if len(x) <= x.shape[1]:
+        raise UserError(f"--train-images {len(x)}: {x.shape[1]} latent values need more")
     network, _ = feature_network(args, data, size)
-    rng, psnr = torch.Generator().manual_seed(args.seed), []
+    psnr = []
 
     def reconstructions(noise):
         for indices, images in batches(test, args, "decoding"):
             h = held_out[list(indices)].unflatten(1, (-1, tokenizer.config.latent_dim))
-            h = h + noise * torch.randn(h.shape, generator=rng)
+            draws = [sample_rng(args.seed, "perturb", 0, i).standard_normal(h.shape[1:], np.float32)
+                     for i in indices]                                     # whichever process draws it
+            h = h + noise * torch.from_numpy(np.stack(draws))
             pictures = to_uint8(tokenizer.decode(h.to(args.device), (size, size), normalized=True))
             if not noise:
                 psnr.append(metrics.psnr(images.to(args.device), pictures).cpu())
@@ -159,6 +168,9 @@ def of_tokenizer(args, run):
 
     real, clean, noisy = (collect(args, network, stream).pool for stream in
                           (batches(test, args, "images"), reconstructions(0.0), reconstructions(args.noise)))
+    psnr = gather(torch.cat(psnr), args).mean().item()
+    if args.rank > 0:
+        return None
     probed, probed_test = metrics.standardise(x, held_out)
     mean, axes, _ = metrics.pca(x, dims=min(NLL_DIMS, x.shape[1]))
     z, z_test = metrics.standardise(*((v.double() - mean) @ axes for v in (x, held_out)))
@@ -168,7 +180,7 @@ def of_tokenizer(args, run):
             "mixture_nll": metrics.negative_log_likelihood(mixture, z_test).mean().item(),
             "velocity_variance": variance, "over_gaussian": variance / gaussian,
             "effective_rank": effective_rank(x), "spatial": spatial.mean().item(),
-            "perturbed": frechet_between(real, noisy), "psnr": gather(torch.cat(psnr), args).mean().item(),
+            "perturbed": frechet_between(real, noisy), "psnr": psnr,
             "reconstructed": frechet_between(real, clean)}
 
 
@@ -178,52 +190,65 @@ def read_known(path, names):
     """{outcome: [value of each name]} of a study's results. Raises UserError for a missing row or seed."""
     try:
         rows = json.loads(Path(path).read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        units = {f"{row} {seed}": dict(found) for row, seeds in rows.items() for seed, found in seeds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"--known {path} is not a JSON file of study.study ({type(e).__name__})") from e
-    units = {f"{row} {seed}": found for row, seeds in rows.items() for seed, found in seeds.items()}
     if missing := [name for name in names if name not in units]:
         raise UserError(f"--known {path} has no {missing[0]!r}; it has {', '.join(units)}")
     return {outcome: [units[name].get(key, np.nan) for name in names] for outcome, key in OUTCOMES.items()}
 
 
-def correlations(scores, outcomes, seed=0, draws=2000):
+def rank_correlation(x, y):
+    """Spearman's, of two arrays; NaN where one of them does not vary."""
+    return float(spearmanr(x, y).statistic) if min(len(set(x)), len(set(y))) > 1 else np.nan
+
+
+def correlations(scores, outcomes, names, seed=0, draws=2000):
     """Spearman's rank correlation of each score with each outcome over tokenizers.
 
-    scores, outcomes: {name: [value per tokenizer]}, outcomes with NaN where one was not measured. Returns
-    [{"outcome", "score", "tokenizers", "correlation", "low", "high" (of 95 % of bootstrap samples),
-    "chosen" (on the tokenizers but every third), "held_out" (on every third)}].
+    scores, outcomes: {name: [value per tokenizer]}, outcomes with NaN where one was not measured; names: of
+    the tokenizers, a row and a seed. Returns [{"outcome", "score", "tokenizers", "correlation", "low", "high"
+    (of 95 % of bootstrap samples of rows), "chosen" (without every third row), "held_out" (every third)}], for
+    outcomes of at least six tokenizers and scores that vary.
     """
-    rows = []
+    rows, found = [name.rsplit(" ", 1)[0] for name in names], []
+    distinct = list(dict.fromkeys(rows))
+    held_out = np.isin(rows, distinct[2::3])
+    rng = np.random.default_rng(seed)
+    members = {row: [i for i, own in enumerate(rows) if own == row] for row in distinct}
+    resampled = [[i for row in rng.choice(distinct, len(distinct)) for i in members[row]]
+                 for _ in range(draws)]
     for outcome, values in outcomes.items():
-        values = np.array(values, float)
-        there = np.flatnonzero(np.isfinite(values))
-        if len(there) < 6:
+        y = np.array(values, float)
+        there = np.isfinite(y)
+        if there.sum() < 6:
             continue
-        parts = there[np.arange(len(there)) % 3 < 2], there[2::3]
-        for score, x in scores.items():
-            x = np.array(x, float)
-            rank = lambda index: float(spearmanr(x[index], values[index]).statistic)
-            rng = np.random.default_rng(seed)
-            samples = [rng.choice(there, len(there)) for _ in range(draws)]
-            found = [rank(index) for index in samples
-                     if len(set(x[index])) > 1 and len(set(values[index])) > 1]
-            low, high = np.quantile(found, (0.025, 0.975)).tolist()
-            rows.append({"outcome": outcome, "score": score, "tokenizers": len(there),
-                         "correlation": rank(there), "low": low, "high": high,
-                         "chosen": rank(parts[0]), "held_out": rank(parts[1])})
-    return rows
+        for score, values in scores.items():
+            x = np.array(values, float)
+            rank = lambda index: rank_correlation(x[index], y[index])
+            if np.isnan(rank(there)):
+                continue
+            samples = [rank([i for i in index if there[i]]) for index in resampled]
+            low, high = np.nanquantile(samples, (0.025, 0.975)).tolist()
+            row = {"correlation": rank(there), "low": low, "high": high,
+                   "chosen": rank(there & ~held_out), "held_out": rank(there & held_out)}
+            found.append({"outcome": outcome, "score": score, "tokenizers": int(there.sum())}
+                         | {key: None if np.isnan(value) else value for key, value in row.items()})
+    return found
 
 
 @torch.no_grad()
 def measure(args):
     """Scores of tokenizers' latents, and how they rank the samples of a study. [ours]"""
     names = args.names or args.runs
-    if len(set(names)) != len(args.runs):
+    if not len(set(names)) == len(names) == len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
     outcomes = read_known(args.known, names) if args.known else {}
     found = {name: of_tokenizer(args, run) for name, run in zip(names, args.runs)}
+    if args.rank > 0:
+        return None
     scores = {key: [values[key] for values in found.values()] for key in next(iter(found.values()))}
-    rows = correlations(scores, outcomes, args.seed)
+    rows = correlations(scores, outcomes, names, args.seed)
     protocol = (f"{args.train_images} training and {args.test_images} test images at most; {args.components} "
                 f"Gaussians, diagonal, one start; noise {args.noise:g}; features {args.features}; seed "
                 f"{args.seed}" + (f"; samples of {args.known}" if args.known else ""))

@@ -1,6 +1,6 @@
 """The memory that a training step takes on a GPU, without one: the table of docs/memory.md.
 
-    python -m study.memory                  # print it, and write it into docs/memory.md; fifteen minutes
+    python -m study.memory                  # print it, and write it into docs/memory.md; half an hour
     python -m study.memory --only sit-xl
 
 The scripts' own training loops run two steps on fake tensors, which have shapes and dtypes but no values,
@@ -19,6 +19,7 @@ from unittest import mock
 
 import common    # before torch, see runtime/processes.py
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,12 +55,12 @@ class Row(NamedTuple):
 
 TOKENIZER, DIFFUSION = train_tokenizer, train_diffusion
 KIND = {TOKENIZER: "tokenizer", DIFFUSION: "diffusion"}
-# Two batches of each: memory is linear in the batch.
+# Two batches of each, the first that of the smallest GPU.
 ROWS = [Row(script, preset, batch, again, add) for script, preset, batches, add in (
-            (TOKENIZER, "imagenet64", (64, 256), ""), (TOKENIZER, "maetok-b-256", (32, 64), ""),
-            (TOKENIZER, "maetok-b-512", (8, 32), ""), (DIFFUSION, "imagenet64", (64, 256), ""),
-            (DIFFUSION, "sit-xl", (32, 256), ""), (DIFFUSION, "lightningdit-xl", (32, 128), "lightningdit"),
-            (DIFFUSION, "usit-2b", (8, 32), "usit"))
+            (TOKENIZER, "imagenet64", (8, 256), ""), (TOKENIZER, "maetok-b-256", (8, 64), ""),
+            (TOKENIZER, "maetok-b-512", (8, 32), ""), (DIFFUSION, "imagenet64", (8, 256), ""),
+            (DIFFUSION, "sit-xl", (8, 256), ""), (DIFFUSION, "lightningdit-xl", (8, 256), "lightningdit"),
+            (DIFFUSION, "usit-2b", (8, 256), "usit"))
         for again in (False, True) for batch in batches]
 GPUS, SPARE = (24, 40, 80), 4                       # GiB; what the table's last columns leave free
 
@@ -174,18 +175,31 @@ def peak(row):
     return live.peak
 
 
+def largest(found, small, large):
+    """The largest batch with which SPARE stays free, a multiple of 8 or 0, for each of GPUS. found: {Row:
+    bytes} of two batches of a run. The peak is that of the step's greediest part, each of which is linear in
+    the batch: a convex function, so it lies below the line between two batches and above the line's
+    continuation. Beyond the larger batch it is therefore computed where that line ends."""
+    known, fits = {row.batch: found[row] / 2 ** 30 for row in (small, large)}, []
+    for gpu in GPUS:
+        (a, low), (b, high) = sorted(known.items())[-2:]
+        end = int(b + (gpu - SPARE - high) * (b - a) / (high - low)) // 8 * 8
+        if end > b:
+            known[end] = peak(large._replace(batch=end)) / 2 ** 30
+        fits.append(int(np.interp(gpu - SPARE, *zip(*((gib, n) for n, gib in sorted(known.items()))),
+                                  left=0)) // 8 * 8)
+    return fits
+
+
 def table(found):
-    """Markdown, of {Row: bytes} with the rows in pairs that differ in the batch alone: the line through both,
-    and the largest batches, multiples of 8, with which SPARE stays free."""
+    """Markdown, of {Row: bytes} with the rows in pairs that differ in the batch alone."""
     lines = ["| run | GiB for n images or latents | " + " | ".join(f"n in {g} GiB" for g in GPUS) + " |",
              "|---" * (2 + len(GPUS)) + "|"]
     for small, large in zip(*[iter(found)] * 2):
-        low, high = (found[row] / 2 ** 30 for row in (small, large))
-        each = (high - low) / (large.batch - small.batch)
-        fixed = low - each * small.batch
-        fits = [max(0, int((g - SPARE - fixed) / each) // 8 * 8) or "–" for g in GPUS]
         name = f"{KIND[small.script]} `{small.preset}`" + " `--checkpointing`" * small.checkpointing
-        lines.append(f"| {name} | {fixed:.1f} + {each:.3f} n | " + " | ".join(map(str, fits)) + " |")
+        pair = " to ".join(f"{found[row] / 2 ** 30:.1f}" for row in (small, large))
+        lines.append(f"| {name} | {pair} for {small.batch} to {large.batch} | "
+                     + " | ".join(str(n or "–") for n in largest(found, small, large)) + " |")
     return "\n".join(lines) + "\n"
 
 

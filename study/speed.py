@@ -481,7 +481,7 @@ def compare(args):
 def measure(args):
     """Images per second, percent of the matrix-product peak and peak memory of every part; --compare: ratios
     to other libraries. [Sec. 4.5]"""
-    args.dtype = str(autocast_dtype(args.dtype, args.device)).removeprefix("torch.")
+    args.dtype = str(autocast_dtype(args.dtype, args.device, width=768)).removeprefix("torch.")       # ViT-B
     cuda = args.device.type == "cuda"
     processes.AMD_PROCESSOR = processes.AMD_PROCESSOR and not args.plain_linear
     args.tokenizer_batch = args.tokenizer_batch or (64 if cuda else 2)

@@ -78,18 +78,31 @@ def test_near_less_far_is_the_loop_over_pairs():
     assert diffusability.near_less_far(torch.ones(1, 24, 5), (rows, columns)).item() == pytest.approx(0)
 
 
-def test_correlations_know_order_sign_and_how_far_it_can_be_trusted():
+def test_correlations_know_order_sign_and_how_far_they_can_be_trusted():
     rng = np.random.default_rng(0)
     truth = rng.standard_normal(12)
-    scores = {"cube": truth ** 3, "opposite": -truth, "chance": rng.standard_normal(12)}
-    outcomes = {"distance": [*truth], "half": [*truth[:6], *[np.nan] * 6], "few": [1.0] + [np.nan] * 11}
-    found = {(row["outcome"], row["score"]): row for row in diffusability.correlations(scores, outcomes)}
+    names = [f"row {i // 2} {i % 2}" for i in range(12)]                       # six rows of two seeds
+    scores = {"cube": truth ** 3, "opposite": -truth, "chance": rng.standard_normal(12), "same": np.ones(12)}
+    outcomes = {"distance": truth, "half": [*truth[:6], *[np.nan] * 6], "few": [1.0] + [np.nan] * 11}
+    rows = diffusability.correlations(scores, outcomes, names)
+    found = {(row["outcome"], row["score"]): row for row in rows}
     assert {outcome for outcome, _ in found} == {"distance", "half"}                    # too few of the third
     row = found["distance", "cube"]
     assert row["correlation"] == row["chosen"] == row["held_out"] == 1 and row["tokenizers"] == 12
     assert found["distance", "opposite"]["correlation"] == -1 and found["half", "cube"]["tokenizers"] == 6
     row = found["distance", "chance"]
     assert row["low"] < 0 < row["high"] and row["low"] < row["correlation"] < row["high"]
+    assert ("distance", "same") not in found
+
+
+def test_rows_are_held_out_and_resampled_whole():
+    """Two rows of three seeds each: whatever rows are drawn, a score that tells them apart ranks them; within
+    one row alone nothing varies, so no seed of a held-out row was seen."""
+    names = [f"{row} {seed}" for row in "abc" for seed in range(3)]
+    outcome = {"distance": [0, 0, 0, 1, 1, 1, 5, 3, 4]}
+    row, = diffusability.correlations({"score": [0, 0, 0, 1, 1, 1, 3, 5, 4]}, outcome, names)
+    assert row["chosen"] == 1 and row["held_out"] == -1                                       # c is the third
+    assert row["low"] == -1 and row["high"] == 1                            # draws of c alone, of a and b
 
 
 def test_the_command_scores_runs_and_finds_their_rows(tmp_path):
@@ -111,9 +124,11 @@ def test_the_command_scores_runs_and_finds_their_rows(tmp_path):
         assert 0 <= values["probe"] <= 1 and values["perturbed"] != values["reconstructed"]
     assert found["scores"]["AE 0"] != found["scores"]["AE 1"]
     for names, message in ((["AE 0", "AE 7"], "has no 'AE 7'; it has AE 0, AE 1"),
-                           (["AE 0"], "as many different names")):
+                           (["AE 0"], "as many different names"),
+                           (["AE 0", "AE 0", "AE 1"], "as many different names")):
         with pytest.raises(UserError, match=message):
             evaluate.main([*command, *names])
-    (tmp_path / "known.json").write_text("[]")
-    with pytest.raises(UserError, match="not a JSON file of study.study"):
-        evaluate.main([*command, "AE 0", "AE 1"])
+    for content in ("[]", '{"rows": [{"scale": 1}]}', '{"rows": {"AE": {"0": 1}}}'):
+        (tmp_path / "known.json").write_text(content)
+        with pytest.raises(UserError, match="not a JSON file of study.study"):
+            evaluate.main([*command, "AE 0", "AE 1"])

@@ -58,3 +58,18 @@ def test_a_steps_memory_is_its_state_and_grows_with_the_batch(script, small, mon
         # Weights, EMA, both moments: 16 bytes, and bfloat16 copies of the matrices. Gradients come when
         # activations go.
         assert 16 * numbers < one - (two - one) < 18.5 * numbers
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_batches_of_the_table_fit(again, monkeypatch):
+    """Also where they were not computed, and where another part of the step has the peak."""
+    monkeypatch.setitem(train_diffusion.Method.PRESETS, "small", SIT)
+    small, large = (memory.Row(train_diffusion, "small", n, again) for n in (8, 64))
+    found = {row: memory.peak(row) for row in (small, large)}
+    monkeypatch.setattr(memory, "SPARE", 0)
+    monkeypatch.setattr(memory, "GPUS", [found[small] * part / 2 ** 30 for part in (0.5, 3, 9)])
+    none, *fits = memory.largest(found, small, large)
+    assert none == 0 and fits[0] < fits[1] > 64
+    gib = lambda n: memory.peak(small._replace(batch=n)) / 2 ** 30
+    for n, room in zip(fits, memory.GPUS[1:]):
+        assert gib(n) <= room < gib(n + 16) and n % 8 == 0

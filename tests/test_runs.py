@@ -239,7 +239,7 @@ def test_dtype_auto_is_bfloat16_for_wide_models_on_cpus_with_amx(tmp_path, photo
     def run(name, *options):
         tokenizer = train(tmp_path / f"{name}-t", "--data", photos, *GAN, *options)
         sit = train_sit(tmp_path / f"{name}-d", tmp_path / "exact-t", *options)
-        sample.main(["--ckpt", str(tmp_path / f"{name}-d"), "--steps", "2", "--num-images", "4",
+        sample.main(["--ckpt", str(tmp_path / f"{name}-d"), "--steps", "2", "--num", "4", "--device", "cpu",
                      "--out", str(tmp_path / f"{name}.npz"), *options])
         settings = json.loads((tmp_path / f"{name}.npz.settings.json").read_text())
         return (tokenizer, sit), np.load(tmp_path / f"{name}.npz")["arr_0"], settings["dtype"]
