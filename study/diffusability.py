@@ -208,8 +208,8 @@ def correlations(scores, outcomes, names, seed=0, draws=2000):
 
     scores, outcomes: {name: [value per tokenizer]}, outcomes with NaN where one was not measured; names: of
     the tokenizers, a row and a seed. Returns [{"outcome", "score", "tokenizers", "correlation", "low", "high"
-    (of 95 % of bootstrap samples of rows), "chosen" (without every third row), "held_out" (every third)}], for
-    outcomes of at least six tokenizers and scores that vary.
+    (of 95 % of bootstrap samples of rows), "chosen" (without every third row), "held_out" (every third)}],
+    for outcomes of at least six tokenizers and scores that vary.
     """
     rows, found = [name.rsplit(" ", 1)[0] for name in names], []
     distinct = list(dict.fromkeys(rows))

@@ -215,11 +215,12 @@ def main(argv=None):
     for row in rows:
         found[row] = peak(row)
         print(f"{row.name}: {found[row] / 2 ** 30:.1f} GiB", flush=True)
-    print(table(found))
+    text = table(found)
+    print(text)
     if not args.only:
         page = ROOT / "docs/memory.md"
         marks = r"(?<=<!-- study.memory -->\n).*?(?=<!-- /study.memory -->)"
-        page.write_text(re.sub(marks, table(found), page.read_text(), flags=re.S))
+        page.write_text(re.sub(marks, text, page.read_text(), flags=re.S))
         print(f"wrote the table of {page.relative_to(ROOT)}")
 
 
