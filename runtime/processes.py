@@ -399,18 +399,19 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-# Intel's matrix units multiply bfloat16 many times faster than float32 (docs/speed.md).
-AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
-AMX_WIDTH = 192                                # narrower models lose more by the casts than they gain
+# Matrix units (AMX) or AVX-512's instructions for bfloat16 (docs/speed.md). Narrow models lose by the casts
+# what the products gain.
+NATIVE_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+BFLOAT16_WIDTH = 192
 
 
 def autocast_dtype(name, device, width=0):
-    """--dtype to a torch dtype. auto: bfloat16 on CUDA GPUs that have it, and on CPUs with AMX for models of
-    at least AMX_WIDTH; else float32."""
+    """--dtype to a torch dtype. auto: bfloat16 on GPUs that have it, and on CPUs that have it for models at
+    least BFLOAT16_WIDTH wide; else float32."""
     if name == "auto":
         # Without emulation: a V100 or T4 computes in bfloat16 too, many times slower than in float32.
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                  else device.type == "cpu" and AMX and width >= AMX_WIDTH)
+                  else device.type == "cpu" and NATIVE_BFLOAT16 and width >= BFLOAT16_WIDTH)
         return torch.bfloat16 if native else torch.float32
     if name not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {name}: choose auto, float32 or bfloat16")

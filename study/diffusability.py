@@ -107,10 +107,13 @@ def effective_rank(x):
 
 def near_less_far(tokens, grid):
     """Mean cosine similarity of pairs of patches nearer than NEAR, less that of pairs at FAR or further, in
-    image widths: tokens (B, N, D) of a grid (rows, columns) -> (B,)."""
+    image widths: tokens (B, N, D) of a grid (rows, columns) -> (B,). UserError where no pair is near."""
     places = torch.cartesian_prod(*(torch.arange(n) / n for n in grid)).to(tokens)                  # (N, 2)
     distance = (places[:, None] - places).norm(dim=-1)
     near, far = ((distance > 0) & (distance < NEAR + 1e-6)).float(), (distance > FAR - 1e-6).float()
+    if not near.any():
+        raise UserError(f"a grid of {grid[0]} x {grid[1]} patches is too coarse for `spatial`, which takes "
+                        "patches a quarter of the image apart: take smaller patches")
     unit = F.normalize(tokens, dim=-1)
     similarity = unit @ unit.mT                                                                  # (B, N, N)
     mean = lambda pairs: (similarity * pairs).sum((1, 2)) / pairs.sum()

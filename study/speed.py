@@ -20,6 +20,7 @@ import re
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import common    # before torch, see runtime/processes.py
@@ -435,6 +436,24 @@ def weights_cast_once(args):
     return lambda: call(once), lambda: call(model)
 
 
+def bfloat16_beside_float32(args, width):
+    """A training step of a narrow SiT of four blocks, 64 latents of 64 tokens: --dtype bfloat16, and
+    float32."""
+    config = SiTConfig(width=width, depth=4, heads=width // 64, num_latents=64, latent_dim=16)
+    model = SiT(config).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x, t = torch.randn(64, 64, 16, device=args.device), torch.rand(64, device=args.device)
+    y = torch.randint(1000, (64,), device=args.device)
+
+    def call(dtype):
+        with autocast(dtype, args.device):
+            v = model(x, t, y)
+        flow_matching_loss(v, x).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lambda: call("bfloat16"), lambda: call("float32")
+
+
 COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
                "Fréchet distance / sqrtm, as pytorch-fid": (frechet_beside_sqrtm, "scipy"),
                "EM, 5 steps / scikit-learn": (mixture_beside_scikit_learn, "sklearn"),
@@ -443,7 +462,9 @@ COMPARISONS = {"HOG / scikit-image": (hog_beside_scikit_image, "skimage"),
                "JPEG to tensor / plain Pillow": (jpeg_beside_pillow, "PIL"),
                "full objective / two passes": (objective_beside_two_passes, "torch"),
                "SiT-B call, faster_products / nn.Linear": (convolution_beside_linear, "torch"),
-               "SiT-B call in bfloat16, cast once / autocast": (weights_cast_once, "torch")}
+               "SiT-B call in bfloat16, cast once / autocast": (weights_cast_once, "torch"),
+               **{f"SiT step of width {width}, bfloat16 / float32":
+                  (partial(bfloat16_beside_float32, width=width), "torch") for width in (64, 128, 192, 256)}}
 
 
 def chosen(rows, only):

@@ -76,6 +76,9 @@ def test_near_less_far_is_the_loop_over_pairs():
                 far += [cosine] * (apart >= diffusability.FAR)
         assert found.item() == pytest.approx(np.mean(near) - np.mean(far), abs=1e-5)
     assert diffusability.near_less_far(torch.ones(1, 24, 5), (rows, columns)).item() == pytest.approx(0)
+    for grid in ((1, 1), (2, 2), (3, 3)):                                                    # no pair is near
+        with pytest.raises(UserError, match="patches is too coarse"):
+            diffusability.near_less_far(torch.randn(1, math.prod(grid), 5), grid)
 
 
 def test_correlations_know_order_sign_and_how_far_they_can_be_trusted():

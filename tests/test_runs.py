@@ -235,7 +235,7 @@ def test_the_end_of_a_diffusion_run_moves_until_its_learning_rate_falls(tmp_path
 
 # ------------------------------------------ devices and launchers ------------------------------------------
 
-def test_dtype_auto_is_bfloat16_for_wide_models_on_cpus_with_amx(tmp_path, photos, monkeypatch):
+def test_dtype_auto_is_bfloat16_for_wide_models_on_cpus_that_have_it(tmp_path, photos, monkeypatch):
     def run(name, *options):
         tokenizer = train(tmp_path / f"{name}-t", "--data", photos, *GAN, *options)
         sit = train_sit(tmp_path / f"{name}-d", tmp_path / "exact-t", *options)
@@ -244,17 +244,17 @@ def test_dtype_auto_is_bfloat16_for_wide_models_on_cpus_with_amx(tmp_path, photo
         settings = json.loads((tmp_path / f"{name}.npz.settings.json").read_text())
         return (tokenizer, sit), np.load(tmp_path / f"{name}.npz")["arr_0"], settings["dtype"]
 
-    monkeypatch.setattr(processes, "AMX", True)
+    monkeypatch.setattr(processes, "NATIVE_BFLOAT16", True)
     exact, _, dtype = run("exact")                                                # narrow ones in float32
     assert dtype == "float32"
     rounded, images, _ = run("rounded", "--dtype", "bfloat16")
-    monkeypatch.setattr(processes, "AMX_WIDTH", exact[0]["config"]["width"])
+    monkeypatch.setattr(processes, "BFLOAT16_WIDTH", exact[0]["config"]["width"])
     found, same, dtype = run("found")
     assert dtype == "bfloat16" and np.array_equal(images, same)
     for a, b, c in zip(found, rounded, exact):
         assert_same_weights(a, b)
         assert any(not torch.equal(a["ema"][name], weight) for name, weight in c["ema"].items())
-    monkeypatch.setattr(processes, "AMX", False)
+    monkeypatch.setattr(processes, "NATIVE_BFLOAT16", False)
     assert processes.autocast_dtype("auto", CPU, 10 ** 6) == torch.float32
 
 

@@ -208,7 +208,8 @@ def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HOG / scikit-image", "EM, 5 steps / scikit-learn",
-                                  "linear probe / scikit-learn", "SiT-B call, faster_products / nn.Linear"])
+                                  "linear probe / scikit-learn", "SiT-B call, faster_products / nn.Linear",
+                                  "SiT step of width 96, bfloat16 / float32"])
 def test_both_sides_of_a_comparison_run(name):
     build, package = speed.COMPARISONS[name]
     pytest.importorskip(package)
