@@ -79,15 +79,16 @@ class ClassifierFeatures(NamedTuple):
     spatial: None = None
 
 
-def load_classifier(args, data, size):
+def load_classifier(args, data, size, build=small_classifier, train=train_classifier):
     """The classifier of this data set and size, in eval mode, and its name. Rank 0 trains it once, and keeps
-    it in --cache."""
+    it in --cache. build, train: another one's."""
     with rank_zero_first(args.rank, args.world):
         train_set = build_dataset(data, "train", size, args.data_root, flip=True)
         if not train_set.classes:
             raise UserError(f"--data {data} has no classes to train a classifier on")
         key = hashlib.sha256(json.dumps(
-            [train_set.source.fingerprint(), size, args.classifier_steps]).encode()).hexdigest()[:16]
+            [train_set.source.fingerprint(), size, args.classifier_steps,
+             *[build.__name__] * (build is not small_classifier)]).encode()).hexdigest()[:16]
         cached = Path(args.cache) / f"classifier_{key}.pt"
         if cached.exists():
             try:
@@ -96,11 +97,11 @@ def load_classifier(args, data, size):
                 print(f"warning: {e}; it is trained again")
                 cached.unlink()
         if not cached.exists():
-            model = train_classifier(train_set, args.device, args.classifier_steps)
+            model = train(train_set, args.device, args.classifier_steps)
             cached.parent.mkdir(parents=True, exist_ok=True)
             state = {"config": {"data": data, "size": size}, "model": model.state_dict()}
             files.atomic_write(cached, lambda path: torch.save(state, path))
-    model = small_classifier(len(train_set.classes))
+    model = build(len(train_set.classes))
     checkpoints.load_weights(model, checkpoints.load_checkpoint(cached)["model"], cached)
     return model.to(args.device).eval(), f"classifier {key}"
 

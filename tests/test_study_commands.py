@@ -24,7 +24,7 @@ from pictures.page import write_report
 from runtime import files
 from shapes import SHAPES
 from sit import SiTConfig, load_diffusion
-from study import box, gaussian, speed
+from study import box, gaussian, judge, speed
 from test_box import tiny_sit
 from test_evaluate import tiny_inception
 from test_train_tokenizer import TINY
@@ -217,6 +217,47 @@ def test_both_sides_of_a_comparison_run(name):
                      seed=0, checkpointing=False)
     for call in build(args):
         call()
+
+
+# -------------------------------------------------- judge --------------------------------------------------
+
+def colours(path, count, wrong=0):
+    """An .npz of noisy red, green and blue images with their classes, `wrong` of which are another's."""
+    rng = np.random.default_rng(count)
+    labels = np.arange(count) % 3
+    images = rng.integers(0, 100, (count, 16, 16, 3), dtype=np.uint8)
+    images[np.arange(count), :, :, labels] += 100
+    labels[:wrong] = (labels[:wrong] + 1) % 3
+    np.savez(path, arr_0=images, arr_1=labels)
+    return path
+
+
+def test_the_judge_learns_classes_and_counts_the_samples_that_show_them(tmp_path, monkeypatch):
+    data, samples = colours(tmp_path / "d.npz", 96), colours(tmp_path / "s.npz", 30, wrong=6)
+    monkeypatch.setattr(judge, "BATCH", 16)
+    monkeypatch.setattr(judge, "LR", 0.02)                                          # for so few steps
+    options = ["--data", data, "--classifier-steps", 60, "--cache", tmp_path / "cache"]
+    measure("judge", samples, *options)
+    found = json.loads((tmp_path / "s.npz.judge.json").read_text())
+    assert found["test_accuracy"] == 1 and found["named_as_requested"] == pytest.approx(24 / 30)
+    assert found["by_class"] == {"0": pytest.approx(0.8), "1": pytest.approx(0.8), "2": pytest.approx(0.8)}
+    monkeypatch.setattr(judge, "train", None)                                        # it is not trained again
+    measure("judge", samples, *options)
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="none.npz: the judge needs the class of every image"):
+        measure("judge", tmp_path / "none.npz", *options)
+
+
+def test_the_judges_training_images_move_as_a_whole():
+    x = torch.arange(5 * 3 * 9 * 9.0).reshape(5, 3, 9, 9)
+    moved = judge.shifted(x, torch.Generator().manual_seed(1))
+    offsets = set()
+    for a, b in zip(x, moved):
+        padded = torch.nn.functional.pad(a[None], [judge.SHIFT] * 4, mode="reflect")[0]
+        fits = [(i, j) for i in range(9) for j in range(9) if torch.equal(padded[:, i:i + 9, j:j + 9], b)]
+        assert len(fits) == 1
+        offsets.update(fits)
+    assert len(offsets) == 5
 
 
 # --------------------------------------------------- box ---------------------------------------------------
