@@ -4,7 +4,6 @@ A reader of the paper need not open this file. The tokenizer is frozen, so its l
 change: train_diffusion.py reads them from a memory map, and its loop needs neither images nor encoder.
 """
 import hashlib
-import itertools
 import sys
 from pathlib import Path
 
@@ -37,7 +36,8 @@ def encode_once(config, tokenizer, dataset, processes):
     # All that the latents depend on: encoder weights, normalisation, images, preprocessing.
     parts = [common.fingerprint(tokenizer.encoder), float(tokenizer.latent_mean), float(tokenizer.latent_std),
              dataset.source.fingerprint(), dataset.size, config.flip, config.cache_images,
-             "shuffled" if config.cache_images and dataset.length else "in order"]
+             "shuffled" if config.cache_images and dataset.length else "in order",
+             *["posterior"] * tokenizer.config.variational]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     cache = LatentCache(Path(config.out) / "latents", key, length, config.flip, config.seed)
     cache.build(tokenizer, dataset, min(64, config.batch_size), config.workers, processes)
@@ -90,10 +90,12 @@ class LatentCache(torch.utils.data.Dataset):
         loader = common.batch_loader(dataset, sum(batches.values(), []), workers, device, collate)
         for shard in todo:
             encoded = []
-            for images, numbers, *_ in itertools.islice(loader, len(batches[shard])):
+            for keys, (images, numbers, *_) in zip(batches[shard], loader):
                 images = to_float(images.to(device))
                 views = [images, images.flip(-1)] if self.flip else [images]
-                z = torch.stack([tokenizer.encode(view, normalize=True) for view in views], 1)
+                # Of a KL-VAE a sample of the posterior, always the same for an image.
+                z = torch.stack([tokenizer.encode(x, normalize=True, rngs=[
+                    sample_rng(0, "posterior", v, i) for _, i in keys]) for v, x in enumerate(views)], 1)
                 encoded.append((z.half().cpu().numpy(), numbers.numpy()))       # (B, 1 or 2, L, C), (B,)
                 bar.update(len(images))
             for path, array in zip(self.shard_paths(shard), zip(*encoded)):

@@ -269,6 +269,11 @@ def step_rngs(config, name, step, positions):
     return [sample_rng(config.seed, name, step, int(i)) for i in positions]
 
 
+def standard_normal(rngs, shape):
+    """(B, *shape) float32 on the CPU, one sample from each generator."""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+
 # ---------------------------------------- steps of a training loop ----------------------------------------
 
 def check_batch(config, world):

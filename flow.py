@@ -19,7 +19,7 @@ Provenance tags: [Sec. 4.1], [Table 8] the paper (arXiv:2502.03444v2) · [SiT] i
 import functools
 import math
 
-from common import UserError, sample_rng    # before torch, see runtime/processes.py
+from common import UserError, sample_rng, standard_normal    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
@@ -286,8 +286,7 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
     """
     device, shape = next(model.parameters()).device, (model.config.num_latents, model.config.latent_dim)
     rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
-    draw = lambda: to_device(torch.from_numpy(
-        np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])), device)
+    draw = lambda: to_device(standard_normal(rngs, shape), device)
     velocity = model.velocity(torch.as_tensor(labels, device=device), cfg_scale, interval)
     options = dict(noise=lambda step: draw(), path=path) if sampler == "euler-maruyama" else {}
     return model.samplers[sampler](velocity, draw(), state_times(model, sampler, steps),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import common
 from checkpoints import Checkpoint, load_checkpoint, load_weights
-from common import Count, UserError, check_ranges
+from common import Count, UserError, check_ranges, standard_normal
 from runtime.checks import check_images, check_latents
 from runtime.processes import faster_products
 
@@ -347,14 +347,18 @@ class MAETok(nn.Module):
         h = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return h, torch.cat((mean, logvar), dim=-1)
 
-    def encode(self, images: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+    def encode(self, images: Tensor, mask: Tensor | None = None, normalize: bool = False,
+               rngs: list | None = None) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1], sides multiples of P, to latents (B, L, C).           [Eq. 4]
 
         mask: (B, N) bool, True = hidden, or None. normalize: return (h - latent_mean) / latent_std, which a
-        diffusion model is trained on. A KL-VAE returns the mean. Raises ValueError for other images.
+        diffusion model is trained on. rngs: one numpy Generator per image; a KL-VAE then returns a sample of
+        the posterior, otherwise its mean. Raises ValueError for other images.
         """
         check_images(self, images)
-        h, _ = self.latents(images, mask)
+        h, posterior = self.latents(images, mask)
+        if rngs is not None and posterior is not None:
+            h = h + (0.5 * posterior.chunk(2, dim=-1)[1]).exp() * standard_normal(rngs, h.shape[1:]).to(h)
         h = (h - self.latent_mean) / self.latent_std if normalize else h
         h.image_size = tuple(images.shape[-2:])                      # decode() refuses another size
         return h

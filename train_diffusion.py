@@ -27,7 +27,8 @@ import torch.nn as nn
 import checkpoints
 from runtime import files, resuming
 from cache import encode_once, latent_shape
-from common import Count, Decay, Positive, Seed, Share, UserError, Whole, Workers, step_rngs
+from common import (Count, Decay, Positive, Seed, Share, UserError, Whole, Workers, standard_normal,
+                    step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
 from flow import drop_labels, flow_matching_loss, interpolate, sample_latents, sample_times
 from maetok import tokenizer_of
@@ -152,14 +153,15 @@ class Method(Diffusion):
         if not config.cache:
             images = to_float(x)
             with torch.no_grad():
-                x = self.tokenizer.encode(images, normalize=True)
+                x = self.tokenizer.encode(images, normalize=True,
+                                          rngs=step_rngs(config, "posterior", step, positions))
         rngs = step_rngs(config, "diffusion", step, positions)
         t = self.draw_times(rngs)
-        noise = np.stack([rng.standard_normal(x.shape[1:], np.float32) for rng in rngs])
+        noise = standard_normal(rngs, x.shape[1:])
         y = torch.where(y < 0, config.num_classes, y)               # an image without a class: the null class
         y = (drop_labels(rngs, y, config.num_classes, config.label_dropout) if config.num_classes
              else torch.zeros_like(y))
-        return Batch(x, send(torch.from_numpy(noise)), send(t), send(y), images, rngs, {})
+        return Batch(x, send(noise), send(t), send(y), images, rngs, {})
 
     def objective(self, prediction, x_t, v, batch):
         """E |v_theta(x_t, t, y) - v|^2 [SiT, Sec. 2]. prediction, x_t, v: (B, L, C). Returns (loss, squared

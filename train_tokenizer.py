@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import common    # before torch, see runtime/processes.py
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +31,7 @@ import checkpoints
 import losses
 from runtime import files, resuming
 from common import (Count, Decay, Positive, Seed, Share, TrainState, UserError, Weight, Whole, Workers,
-                    step_rngs)
+                    standard_normal, step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float
 from hog import hog_dim
 from losses import PERCEP_WARMUP, adaptive_weight, differentiated, generator_loss
@@ -249,11 +248,10 @@ class Method(Tokenizer):
         num_patches = (images.shape[-1] // config.patch_size) ** 2
         mask = random_mask(step_rngs(config, "mask", step, positions), num_patches,
                            *self.mask_range(stage, step))                                        # M, Sec. 3.2
-        if config.variational and stage.number == 1:
+        if config.variational:
             shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
-            draws = [rng.standard_normal(shape, np.float32)
-                     for rng in step_rngs(config, "noise", step, positions)]
-            noise = to_device(torch.from_numpy(np.stack(draws)), self.device)
+            noise = standard_normal(step_rngs(config, "noise", step, positions), shape)
+            noise = to_device(noise, self.device)
         if stage.number == 1:
             targets = {name: target.features(images, *more) for name, target in self.targets.items()}
         adversarial = self.adversary is not None and step >= config.disc_start
@@ -376,8 +374,9 @@ def check_resumable(config, checkpoint):
 
 
 def start_stage_2(method, state):
-    """Freeze the encoder, drop the auxiliary decoders [Sec. 3.3]; the loss is Eq. 6 alone. It starts from the
-    EMA weights, with a new EMA and optimizer; the discriminator and its optimizer carry over [ours]."""
+    """Freeze the encoder, drop the auxiliary decoders [Sec. 3.3]; the loss is Eq. 6 alone (a KL-VAE's term is
+    constant). It starts from the EMA weights, with a new EMA and optimizer; the discriminator and its
+    optimizer carry over [ours]."""
     state.model.load_state_dict(state.ema.model.state_dict())
     state.model.freeze_encoder()
     state.ema = common.EMA(state.model, method.config.ema, method.EMA_WARMUP)

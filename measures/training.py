@@ -55,10 +55,14 @@ def test_numbers(method, model, dataset):
 
 @torch.inference_mode()
 def measure_latents(config, model, dataset, device):
-    """Set the model's latent_mean and latent_std, one scalar each, over clean training images."""
+    """Set the model's latent_mean and latent_std, one scalar each, over clean training images; of a KL-VAE,
+    of samples of its posteriors, by whose variance their square is larger than the mean's."""
     n, total, squares = 0, 0.0, 0.0
     for images, *_ in some_images(dataset, few(config, LATENT_IMAGES), batch_size=eval_batch(config)):
-        h = model.latents(to_float(images).to(device))[0].cpu().double()
+        h, posterior = model.latents(to_float(images).to(device))
+        h = h.cpu().double()
         n, total, squares = n + h.numel(), total + h.sum().item(), squares + h.square().sum().item()
+        if posterior is not None:
+            squares += posterior.chunk(2, dim=-1)[1].cpu().double().exp().sum().item()
     model.latent_mean.fill_(total / n)
     model.latent_std.fill_(math.sqrt(max(squares / n - (total / n) ** 2, 1e-12)))

@@ -22,7 +22,8 @@ rows, and every third row is held out.
 import json
 from pathlib import Path
 
-from common import Count, Positive, UserError, number, sample_rng    # before torch, see runtime/processes.py
+# before torch, see runtime/processes.py
+from common import Count, Positive, UserError, number, sample_rng, standard_normal
 
 import numpy as np
 import torch
@@ -120,13 +121,13 @@ def near_less_far(tokens, grid):
     return mean(near) - mean(far)
 
 
-def patch_outputs(tokenizer, x):
+def patch_outputs(tokenizer, x, rngs=None):
     """(latents (B, L, C), what the encoder's last block gets at the patches (B, N, D), their grid) of images
-    x."""
+    x. rngs: of a KL-VAE's posterior."""
     seen, grid = [], tokenizer.grid(x.shape[-2:])
     hook = tokenizer.encoder.transformer.blocks[-1].register_forward_pre_hook(
         lambda block, inputs: seen.append(inputs[0]))
-    latents = tokenizer.encode(x, normalize=True)
+    latents = tokenizer.encode(x, normalize=True, rngs=rngs)
     hook.remove()
     return latents, seen[0][:, :grid[0] * grid[1]], grid
 
@@ -134,8 +135,9 @@ def patch_outputs(tokenizer, x):
 def encode(args, tokenizer, images, title):
     """(latents (n, L C), near_less_far (n,), labels (n,)) of Images."""
     latents, spatial = [], []
-    for _, x in batches(images, args, title):
-        h, tokens, grid = patch_outputs(tokenizer, to_float(x.to(args.device)))
+    for indices, x in batches(images, args, title):
+        rngs = [sample_rng(args.seed, "posterior", 0, i) for i in indices]
+        h, tokens, grid = patch_outputs(tokenizer, to_float(x.to(args.device)), rngs)
         latents.append(h.flatten(1).cpu())
         spatial.append(near_less_far(tokens, grid).cpu())
     return gather(torch.cat(latents), args), gather(torch.cat(spatial), args), torch.from_numpy(images.labels)
@@ -161,9 +163,9 @@ def of_tokenizer(args, run):
     def reconstructions(noise):
         for indices, images in batches(test, args, "decoding"):
             h = held_out[list(indices)].unflatten(1, (-1, tokenizer.config.latent_dim))
-            draws = [sample_rng(args.seed, "perturb", 0, i).standard_normal(h.shape[1:], np.float32)
-                     for i in indices]                                     # whichever process draws it
-            h = h + noise * torch.from_numpy(np.stack(draws))
+            # whichever process draws it
+            rngs = [sample_rng(args.seed, "perturb", 0, i) for i in indices]
+            h = h + noise * standard_normal(rngs, h.shape[1:])
             pictures = to_uint8(tokenizer.decode(h.to(args.device), (size, size), normalized=True))
             if not noise:
                 psnr.append(metrics.psnr(images.to(args.device), pictures).cpu())

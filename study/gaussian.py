@@ -11,7 +11,8 @@ between tokenizers. Samples are drawn with it as with a SiT, by the same sampler
 import dataclasses
 import math
 
-from common import Count, UserError, number, split_names    # before torch, see runtime/processes.py
+# before torch, see runtime/processes.py
+from common import Count, UserError, number, sample_rng, split_names
 
 import numpy as np
 import torch
@@ -108,10 +109,12 @@ def measure(args):
     images = open_data(args, data_of(args.data, run.config), "train", run.tokenizer.config.image_size,
                        args.latent_images)
     shape, encoded = (run.model.config.num_latents, run.model.config.latent_dim), []
-    for _, x in batches(images, args, "latents"):
+    for indices, x in batches(images, args, "latents"):
         x = to_float(x.to(args.device))
         views = (x, x.flip(-1)) if run.config["flip"] else (x,)               # those that SiT was trained on
-        encoded += [run.tokenizer.encode(view, normalize=True).cpu() for view in views]
+        encoded += [run.tokenizer.encode(view, normalize=True, rngs=[
+            sample_rng(args.seed, "posterior", flipped, i) for i in indices]).cpu()
+            for flipped, view in enumerate(views)]
     latents = gather(torch.cat(encoded) if encoded else torch.empty(0, *shape), args)
     if not latents.isfinite().all():
         raise UserError(f"the latents of {args.run} hold NaN or infinite values: its tokenizer has failed")

@@ -397,6 +397,12 @@ def test_kl_vae_samples_with_the_given_noise():
                                                torch.distributions.Normal(torch.zeros(()),
                                                                           torch.ones(()))).sum((1, 2)).mean()
     torch.testing.assert_close(kl_divergence(output.posterior), oracle)
+    # encode samples with the generators it is given, one per image, and an AE ignores them
+    rngs = lambda: [np.random.default_rng(i) for i in range(2)]
+    noise = torch.stack([torch.from_numpy(rng.standard_normal((5, 6), np.float32)) for rng in rngs()])
+    torch.testing.assert_close(model.encode(images, rngs=rngs()), mean + torch.exp(logvar / 2) * noise)
+    plain = tiny()
+    assert torch.equal(plain.encode(images, rngs=rngs()), plain.encode(images))
 
 
 def test_normalised_latents_round_trip():

@@ -22,7 +22,7 @@ import sit
 import train_diffusion as trainer
 import train_tokenizer
 from cache import LatentCache
-from common import UserError
+from common import UserError, sample_rng
 from data import build_dataset, to_float
 from runtime import files
 from shapes import Shapes
@@ -124,6 +124,29 @@ def test_cache_holds_the_normalised_latents_of_both_flips(tmp_path, tokenizer):
             assert any(match) and label == index % 10
             seen.add(tuple(match))
     assert {(True, False), (False, True)} <= seen
+
+
+def test_a_kl_vaes_latents_are_samples_of_its_posteriors(tmp_path):
+    """In the cache the same for an image and flip, without it new ones in every step; of unit variance."""
+    train_tokenizer.main([*TOKENIZER.split(), "--variational", "--out", str(tmp_path / "vae")])
+    train(tmp_path / "sit", tmp_path / "vae", "--flip", "--steps", 1)
+    key = files.read_json(tmp_path / "sit/latents/meta.json")["key"]
+    cache = LatentCache(tmp_path / "sit/latents", key, 40, True, 0)
+    model, source, found = maetok.load_tokenizer(tmp_path / "vae"), Shapes("train", 16, 0), []
+    for index in range(12):
+        image = to_float(torch.from_numpy(np.array(source[index][0])).permute(2, 0, 1)[None])
+        views = [model.encode(x, normalize=True, rngs=[sample_rng(0, "posterior", view, index)])[0]
+                 for view, x in enumerate((image, image.flip(-1)))]
+        means = [model.encode(x, normalize=True)[0] for x in (image, image.flip(-1))]
+        z, _ = cache[0, index]
+        assert any(torch.allclose(z, view, atol=5e-3) for view in views)
+        assert not any(torch.allclose(z, mean, atol=0.1) for mean in means)
+        found += views
+    assert torch.stack(found).std().item() == pytest.approx(1, abs=0.1)
+    method = Method(Config(cache=False, num_classes=10), model, torch.device("cpu"))
+    loaded = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    a, b, again = (method.batch(step, [3, 4], loaded).x for step in (5, 6, 5))
+    assert torch.equal(a, again) and (a - b).abs().mean() > 0.1
 
 
 def test_cache_is_resumed_shard_by_shard_and_refused_when_stale(tmp_path, tokenizer, monkeypatch):

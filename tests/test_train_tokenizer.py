@@ -235,6 +235,21 @@ def test_measurements_are_made_again_when_they_were_cut_short(tmp_path, monkeypa
     assert [r["step"] for r in checkpoints.read_metrics(tmp_path) if "event" in r] == [6, 10]
 
 
+def test_both_stages_of_a_kl_vae_decode_samples(tmp_path, monkeypatch):
+    noises, forward = [], maetok.MAETok.forward
+
+    def recorded(self, images, mask=None, noise=None):
+        noises.append(noise)
+        return forward(self, images, mask, noise)
+
+    monkeypatch.setattr(maetok.MAETok, "forward", recorded)
+    monkeypatch.setattr(trainer, "test_numbers", lambda *args: {})
+    monkeypatch.setattr(trainer, "training_grid", lambda *args: None)
+    train(tmp_path, "--variational")
+    assert len(noises) == 10 and all(0.5 < noise.std() < 1.5 for noise in noises)
+    assert len({noise[0, 0, 0].item() for noise in noises}) == 10
+
+
 def test_saved_tokenizer_offers_normalised_latents(tmp_path):
     train(tmp_path)
     tokenizer = maetok.load_tokenizer(tmp_path)
