@@ -2,7 +2,7 @@
 
     python evaluate.py diffusability RUN ... --names "AE 0" ... --known study/results/study-sharp.json
 
-RUNs of train_tokenizer.py. Scores of each, in about a minute:
+RUNs of train_tokenizer.py, or what this command wrote of some. Scores of each, in about a minute:
 
 probe              accuracy of a linear probe on the latents                            [Sec. 4.3, Fig. 5a]
 mixture_nll        negative log-likelihood of K Gaussians on held-out latents            [App. B.3, Fig. 2a]
@@ -50,9 +50,9 @@ OUTCOMES = {"distance, ImageNet": "distance imagenet cfg 1", "gap, ImageNet": "g
 
 def add_arguments(add):
     """The options of this command. add: a parser's add_argument."""
-    add("runs", nargs="+", help="runs or checkpoints of train_tokenizer.py")
-    add("--names", nargs="+", help="what to call them (default: their paths); with --known a row and a seed: "
-        "'AE 0'")
+    add("runs", nargs="+", help="runs or checkpoints of train_tokenizer.py, or JSON files of this command")
+    add("--names", nargs="+", help="what to call the runs (default: their paths); with --known a row and a "
+        "seed: 'AE 0'")
     add("--known", help="JSON of study.study, with the distances and gaps of the same rows and seeds")
     add("--train-images", type=number(Count), default=8000, help="(default 8000)")
     add("--test-images", type=number(Count), default=2000, help="held out (default 2000)")
@@ -191,6 +191,14 @@ def of_tokenizer(args, run):
 
 # -------------------------------------------- what they predict --------------------------------------------
 
+def read_scores(path):
+    """{name: {score: value}} of a JSON file that this command wrote. Raises UserError."""
+    try:
+        return {name: dict(values) for name, values in json.loads(Path(path).read_text())["scores"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not a JSON file of evaluate.py diffusability ({type(e).__name__})") from e
+
+
 def read_known(path, names):
     """{outcome: [value of each name]} of a study's results. Raises UserError for a missing row or seed."""
     try:
@@ -245,18 +253,23 @@ def correlations(scores, outcomes, names, seed=0, draws=2000):
 @torch.no_grad()
 def measure(args):
     """Scores of tokenizers' latents, and how they rank the samples of a study. [ours]"""
-    names = args.names or args.runs
-    if not len(set(names)) == len(names) == len(args.runs):
-        raise UserError(f"--names: {len(args.runs)} runs need as many different names")
-    outcomes = read_known(args.known, names) if args.known else {}
-    found = {name: of_tokenizer(args, run) for name, run in zip(names, args.runs)}
+    kept, runs = {}, [run for run in args.runs if not run.endswith(".json")]
+    for path in args.runs:
+        if path not in runs:
+            kept |= read_scores(path)
+    names = args.names or runs
+    if len({*names, *kept}) < len(names) + len(kept) or len(names) != len(runs):
+        raise UserError(f"--names: {len(runs)} runs need as many different names")
+    outcomes = read_known(args.known, [*kept, *names]) if args.known else {}
+    found = kept | {name: of_tokenizer(args, run) for name, run in zip(names, runs)}
     if args.rank > 0:
         return None
     scores = {key: [values[key] for values in found.values()] for key in next(iter(found.values()))}
-    rows = correlations(scores, outcomes, names, args.seed)
+    rows = correlations(scores, outcomes, list(found), args.seed)
     protocol = (f"{args.train_images} training and {args.test_images} test images at most; {args.components} "
                 f"Gaussians, diagonal, one start; noise {args.noise:g}; features {args.features}; seed "
-                f"{args.seed}" + (f"; samples of {args.known}" if args.known else ""))
+                f"{args.seed}" + (f"; samples of {args.known}" if args.known else "")
+                + "; scores in JSON files as measured there" * bool(kept))
     table = [("tokenizer", *scores), *((name, *values.values()) for name, values in found.items())]
     for row in [tuple(rows[0]), *(tuple(row.values()) for row in rows)] if rows else ():
         table.append(row + ("",) * (len(table[0]) - len(row)))

@@ -246,7 +246,7 @@ class Study:
 
     def __init__(self, args, of=None, names=None):
         self.args, self.stop, self.lock, self.running = args, False, threading.Lock(), set()
-        self.of, self.names = of, names or ROWS
+        self.of, self.names, self.only = of, names or ROWS, getattr(args, "only", None)
         self.deadline = time.time() + 60 * args.minutes if args.minutes else math.inf
 
     def run(self):
@@ -273,7 +273,7 @@ class Study:
         folder, done = unit_folder(self.args, name, seed), read_done(self.args, name, seed, self.of)
         folder.mkdir(parents=True, exist_ok=True)
         for title, entry in done.items():
-            if entry["done"]:
+            if entry["done"] or self.only and title not in self.only:
                 continue
             start, log = time.time(), folder / "log.txt"
             try:
@@ -327,6 +327,7 @@ def main(argv=None):
     add("--out", help="default: runs/study-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=common.number(common.Count), help="seeds 0 .. N-1 (default: the setting's)")
+    add("--only", nargs="+", metavar="COMMAND", help="of a row's commands, as the log calls them: stage1 ...")
     add("--jobs", type=common.number(common.Whole), default=0,
         help="commands at a time (default: as many as cores, 4 at most; on a GPU 1)")
     add("--minutes", type=common.number(common.Weight), default=0,

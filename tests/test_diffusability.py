@@ -126,6 +126,12 @@ def test_the_command_scores_runs_and_finds_their_rows(tmp_path):
         assert 0 < values["effective_rank"] <= 1 and 0 < values["velocity_variance"]
         assert 0 <= values["probe"] <= 1 and values["perturbed"] != values["reconstructed"]
     assert found["scores"]["AE 0"] != found["scores"]["AE 1"]
+    evaluate.main(["diffusability", str(tmp_path / "found.json"), "--out", str(tmp_path / "again")])
+    assert json.loads((tmp_path / "again.json").read_text())["scores"] == found["scores"]
+    with pytest.raises(UserError, match="known.json is not a JSON file of evaluate.py diffusability"):
+        evaluate.main(["diffusability", str(tmp_path / "known.json")])
+    with pytest.raises(UserError, match="as many different names"):        # it is in the file
+        evaluate.main([*command[:2], str(tmp_path / "found.json"), "--names", "AE 0"])
     for names, message in ((["AE 0", "AE 7"], "has no 'AE 7'; it has AE 0, AE 1"),
                            (["AE 0"], "as many different names"),
                            (["AE 0", "AE 0", "AE 1"], "as many different names")):

@@ -94,6 +94,15 @@ def fake_study(tmp_path, monkeypatch, scripts, jobs=2, minutes=0):
 TOUCH = "pathlib.Path(sys.argv[1]).open('a').write('x')"
 
 
+def test_some_commands_alone_and_later_the_others(tmp_path, monkeypatch):
+    some, whole = (fake_study(tmp_path, monkeypatch, {"a": [TOUCH] * 3}) for _ in range(2))
+    some.only = ["0", "2"]
+    assert some.run() == (True, [])
+    assert [(tmp_path / f"a{i}").exists() for i in range(3)] == [True, False, True]
+    assert whole.run() == (True, [])
+    assert [(tmp_path / f"a{i}").read_text() for i in range(3)] == ["x"] * 3        # none ran twice
+
+
 def test_one_failure_does_not_end_the_other_rows(tmp_path, monkeypatch):
     scripts = {"a": ["sys.exit('it broke')", TOUCH], "b": ["time.sleep(1)", TOUCH], "c": [TOUCH]}
     finished, errors = fake_study(tmp_path, monkeypatch, scripts).run()
