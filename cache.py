@@ -27,6 +27,13 @@ def latent_shape(tokenizer):
     return c.num_latents if c.learnable_latents else (c.image_size // c.patch_size) ** 2, c.latent_dim
 
 
+def posterior_rngs(tokenizer, indices, view=0, seed=0):
+    """What MAETok.encode samples a KL-VAE's posterior with: a generator for each image; view 1: its mirror
+    image. None for another tokenizer."""
+    return [sample_rng(seed, "posterior", view, int(i)) for i in indices] \
+        if tokenizer.config.variational else None
+
+
 def encode_once(config, tokenizer, dataset, processes):
     """The latents of `dataset`, an ImageDataset without flips, as a LatentCache in the run's folder."""
     length = min(config.cache_images or dataset.length or 0, dataset.length or config.cache_images)
@@ -93,9 +100,9 @@ class LatentCache(torch.utils.data.Dataset):
             for keys, (images, numbers, *_) in zip(batches[shard], loader):
                 images = to_float(images.to(device))
                 views = [images, images.flip(-1)] if self.flip else [images]
-                # Of a KL-VAE a sample of the posterior, always the same for an image.
-                z = torch.stack([tokenizer.encode(x, normalize=True, rngs=[
-                    sample_rng(0, "posterior", v, i) for _, i in keys]) for v, x in enumerate(views)], 1)
+                indices = [index for _, index in keys]
+                rngs = [posterior_rngs(tokenizer, indices, view) for view in (0, 1)]
+                z = torch.stack([tokenizer.encode(x, normalize=True, rngs=r) for x, r in zip(views, rngs)], 1)
                 encoded.append((z.half().cpu().numpy(), numbers.numpy()))       # (B, 1 or 2, L, C), (B,)
                 bar.update(len(images))
             for path, array in zip(self.shard_paths(shard), zip(*encoded)):

@@ -32,7 +32,7 @@ import common
 from checkpoints import Checkpoint, load_checkpoint, load_weights
 from common import Count, UserError, check_ranges, standard_normal
 from runtime.checks import check_images, check_latents
-from runtime.processes import faster_products
+from runtime.processes import faster_products, to_device
 
 
 @dataclass
@@ -356,9 +356,11 @@ class MAETok(nn.Module):
         the posterior, otherwise its mean. Raises ValueError for other images.
         """
         check_images(self, images)
-        h, posterior = self.latents(images, mask)
-        if rngs is not None and posterior is not None:
-            h = h + (0.5 * posterior.chunk(2, dim=-1)[1]).exp() * standard_normal(rngs, h.shape[1:]).to(h)
+        c, noise = self.config, None
+        if rngs is not None:
+            L = c.num_latents if c.learnable_latents else math.prod(self.grid(images.shape[-2:]))
+            noise = to_device(standard_normal(rngs, (L, c.latent_dim)), images.device)
+        h, _ = self.latents(images, mask, noise)
         h = (h - self.latent_mean) / self.latent_std if normalize else h
         h.image_size = tuple(images.shape[-2:])                      # decode() refuses another size
         return h

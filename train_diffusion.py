@@ -26,7 +26,7 @@ import torch.nn as nn
 
 import checkpoints
 from runtime import files, resuming
-from cache import encode_once, latent_shape
+from cache import encode_once, latent_shape, posterior_rngs
 from common import (Count, Decay, Positive, Seed, Share, UserError, Whole, Workers, standard_normal,
                     step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
@@ -153,8 +153,8 @@ class Method(Diffusion):
         if not config.cache:
             images = to_float(x)
             with torch.no_grad():
-                x = self.tokenizer.encode(images, normalize=True,
-                                          rngs=step_rngs(config, "posterior", step, positions))
+                x = self.tokenizer.encode(images, normalize=True, rngs=posterior_rngs(
+                    self.tokenizer, positions, step, config.seed))
         rngs = step_rngs(config, "diffusion", step, positions)
         t = self.draw_times(rngs)
         noise = standard_normal(rngs, x.shape[1:])

@@ -166,7 +166,7 @@ class Batch(NamedTuple):
     """A micro-batch on the device, with all that is random about it."""
     images: torch.Tensor                                # (B, 3, H, W) in [-1, 1]
     mask: torch.Tensor                                  # (B, N) bool, True = hidden
-    noise: torch.Tensor | None                          # (B, L, C) of a KL-VAE; stage 2 takes its mean
+    noise: torch.Tensor | None                          # (B, L, C) of a KL-VAE
     targets: dict                                       # name -> (B, N, D_j), y_j of Eq. 8; none in stage 2
     windows: list | None                                # crops of the discriminator's calls; None: no GAN yet
     more: dict                                          # further inputs of the model, from extras
@@ -374,8 +374,8 @@ def check_resumable(config, checkpoint):
 
 
 def start_stage_2(method, state):
-    """Freeze the encoder, drop the auxiliary decoders [Sec. 3.3]; the loss is Eq. 6 alone (a KL-VAE's term is
-    constant). It starts from the EMA weights, with a new EMA and optimizer; the discriminator and its
+    """Freeze the encoder, drop the auxiliary decoders [Sec. 3.3]; the loss is Eq. 6 alone (a KL-VAE's term
+    has no gradient). It starts from the EMA weights, with a new EMA and optimizer; the discriminator and its
     optimizer carry over [ours]."""
     state.model.load_state_dict(state.ema.model.state_dict())
     state.model.freeze_encoder()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
+from cache import posterior_rngs
 from common import Count, Range, UserError, Whole, number
 from data import to_float
 from measures.features import Report
@@ -68,9 +69,9 @@ def measure(args):
     notes = {"caveat": "NLL curves compare at equal d only, and at K = 1 the standardised NLL is about "
                        f"d/2 (1 + ln 2 pi) for any latents: {here}",
              "protocol": f"{args.train_images} training and {args.test_images} test images at most, centre "
-                         "crop, no flip; EMA weights, float32; probe: L-BFGS, C = 1, standardised; mixtures: "
-                         f"PCA to {kept}, standardised, {args.starts} starts, NLL in nats on the test "
-                         f"images; seed {args.seed}"}
+                         "crop, no flip; EMA weights, float32; of a KL-VAE, posterior samples; probe: "
+                         f"L-BFGS, C = 1, standardised; mixtures: PCA to {kept}, standardised, "
+                         f"{args.starts} starts, NLL in nats on the test images; seed {args.seed}"}
     kinds = ("full", "diagonal") if args.full else ("diagonal",)
     charts = {f"NLL, {kind} covariance": f"nll_{kind}" for kind in kinds}
     charts[f"largest mean norm ({kinds[0]})"] = f"largest_mean_norm_{kinds[0]}"
@@ -88,8 +89,9 @@ def encode_set(args, tokenizer, images, title):
     image is one vector here: its L tokens of C channels."""
     width = tokenizer.config.latent_dim * tokenizer.config.num_latents
     encoded, raw = [torch.empty(0, width)], [torch.empty(0, 3 * images.size ** 2 if args.pixels else 0)]
-    for _, x in batches(images, args, title):
-        encoded.append(tokenizer.encode(to_float(x.to(args.device))).flatten(1).cpu())              # (B, L*C)
+    for indices, x in batches(images, args, title):
+        h = tokenizer.encode(to_float(x.to(args.device)), rngs=posterior_rngs(tokenizer, indices))
+        encoded.append(h.flatten(1).cpu())                                                          # (B, L*C)
         raw.append(to_float(x).flatten(1) if args.pixels else torch.empty(len(x), 0))
     return gather(torch.cat(encoded), args), torch.from_numpy(images.labels), gather(torch.cat(raw), args)
 

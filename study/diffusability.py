@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import metrics
+from cache import posterior_rngs
 from data import to_float, to_uint8
 from measures.features import Report, collect, feature_network, frechet_between
 from measures.image_sets import batches, gather, open_data, open_tokenizer, without_classes
@@ -136,7 +137,7 @@ def encode(args, tokenizer, images, title):
     """(latents (n, L C), near_less_far (n,), labels (n,)) of Images."""
     latents, spatial = [], []
     for indices, x in batches(images, args, title):
-        rngs = [sample_rng(args.seed, "posterior", 0, i) for i in indices]
+        rngs = posterior_rngs(tokenizer, indices)
         h, tokens, grid = patch_outputs(tokenizer, to_float(x.to(args.device)), rngs)
         latents.append(h.flatten(1).cpu())
         spatial.append(near_less_far(tokens, grid).cpu())
@@ -192,11 +193,39 @@ def of_tokenizer(args, run):
 # -------------------------------------------- what they predict --------------------------------------------
 
 def read_scores(path):
-    """{name: {score: value}} of a JSON file that this command wrote. Raises UserError."""
+    """({name: {score: value}}, settings) of a JSON file that this command wrote. Raises UserError."""
     try:
-        return {name: dict(values) for name, values in json.loads(Path(path).read_text())["scores"].items()}
+        found = json.loads(Path(path).read_text())
+        if not found["scores"]:
+            raise ValueError
+        return {name: dict(values) for name, values in found["scores"].items()}, found["settings"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not a JSON file of evaluate.py diffusability ({type(e).__name__})") from e
+
+
+def gather_scores(args):
+    """({name: {score: value}} of all that `runs` names, settings). Raises UserError where two have the same
+    name, or other settings."""
+    runs = [run for run in args.runs if not run.endswith(".json")]
+    names, found = args.names or runs, {}
+    if len(names) != len(runs) or len(set(names)) < len(names):
+        raise UserError(f"--names: {len(runs)} runs need as many different names")
+    own = (f"{args.train_images} training and {args.test_images} test images at most; of a KL-VAE, posterior "
+           f"samples; {args.components} Gaussians, diagonal, one start; noise {args.noise:g}; features "
+           f"{args.features}; seed {args.seed}")
+    settings = {own} if runs else set()
+    for path in args.runs:
+        if path not in runs:
+            scores, measured = read_scores(path)
+            if twice := [name for name in scores if name in found or name in names]:
+                raise UserError(f"{path} has {twice[0]!r}, which is given already")
+            found, settings = found | scores, settings | {measured}
+    if len(settings) > 1:
+        raise UserError("scores of different settings do not compare: " + " | ".join(sorted(settings)))
+    if args.known:                                                               # before the work starts
+        read_known(args.known, [*found, *names])
+    found |= {name: of_tokenizer(args, run) for name, run in zip(names, runs)}
+    return found, settings.pop()
 
 
 def read_known(path, names):
@@ -253,24 +282,15 @@ def correlations(scores, outcomes, names, seed=0, draws=2000):
 @torch.no_grad()
 def measure(args):
     """Scores of tokenizers' latents, and how they rank the samples of a study. [ours]"""
-    kept, runs = {}, [run for run in args.runs if not run.endswith(".json")]
-    for path in args.runs:
-        if path not in runs:
-            kept |= read_scores(path)
-    names = args.names or runs
-    if len({*names, *kept}) < len(names) + len(kept) or len(names) != len(runs):
-        raise UserError(f"--names: {len(runs)} runs need as many different names")
-    outcomes = read_known(args.known, [*kept, *names]) if args.known else {}
-    found = kept | {name: of_tokenizer(args, run) for name, run in zip(names, runs)}
+    found, settings = gather_scores(args)
     if args.rank > 0:
         return None
+    outcomes = read_known(args.known, list(found)) if args.known else {}
     scores = {key: [values[key] for values in found.values()] for key in next(iter(found.values()))}
     rows = correlations(scores, outcomes, list(found), args.seed)
-    protocol = (f"{args.train_images} training and {args.test_images} test images at most; {args.components} "
-                f"Gaussians, diagonal, one start; noise {args.noise:g}; features {args.features}; seed "
-                f"{args.seed}" + (f"; samples of {args.known}" if args.known else "")
-                + "; scores in JSON files as measured there" * bool(kept))
+    protocol = settings + (f"; samples of {args.known}" if args.known else "")
     table = [("tokenizer", *scores), *((name, *values.values()) for name, values in found.items())]
     for row in [tuple(rows[0]), *(tuple(row.values()) for row in rows)] if rows else ():
         table.append(row + ("",) * (len(table[0]) - len(row)))
-    return Report({"scores": found, "correlations": rows, "protocol": protocol, "page": PAGE}, table)
+    return Report({"scores": found, "settings": settings, "correlations": rows, "protocol": protocol,
+                   "page": PAGE}, table)

@@ -11,14 +11,14 @@ between tokenizers. Samples are drawn with it as with a SiT, by the same sampler
 import dataclasses
 import math
 
-# before torch, see runtime/processes.py
-from common import Count, UserError, number, sample_rng, split_names
+from common import Count, UserError, number, split_names    # before torch, see runtime/processes.py
 
 import numpy as np
 import torch
 from torch import nn
 
 import checkpoints
+from cache import posterior_rngs
 from data import to_float
 from flow import SAMPLERS, guided_velocity, time_grid
 from measures.features import Report, open_run, score
@@ -112,9 +112,8 @@ def measure(args):
     for indices, x in batches(images, args, "latents"):
         x = to_float(x.to(args.device))
         views = (x, x.flip(-1)) if run.config["flip"] else (x,)               # those that SiT was trained on
-        encoded += [run.tokenizer.encode(view, normalize=True, rngs=[
-            sample_rng(args.seed, "posterior", flipped, i) for i in indices]).cpu()
-            for flipped, view in enumerate(views)]
+        encoded += [run.tokenizer.encode(view, normalize=True, rngs=posterior_rngs(
+            run.tokenizer, indices, flipped)).cpu() for flipped, view in enumerate(views)]
     latents = gather(torch.cat(encoded) if encoded else torch.empty(0, *shape), args)
     if not latents.isfinite().all():
         raise UserError(f"the latents of {args.run} hold NaN or infinite values: its tokenizer has failed")

@@ -7,6 +7,8 @@ of a sample says little about the sample. This one is a residual network of 1.6 
 on test images stands beside the share of samples that it names as requested, which can be higher: with
 guidance, samples are more typical of a class than photographs are.
 """
+from pathlib import Path
+
 from common import Count, UserError, Whole, batch_loader, number    # before torch, see runtime/processes.py
 
 import torch
@@ -17,10 +19,11 @@ from tqdm import tqdm
 from data import GlobalBatches, collate, to_float
 from measures.features import Report, load_classifier
 from measures.image_sets import batches, gather, open_data, open_samples, without_classes
-from runtime.processes import NATIVE_BFLOAT16
+from runtime.processes import BFLOAT16_WIDTH, autocast
 
 USES = ("data",)
 BATCH, SHIFT, LR = 256, 4, 0.2                     # images per step; pixels of random shifts; learning rate
+SMALLEST = 8                                       # px, for its three poolings
 
 
 def add_arguments(add):
@@ -84,7 +87,7 @@ def train(train_set, device, steps, seed=0):
         if (labels < 0).any():
             raise UserError("an image of --data has no class: the judge needs all labelled")
         x = shifted(to_float(images.to(device)), generator)
-        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda" or NATIVE_BFLOAT16):
+        with autocast("auto", device, BFLOAT16_WIDTH):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -98,9 +101,7 @@ def train(train_set, device, steps, seed=0):
 
 def right_answers(args, model, images):
     """(n,) bool: is the class that the judge gives Images and their mirror images theirs?"""
-    if without_classes(images, ""):
-        raise UserError(f"{images.name}: the judge needs the class of every image")
-    answers = []
+    answers = [torch.empty(0, dtype=torch.int64)]
     for _, x in batches(images, args, images.name):
         x = to_float(x.to(args.device))
         answers.append((model(x) + model(x.flip(-1))).argmax(1).cpu())
@@ -110,8 +111,16 @@ def right_answers(args, model, images):
 @torch.no_grad()
 def measure(args):
     """The share of samples that a classifier, which most test images convince, names as requested. [ours]"""
-    samples, args.out = open_samples(args.samples), args.out or f"{args.samples}.judge"
+    samples, args.out = open_samples(args.samples), args.out or f"{Path(args.samples)}.judge"
     test = open_data(args, args.data, "test", samples.size, args.test_images)
+    for images in (samples, test):
+        if without_classes(images, ""):
+            raise UserError(f"{images.name}: the judge needs the class of every image")
+    if samples.labels.max() >= len(test.classes or ()):
+        raise UserError(f"{args.samples} has a class {samples.labels.max()}, --data {args.data} "
+                        f"{len(test.classes or ())} classes: give the data set that the samples are of")
+    if samples.size < SMALLEST:
+        raise UserError(f"{args.samples} has images of {samples.size} px; the judge needs {SMALLEST}")
     model, name = load_classifier(args, args.data, samples.size, residual_network, train)
     known, named = (right_answers(args, model, images) for images in (test, samples))
     share = lambda hits: hits.double().mean().item()

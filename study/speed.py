@@ -11,6 +11,7 @@ divides by a large product of that kind. Operations are counted by PyTorch: matr
 attention, forward and backward, two per multiply-accumulate (with --checkpointing the tokenizer step's second
 forward pass too). Everything else in a step (norms, GELU, optimizer, copies) takes time but is not counted.
 """
+import argparse
 import ctypes
 import gc
 import importlib.util
@@ -414,7 +415,8 @@ def jpeg_beside_pillow(args):
 
 
 def convolution_beside_linear(args):
-    """SiT-B's velocity with faster_products, and without."""
+    """SiT-B's velocity with faster_products, and without, in float32."""
+    args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
     ours = sit(args, "B", 128, False)[0]
     here, processes.AMD_PROCESSOR = processes.AMD_PROCESSOR, False
     theirs = sit(args, "B", 128, False)[0]
@@ -515,8 +517,8 @@ def measure(args):
     table = [("ours / instead of", "ours, s", "theirs, s", "times as fast", "lowest", "highest")]
     table += [(name, *(f"{value:.4g}" for value in row.values())) for name, row in found.items()]
     protocol = (f"{torch.cuda.get_device_name() if cuda else cpu_name()}, {torch.get_num_threads()} threads; "
-                f"torch {torch.__version__}; the two take turns, {args.repeats} times; ratio of the times, "
-                "median, lowest, highest")
+                f"torch {torch.__version__}; {args.dtype} where a row says nothing else; the two take turns, "
+                f"{args.repeats} times; ratio of the times, median, lowest, highest")
     return Report({"ratios": found, "host_work_seconds": host_work(args), "protocol": protocol}, table)
 
 

@@ -327,7 +327,7 @@ def main(argv=None):
     add("--out", help="default: runs/study-SETTING")
     add("--rows", nargs="+", choices=tuple(ROWS), help="only these rows (default: the setting's)")
     add("--seeds", type=common.number(common.Count), help="seeds 0 .. N-1 (default: the setting's)")
-    add("--only", nargs="+", metavar="COMMAND", help="of a row's commands, as the log calls them: stage1 ...")
+    add("--only", nargs="+", metavar="COMMAND", help="of each row, as printed when they start: stage1 ...")
     add("--jobs", type=common.number(common.Whole), default=0,
         help="commands at a time (default: as many as cores, 4 at most; on a GPU 1)")
     add("--minutes", type=common.number(common.Weight), default=0,
@@ -370,13 +370,16 @@ def main(argv=None):
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",
                                        classifier_steps=args.plan["classifier_steps"]), args.data, size)
+    titles = {title for unit in all_units(args.plan) for title in commands(args, *unit)}
+    if unknown := set(args.only or ()) - titles:
+        raise UserError(f"--only {unknown.pop()}: the commands are {', '.join(sorted(titles))}")
     finished, errors = Study(args).run()
     units = complete_units(args)
     if units:
         report(args, units, {name: row.source for name, row in ROWS.items()})
     if errors:
         raise UserError("; ".join(map(str, errors)))
-    print("done" if finished else "time is up; the same command resumes")
+    print(" ".join(["done", *(args.only or [])]) if finished else "time is up; the same command resumes")
 
 
 if __name__ == "__main__":

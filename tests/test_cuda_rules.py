@@ -73,10 +73,11 @@ def test_tokenizer(tmp_path, monkeypatch, options):
     assert all(type(t) is torch.Tensor and t.isfinite().all() for t in state["ema"].values())
 
 
-@pytest.mark.parametrize("options", [[], ["--no-cache", "--checkpointing", "--accumulate", "2"]],
-                         ids=["cached latents", "images, checkpointing"])
-def test_diffusion_and_sampler(tmp_path, monkeypatch, options):
-    waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / "tokenizer", 2))
+@pytest.mark.parametrize("options, kind", [([], ()), (["--no-cache", "--checkpointing", "--accumulate", "2"],
+                                                      ["--variational"])],
+                         ids=["cached latents", "images, KL, checkpointing"])
+def test_diffusion_and_sampler(tmp_path, monkeypatch, options, kind):
+    waits(monkeypatch, train_tokenizer.main, tokenizer(tmp_path / "tokenizer", 2, *kind))
     few, more = (waits(monkeypatch, train_diffusion.main,
                        [*SIT, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / str(n),
                         "--steps", n, *options])

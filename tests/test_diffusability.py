@@ -130,8 +130,13 @@ def test_the_command_scores_runs_and_finds_their_rows(tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["scores"] == found["scores"]
     with pytest.raises(UserError, match="known.json is not a JSON file of evaluate.py diffusability"):
         evaluate.main(["diffusability", str(tmp_path / "known.json")])
-    with pytest.raises(UserError, match="as many different names"):        # it is in the file
+    with pytest.raises(UserError, match="found.json has 'AE 0', which is given already"):
         evaluate.main([*command[:2], str(tmp_path / "found.json"), "--names", "AE 0"])
+    with pytest.raises(UserError, match="different settings do not compare"):
+        evaluate.main([*command[:2], str(tmp_path / "found.json"), "--names", "AE 2"])
+    (tmp_path / "empty.json").write_text('{"scores": {}, "settings": ""}')
+    with pytest.raises(UserError, match="empty.json is not a JSON file"):
+        evaluate.main(["diffusability", str(tmp_path / "empty.json")])
     for names, message in ((["AE 0", "AE 7"], "has no 'AE 7'; it has AE 0, AE 1"),
                            (["AE 0"], "as many different names"),
                            (["AE 0", "AE 0", "AE 1"], "as many different names")):

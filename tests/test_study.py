@@ -75,6 +75,13 @@ def test_a_failed_command_is_named_with_its_log(images, tmp_path):
         study.main(command)
 
 
+def test_a_command_that_no_row_has_is_refused(images, tmp_path):
+    command = ["--setting", "smoke", "--rows", "AE", "--data", str(images), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="--only stage3: the commands are .*stage1, stage2"):
+        study.main([*command, "--only", "stage1", "stage3"])
+    assert not (tmp_path / "ae_0").exists()
+
+
 def fake_study(tmp_path, monkeypatch, scripts, jobs=2, minutes=0):
     """A Study whose rows run these one-line scripts. Each may write a file beside itself."""
     folder = tmp_path / "scripts"

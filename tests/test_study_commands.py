@@ -1,4 +1,5 @@
 """evaluate.py's commands of study/ and its --add; study/box.py."""
+import copy
 import json
 from argparse import Namespace
 
@@ -209,7 +210,7 @@ def test_comparisons_give_the_ratio_of_two_calls_in_turn(tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HOG / scikit-image", "EM, 5 steps / scikit-learn",
                                   "linear probe / scikit-learn", "SiT-B call, faster_products / nn.Linear",
-                                  "SiT step of width 96, bfloat16 / float32"])
+                                  "SiT step of width 64, bfloat16 / float32"])
 def test_both_sides_of_a_comparison_run(name):
     build, package = speed.COMPARISONS[name]
     pytest.importorskip(package)
@@ -217,6 +218,30 @@ def test_both_sides_of_a_comparison_run(name):
                      seed=0, checkpointing=False)
     for call in build(args):
         call()
+
+
+def test_measures_of_a_kl_vaes_latents_sample_its_posteriors(tmp_path, monkeypatch):
+    """As what SiT is trained on: with the cache's noise."""
+    train_tokenizer.main([*TINY, "--variational", "--out", str(tmp_path / "vae")])
+    tiny_sit(tmp_path / "vae", tmp_path / "sit")
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+    seen, encode = [], maetok.MAETok.encode
+
+    def recorded(self, images, mask=None, normalize=False, rngs=None):
+        seen.append(None if rngs is None else [copy.deepcopy(rng).random() for rng in rngs])
+        return encode(self, images, mask, normalize, rngs)
+
+    monkeypatch.setattr(maetok.MAETok, "encode", recorded)
+    counts = "--train-images", 60, "--test-images", 10, "--components", 2, "--out", tmp_path / "found"
+    for command in (("latents", tmp_path / "vae", "--no-full", "--starts", 1, *counts),
+                    ("diffusability", tmp_path / "vae", *counts),
+                    ("gaussian", tmp_path / "sit", "--num-images", 4, "--steps", 2, "--reference-images", 8,
+                     "--latent-images", 60)):
+        seen.clear()
+        measure(*command, "--batch-size", 7)
+        first = next(draws for draws in seen if draws is not None)
+        assert None not in seen and len(first) == 7 and len(set(first)) == 7
+        assert first[3] == common.sample_rng(0, "posterior", 0, 3).random()
 
 
 # -------------------------------------------------- judge --------------------------------------------------
@@ -243,9 +268,12 @@ def test_the_judge_learns_classes_and_counts_the_samples_that_show_them(tmp_path
     assert found["by_class"] == {"0": pytest.approx(0.8), "1": pytest.approx(0.8), "2": pytest.approx(0.8)}
     monkeypatch.setattr(judge, "train", None)                                        # it is not trained again
     measure("judge", samples, *options)
-    np.savez(tmp_path / "none.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="none.npz: the judge needs the class of every image"):
-        measure("judge", tmp_path / "none.npz", *options)
+    for size, labels, message in ((16, {}, "none.npz: the judge needs the class of every image"),
+                                  (16, {"arr_1": [0, 1, 3]}, "none.npz has a class 3, .* 3 classes"),
+                                  (4, {"arr_1": [0, 1, 2]}, "none.npz has images of 4 px; the judge needs")):
+        np.savez(tmp_path / "none.npz", arr_0=np.zeros((3, size, size, 3), np.uint8), **labels)
+        with pytest.raises(UserError, match=message):
+            measure("judge", tmp_path / "none.npz", *options, "--cache", tmp_path / "no_cache")
 
 
 def test_the_judges_training_images_move_as_a_whole():

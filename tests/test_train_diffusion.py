@@ -126,7 +126,7 @@ def test_cache_holds_the_normalised_latents_of_both_flips(tmp_path, tokenizer):
     assert {(True, False), (False, True)} <= seen
 
 
-def test_a_kl_vaes_latents_are_samples_of_its_posteriors(tmp_path):
+def test_a_kl_vaes_latents_are_samples_of_its_posteriors(tmp_path, monkeypatch):
     """In the cache the same for an image and flip, without it new ones in every step; of unit variance."""
     train_tokenizer.main([*TOKENIZER.split(), "--variational", "--out", str(tmp_path / "vae")])
     train(tmp_path / "sit", tmp_path / "vae", "--flip", "--steps", 1)
@@ -143,6 +143,14 @@ def test_a_kl_vaes_latents_are_samples_of_its_posteriors(tmp_path):
         assert not any(torch.allclose(z, mean, atol=0.1) for mean in means)
         found += views
     assert torch.stack(found).std().item() == pytest.approx(1, abs=0.1)
+    # A cache of means, of before they were sampled, is another one.
+    monkeypatch.setattr(LatentCache, "build", lambda self, *args: None)
+    dataset, keys = build_dataset("shapes", "train", 16, "data"), []
+    for model.config.variational in (True, False):
+        config = Config(out=str(tmp_path / "keys"), cache_images=40)
+        keys.append(latent_cache.encode_once(config, model, dataset, None).key)
+    assert keys[0] != keys[1]
+    model.config.variational = True
     method = Method(Config(cache=False, num_classes=10), model, torch.device("cpu"))
     loaded = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     a, b, again = (method.batch(step, [3, 4], loaded).x for step in (5, 6, 5))
