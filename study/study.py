@@ -114,6 +114,9 @@ SETTINGS["sharp"] = SETTINGS["quick"] | dict(
 # Is it Muon? The same steps of AdamW reconstruct worse, so it takes three times as many.
 SETTINGS["sharp-adamw"] = {key: value for key, value in SETTINGS["sharp"].items() if key != "muon"} | dict(
     rows=["AE", "MAETok (HOG)"], seeds=1, steps=12_000, stage2_steps=12_000)
+# Does it hold later in training? Ten times the diffusion model's steps.
+SETTINGS["long"] = SETTINGS["sharp"] | dict(rows=["AE", "KL-VAE", "MAETok (HOG)"], seeds=1,
+                                            diffusion_steps=24_000, checkpoints=10)
 # For a GPU of 24 GB, a day for each row: see docs/running.md.
 SETTINGS["imagenet64"] = SETTINGS["quick"] | dict(
     scale="imagenet64", rows=MAIN, seeds=1, steps=80_000, stage2_steps=15_000, diffusion_steps=40_000,
@@ -127,7 +130,7 @@ def commands(args, name, seed):
     """What one row with one seed takes: {title: argument list}, in order. Outputs go below its folder."""
     s, row, folder = args.plan, ROWS[name], unit_folder(args, name, seed)
     scale, images = SCALES[s["scale"]], s["images"]
-    thirds = -(-s["diffusion_steps"] // 3)                      # checkpoints, for the curves over training
+    part = -(-s["diffusion_steps"] // s.get("checkpoints", 3))                # for the curves over training
     tiny = s["samples"] < 100
     classifier = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
@@ -159,8 +162,8 @@ def commands(args, name, seed):
                     "--train-images", 4 * images, "--test-images", images, "--dims", 2 if tiny else 32,
                     "--components", *((1, 2) if tiny else (1, 5, 20, 50)), "--starts", 1, "--iterations", 50,
                     "--out", folder / "latents"],
-        "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", thirds, "--keep-every",
-                      thirds, "--out", folder / "diffusion"],
+        "diffusion": [*diffusion, "--steps", s["diffusion_steps"], "--save-every", part, "--keep-every",
+                      part, "--out", folder / "diffusion"],
         "curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--out", folder / "curve"],
         "guided curve": ["evaluate.py", "curve", folder / "diffusion", *samples, "--cfg", 2,
                          "--out", folder / "guided_curve"],
@@ -190,6 +193,9 @@ def commands(args, name, seed):
         result["Gaussian, ImageNet"] = ["evaluate.py", "gaussian", folder / "diffusion", *everywhere,
                                         *efficientnet, *draw, "--latent-images", s["cache_images"] or 20_000,
                                         "--out", folder / "gaussian_imagenet"]
+        if "checkpoints" in s:
+            result["curve, ImageNet"] = ["evaluate.py", "curve", folder / "diffusion", *everywhere,
+                                         *efficientnet, *draw, "--out", folder / "curve_imagenet"]
     return result
 
 

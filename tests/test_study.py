@@ -206,7 +206,7 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     assert "yes (1 seed): 1.40, 1.50" in table[1]
 
 
-@pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "sharp-adamw", "imagenet64"])
+@pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "sharp-adamw", "long", "imagenet64"])
 def test_rows_differ_in_their_own_options_only(setting):
     plan = study.SETTINGS[setting]
     args = study.argparse.Namespace(plan=plan, out="x", data="shapes", device="cpu", imagenet=True,
@@ -245,6 +245,7 @@ def test_a_table_never_mixes_other_options(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("setting, expected", [("sharp", (512, 4000, 3, 96, 2.0)),
                                                ("sharp-adamw", (512, 12_000, 3, 96, 0.0)),
+                                               ("long", (512, 4000, 3, 96, 2.0)),
                                                ("imagenet64", (2048, 80_000, 12, 384, 0.0))])
 def test_every_setting_has_rows_of_equal_latents_and_steps(setting, expected):
     """What "at equal steps and latent size" needs, from the trainers' own configurations."""
