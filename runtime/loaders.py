@@ -36,10 +36,13 @@ def batches(dataset, workers, batch_sampler, **options):
                     iterator = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batch_sampler,
                                                                 num_workers=workers, **options))
             batch = next(iterator, end)
-        except (OSError, RuntimeError, MemoryError) as e:
-            if not workers or signalled() or not TROUBLE.search(str(e)):
+        except (OSError, EOFError, RuntimeError, MemoryError) as e:
+            # A worker that dies while it hands over a batch breaks the connection.
+            trouble = isinstance(e, (ConnectionError, EOFError)) or TROUBLE.search(str(e))
+            if not workers or signalled() or not trouble:
                 raise
-            raise UserError(f"the {workers} loader processes failed ({str(e).splitlines()[0][:200]}): there "
+            said = (str(e) or type(e).__name__).splitlines()[0][:200]
+            raise UserError(f"the {workers} loader processes failed ({said}): there "
                             f"may be too little memory or {SHM}, too few open files (ulimit -n) or processes "
                             "(ulimit -u); give fewer --workers, 0 for none") from e
         waited[0] += time.perf_counter() - start
