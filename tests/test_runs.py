@@ -316,8 +316,8 @@ def test_a_small_shared_memory_is_noticed_before_workers_start(monkeypatch):
     OSError(errno.EMFILE, "Too many open files"), OSError(errno.EAGAIN, "Resource temporarily unavailable"),
     RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Read-only file system"),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-    RuntimeError("can't start new thread"), ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
-    EOFError()])
+    RuntimeError("can't start new thread"), EOFError(),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")])
 def test_workers_that_cannot_be_started_or_die_are_one_line(error, monkeypatch):
     def fails(*args, **options):
         raise error
