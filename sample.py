@@ -50,11 +50,11 @@ def parse(argv):
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="balanced lowers FID by about 0.1 against random")
     add("--cfg", type=number(Weight), help="guidance scale; paper: 1.9 at 256 px, 1.5 at 512 px [App. C.2] "
-        "(default 1: off; for the model in assets/ 2)")
+        "(default 1: off; for models in assets/ 2)")
     add("--cfg-interval", type=number(Share), nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
         help="times at which it acts, noise at 1; paper: 0 0.75 at 256 px, 0 0.7 at 512 px (default 0 1)")
-    add("--sampler", choices=SAMPLERS, help="(default euler-maruyama [Table 8]; model in assets/: heun)")
-    add("--steps", type=number(Count), help="(default 250 [Table 8]; model in assets/: 8; heun calls "
+    add("--sampler", choices=SAMPLERS, help="(default euler-maruyama [Table 8]; models in assets/: heun)")
+    add("--steps", type=number(Count), help="(default 250 [Table 8]; models in assets/: 8; heun calls "
         "the model twice per step)")
     add("--seed", type=number(Seed), default=0, help="of all noise and of random labels")
     add("--batch-size", type=number(Count), default=50, help="images at a time in each process (default 50)")
@@ -71,11 +71,12 @@ def parse(argv):
 def load(args, device):
     """(model, tokenizer, config) of --ckpt. Sets the options whose default depends on it."""
     null = args.classes == ["null"]
-    if args.cfg is None:
-        args.cfg = 1.0 if args.ckpt or null else 2.0
-    args.steps = args.steps or (250 if args.ckpt else 8)
-    args.sampler = args.sampler or ("euler-maruyama" if args.ckpt else "heun")
     args.ckpt = args.ckpt or str(checkpoints.DEFAULT_MODEL)
+    small = Path(args.ckpt).resolve().parent == checkpoints.DEFAULT_MODEL.parent                # in assets/
+    if args.cfg is None:
+        args.cfg = 2.0 if small and not null else 1.0
+    args.steps = args.steps or (8 if small else 250)
+    args.sampler = args.sampler or ("heun" if small else "euler-maruyama")
     model, tokenizer, config = load_model(args.ckpt, args, device)
     check_guidance(model, args.cfg)
     if null and args.cfg != 1 and not args.add:

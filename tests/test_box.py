@@ -39,11 +39,17 @@ def test_without_a_model_the_one_in_assets_is_drawn_from_and_measured(run, tmp_p
     small = shutil.copyfile(run / "diffusion/last.pt", tmp_path / "small.pt")
     monkeypatch.setattr(checkpoints, "DEFAULT_MODEL", small)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     sample.main(["--steps", "3", "--device", "cpu"])
-    given = ["--ckpt", str(small), "--cfg", "2", "--sampler", "heun", "--steps", "3", "--device", "cpu"]
-    sample.main([*given, "--out", "given.png"])
-    pixels = [np.asarray(Image.open(name)) for name in ("samples.png", "given.png")]
-    assert np.array_equal(*pixels) and pixels[0].shape[0] > 10 * 32                     # a row for each class
+    # So is what lies beside it; what lies elsewhere is drawn as the paper draws.
+    beside, elsewhere = (shutil.copyfile(small, tmp_path / name) for name in ("beside.pt", "runs/other.pt"))
+    sample.main(["--ckpt", str(beside), "--steps", "3", "--device", "cpu", "--out", "beside.png"])
+    given = ["--ckpt", str(elsewhere), "--steps", "3", "--device", "cpu"]
+    sample.main([*given, "--cfg", "2", "--sampler", "heun", "--out", "given.png"])
+    sample.main([*given, "--out", "plain.png"])
+    pixels = [np.asarray(Image.open(f"{name}.png")) for name in ("samples", "beside", "given", "plain")]
+    assert np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2])
+    assert not np.array_equal(pixels[0], pixels[3]) and pixels[0].shape[0] > 10 * 32    # a row for each class
     settings = files.read_json("samples.png.settings.json")
     assert (settings["ckpt"], settings["cfg"], settings["steps"]) == (str(small), 2, 3)
     evaluate.main(["recon", "--num-images", "4", "--features", "none", "--device", "cpu"])
