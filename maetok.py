@@ -31,6 +31,7 @@ from torch import Tensor
 import common
 from checkpoints import Checkpoint, load_checkpoint, load_weights
 from common import Count, UserError, check_ranges, standard_normal
+from runtime.attention import attention
 from runtime.checks import check_images, check_latents
 from runtime.processes import faster_products, to_device
 
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)               # each (B, nh, T, hs)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        x = F.scaled_dot_product_attention(q, k, v)                  # (B, nh, T, hs)
+        x = attention(q, k, v)                                       # (B, nh, T, hs)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 

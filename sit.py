@@ -23,6 +23,7 @@ from checkpoints import load_checkpoint, load_weights
 from common import Count, UserError, Whole, check_ranges
 from flow import SAMPLERS, guided_velocity, path_coefficients, time_grid
 from maetok import tokenizer_of
+from runtime.attention import attention
 from runtime.processes import faster_products
 
 
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)               # each (B, nh, L, hs)
-        x = F.scaled_dot_product_attention(q, k, v)                  # (B, nh, L, hs)
+        x = attention(q, k, v)                                       # (B, nh, L, hs)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 

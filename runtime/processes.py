@@ -399,10 +399,10 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-# Matrix units (AMX) or AVX-512's instructions for bfloat16. In narrow models casts, and attention with small
-# heads, cost what the products gain (docs/speed.md).
+# Matrix units (AMX) or AVX-512's instructions for bfloat16. In narrower models casts cost what the products
+# gain (docs/speed.md).
 NATIVE_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-BFLOAT16_WIDTH = 192
+BFLOAT16_WIDTH = 96
 
 
 def autocast_dtype(name, device, width=0):

@@ -135,17 +135,18 @@ def commands(args, name, seed):
     classifier = ["--features", "classifier", "--classifier-steps", s["classifier_steps"],
                   "--cache", Path(args.out) / "cache"]
     everywhere = ["--data", args.data, "--device", args.device]
+    float32 = ["--dtype", "float32"] if s["scale"] == "cifar10" else []    # the same on every processor
     muon = ["--add", "muon", "--muon", s["muon"]] if "muon" in s else []
     kl = ["--kl-weight", f"{row.kl * scale['kl']:g}"] if "vae" in row.variants else []
     tokenizer = ["train_tokenizer.py", "--preset", ",".join(filter(None, (s["scale"], row.variants))),
-                 *everywhere, *muon, "--seed", seed, *scale["tokenizer"],
+                 *everywhere, *float32, *muon, "--seed", seed, *scale["tokenizer"],
                  *(scale["patch"] if o == "{patch}" else o for o in row.options), *kl,
                  *shlex.split(args.tokenizer_options), "--steps", s["steps"]]
-    diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, "--seed", seed,
+    diffusion = ["train_diffusion.py", "--preset", s["scale"], *everywhere, *float32, "--seed", seed,
                  "--tokenizer", folder / "stage2", *scale["diffusion"], "--cache-images", s["cache_images"],
                  "--log-every", 50]
     draw = ["--gap", "--num-images", s["samples"], "--reference-images", images,
-            "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100]
+            "--sampler", "euler", "--steps", s["sampler_steps"], "--batch-size", 100, *float32]
     samples, guidance = [*everywhere, *classifier, *draw], ["--scales", 1, 2, "--intervals", "0:1"]
 
     def recon(stage, features, out):
@@ -172,7 +173,7 @@ def commands(args, name, seed):
         "Gaussian": ["evaluate.py", "gaussian", folder / "diffusion", *samples, "--latent-images",
                      s["cache_images"] or 20_000, "--out", folder / "gaussian"],
         "sheet": ["sample.py", "--ckpt", folder / "diffusion", "--cfg", 2, "--sampler", "euler", "--steps",
-                  s["sampler_steps"], "--num-images", 2 if tiny else 10, "--device", args.device,
+                  s["sampler_steps"], "--num-images", 2 if tiny else 10, "--device", args.device, *float32,
                   "--out", folder / "sheet.npz"],
         # The last checkpoint once more, decoded by stage 1.
         "samples stage1": ["evaluate.py", "cfg", folder / "diffusion", *samples, "--tokenizer",

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import sit
 from maetok import rotate
+from runtime.attention import attention
 from sit import SIZES, SiT, SiTConfig, modulate
 
 
@@ -92,7 +93,7 @@ class Attention(sit.Attention):
         qkv = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)               # each (B, nh, L, hs)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        x = F.scaled_dot_product_attention(q, k, v)                  # (B, nh, L, hs)
+        x = attention(q, k, v)                                       # (B, nh, L, hs)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 
