@@ -75,28 +75,26 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) 
         raise UserError(f"too few images: precision and recall with {k} neighbours need more than {k} "
                         f"on both sides, here are {len(real)} and {len(fake)}")
     # Centred: far from the origin |a|^2 + |b|^2 - 2 ab is a small difference of large numbers.
-    centre = real.mean(0, dtype=torch.float64)
-    real, fake = ((x - centre.to(x.dtype)).float() for x in (real, fake))
+    centre = real.double().mean(0)
+    real, fake = ((x.double() - centre).float() for x in (real, fake))
     # Equal distances (of duplicate images, say) must count, so what rounding may have parted is equal: radii
     # are computed a little larger, distances a little smaller. A float32 product ab of d terms is off by less
     # than 6 sqrt(d) 2^-24 |a||b|, all but once in 3e7 (Ipsen and Zhou 2020); 4 more for the sums.
     rounding = (6 * math.sqrt(real.shape[1]) + 4) * 2 ** -24
-    squares = [x.double().square().sum(1) for x in (real, fake)]
-    (larger_real, larger_fake), (norms, fake_norms) = ([(x * factor).float() for x in squares]
-                                                       for factor in (1 + rounding, 1 - rounding))
+    squares = lambda x, factor: (x.double().square().sum(1) * factor).float()
 
-    def squared_radii(points, norms):
-        radii = []
+    def squared_radii(points):
+        norms, radii = squares(points, 1 + rounding), []
         for start in range(0, len(points), block):
             distances = torch.addmm(norms, points[start:start + block], points.T, alpha=-2)
             distances.diagonal(start).fill_(math.inf)                                             # not itself
             radii.append(distances.topk(k, largest=False).values[:, -1] + norms[start:start + block])
         return torch.cat(radii)
 
-    reach = squared_radii(real, larger_real)
+    norms, reach = squares(real, 1 - rounding), squared_radii(real)
     precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part, norm, radius in zip(*(x.split(block) for x in
-                                    (fake, fake_norms, squared_radii(fake, larger_fake)))):
+                                    (fake, squares(fake, 1 - rounding), squared_radii(fake)))):
         distances = torch.addmm(norms, part, real.T, alpha=-2) + norm[:, None]                 # of all pairs
         precise += (distances <= reach).any(1).sum().item()
         recalled |= (distances <= radius[:, None]).any(0)

@@ -60,6 +60,8 @@ class Popen:
 
     def wait(self, timeout=None):
         self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise TimeoutExpired("a fork", timeout)
         return self.process.exitcode
 
     def terminate(self):

@@ -25,7 +25,7 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     monkeypatch.setattr(study, "subprocess", forked)
     command = ["--setting", "smoke", "--rows", "MAETok (HOG)", "--data", str(images), "--out",
                str(tmp_path), "--device", "cpu"]
-    study.main([*command, "--minutes", "0.0001"])                     # time is up before the first command
+    study.main([*command, "--minutes", "0.0001"])             # time is up before, or soon after, the first
     assert "time is up" in capsys.readouterr().out
     study.main(command)
     result = json.loads((tmp_path / "smoke.json").read_text())
