@@ -27,10 +27,10 @@ def latent_shape(tokenizer):
     return c.num_latents if c.learnable_latents else (c.image_size // c.patch_size) ** 2, c.latent_dim
 
 
-def posterior_rngs(tokenizer, indices, view=0, seed=0):
-    """What MAETok.encode samples a KL-VAE's posterior with: a generator for each image; view 1: its mirror
-    image. None for another tokenizer."""
-    return [sample_rng(seed, "posterior", view, int(i)) for i in indices] \
+def posterior_rngs(tokenizer, indices, draw=0, seed=0):
+    """What MAETok.encode samples a KL-VAE's posterior with: a generator for each image; None for another
+    tokenizer. draw: which sample of it; in a cache 1 is the mirror image's, without one it is the step."""
+    return [sample_rng(seed, "posterior", draw, int(i)) for i in indices] \
         if tokenizer.config.variational else None
 
 

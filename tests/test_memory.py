@@ -73,3 +73,10 @@ def test_the_batches_of_the_table_fit(again, monkeypatch):
     gib = lambda n: memory.peak(small._replace(batch=n)) / 2 ** 30
     for n, room in zip(fits, memory.GPUS[1:]):
         assert gib(n) <= room < gib(n + 16) and n % 8 == 0
+
+
+def test_the_page_holds_the_table_and_nothing_that_a_terminal_said():
+    page = (memory.ROOT / "docs/memory.md").read_text()
+    table = page.split("<!-- study.memory -->\n")[1].split("<!-- /study.memory -->")[0]
+    assert len(table.splitlines()) > 10 and all(line.startswith("| ") or line == "|---|---|---|---|---|"
+                                                for line in table.splitlines())
