@@ -9,7 +9,7 @@ OUT ?= runs/study-$(SETTING)
 # What `make test` runs.
 TESTS ?= tests
 
-.PHONY: box course demo demo-diffusion demo-tokenizer lint read study test test-fast
+.PHONY: box box-cifar10 course demo demo-diffusion demo-tokenizer lint read study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
 # First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/speed.md.
@@ -43,6 +43,13 @@ box: .venv/runtime
 	$(BIN)/python train_tokenizer.py --steps 8000 --stage2-steps 10000 --out runs/box/tokenizer
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
+
+# The small model of photographs, assets/cifar10.pt. DATA: cifar10 is downloaded once; or a folder of it. 8 hours.
+box-cifar10: .venv/runtime
+	$(BIN)/python train_tokenizer.py --preset cifar10-box --add muon --muon 2 --data $(DATA) --out runs/box-cifar10/tokenizer
+	$(BIN)/python train_diffusion.py --preset cifar10-box --add muon --muon 2 --data $(DATA) \
+		--tokenizer runs/box-cifar10/tokenizer --out runs/box-cifar10/diffusion
+	$(BIN)/python -m study.box runs/box-cifar10/diffusion assets/cifar10.pt
 
 # The course: every folder is made, its tests are proved on wrong answers, made submissions are graded; the notebook.
 course: .venv/dev
