@@ -12,7 +12,7 @@ TESTS ?= tests
 .PHONY: box box-cifar10 course demo demo-diffusion demo-tokenizer lint read study test test-fast
 
 # The whole pipeline on drawn shapes: tokenizer, cache of latents, diffusion model, samples, contact sheet, numbers.
-# First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/speed.md.
+# First, in some seconds, samples of the small model that comes with the code. Muon needs fewer steps, see docs/measured.md.
 # Stage 2 changes the decoder alone: SiT is trained beside it, on stage 1's latents.
 demo: .venv/runtime
 	$(BIN)/python sample.py --out runs/demo/first.png
