@@ -21,12 +21,6 @@ from runtime.processes import barrier
 SHARD_IMAGES = 8192     # at 128 x 32 latents, two flips, float16: 134 MB per shard, 157 shards for ImageNet
 
 
-def latent_shape(tokenizer):
-    """(L, C) of an image of the tokenizer's size."""
-    c = tokenizer.config
-    return c.num_latents if c.learnable_latents else (c.image_size // c.patch_size) ** 2, c.latent_dim
-
-
 def posterior_rngs(tokenizer, indices, draw=0, seed=0):
     """What MAETok.encode samples a KL-VAE's posterior with: a generator for each image; None for another
     tokenizer. draw: which sample of it; in a cache 1 is the mirror image's, without one it is the step."""
@@ -81,14 +75,13 @@ class LatentCache(torch.utils.data.Dataset):
         if rank == 0:
             files.remove_debris(self.folder)
             files.write_json(self.folder / "meta.json", {"key": self.key})
-        if world > 1:
-            barrier()                                      # no shard is begun before the debris is gone
+        barrier()                                          # no shard is begun before the debris is gone
         order = range(self.length)
         if dataset.length and self.length < dataset.length:
             # Not the first images: the files of a folder are sorted by class.
             order = sample_rng(0, "some-images", 0, 0).permutation(dataset.length)[:self.length].tolist()
         parts = [order[a:a + SHARD_IMAGES] for a in range(0, self.length, SHARD_IMAGES)]
-        shape = 2 if self.flip else 1, *latent_shape(tokenizer)
+        shape = 2 if self.flip else 1, *tokenizer.config.latent_shape()
         todo = [s for s in range(rank, len(parts), world) if not self.whole(s, (len(parts[s]), *shape))]
         bar = tqdm(total=sum(len(parts[s]) for s in todo), desc="encoding", disable=rank > 0 or not todo)
         batches = {s: [[(0, i) for i in parts[s][a:a + batch_size]]
@@ -108,8 +101,7 @@ class LatentCache(torch.utils.data.Dataset):
             for path, array in zip(self.shard_paths(shard), zip(*encoded)):
                 files.atomic_write(path, lambda p: files.save_npy(p, np.concatenate(array)))
         bar.close()
-        if world > 1:
-            barrier()
+        barrier()
 
     def __getstate__(self):
         """Without the maps, which pickle as all of their data: a worker that is not forked maps again."""

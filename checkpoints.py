@@ -18,6 +18,7 @@ from runtime.processes import Stopped, StopFlag, UserError, all_mean, barrier, p
 import torch
 from tqdm import tqdm
 
+from pictures.draw import plot_curves
 from runtime import files
 from runtime.checks import check_content, check_weights
 from runtime.meter import Meter
@@ -46,8 +47,7 @@ def save(config, state, processes):
         parts = state.others | {"model": state.model, "optimizer": state.optimizer}
         content |= {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(config.out, content, getattr(config, "keep_every", 0))
-    if processes.world > 1:
-        barrier()
+    barrier()
 
 
 def restore(state, checkpoint, path):
@@ -179,12 +179,12 @@ class Log:
     processes since the last line), and what happens at the end of a step: checkpoints, pictures, signals. The
     host waits for the GPU only when a line is written."""
 
-    def __init__(self, config, processes, step, start, end, title, shown, draw, plot=None):
+    def __init__(self, config, processes, step, start, end, title, shown, draw):
         """step: of the run, now; start, end: the loop's first step and the one after its last. shown: names
         of the terms in the bar. draw: called with a path when a checkpoint is saved, to draw a picture
-        there. plot: plot_curves, for loss.png."""
+        there."""
         self.config, self.processes, self.end, self.shown, self.draw = config, processes, end, shown, draw
-        self.step, self.time, self.plot = step, time.perf_counter(), plot
+        self.step, self.time = step, time.perf_counter()
         self.terms, self.names = {}, frozenset()
         self.finite = torch.ones((), device=processes.device)
         self.stop, self.meter = StopFlag(processes), Meter(processes.device, getattr(config, "dtype", "auto"))
@@ -205,8 +205,7 @@ class Log:
         if saving:
             if self.processes.rank == 0:
                 self.draw(Path(config.out) / f"grid_{step:07d}.png")
-                if self.plot:
-                    draw_curves(config, self.plot)
+                draw_curves(config)
             save(config, state, self.processes)
         if stop:
             raise Stopped(stop)
@@ -293,21 +292,21 @@ def start_run(config, state, processes, end, train_set):
         print(f"parameters: {millions}; {processes.world} x {processes.device}", flush=True)
 
 
-def end_run(config, processes, plot, then):
-    """The last words of a run. plot: plot_curves; then: the command that comes next, without `python`."""
+def end_run(config, processes, then):
+    """The last words of a run. then: the command that comes next, without `python`."""
     if processes.rank == 0:
-        draw_curves(config, plot)
+        draw_curves(config)
         print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png\nnext: python {then}")
 
 
-def draw_curves(config, plot):
+def draw_curves(config):
     """loss.png of a run, of its log: with a target's loss that of the best constant, where it is known, and a
     mark where stage 2 begins."""
     records = read_metrics(config.out)
     constants = {name.removesuffix("_constant"): value for r in records for name, value in r.items()
                  if name.endswith("_constant")}
     second = min((r["step"] for r in records if r.get("stage") == 2), default=None)
-    files.write_png(Path(config.out) / "loss.png", plot(curves(config.out), constants, second))
+    files.write_png(Path(config.out) / "loss.png", plot_curves(curves(config.out), constants, second))
 
 
 def cut_metrics(out, step, measured=True):

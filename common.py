@@ -1,7 +1,7 @@
 """What the scripts share: configuration, extras, random streams, the steps of a training loop, EMA.
 
 Helpers: the scripts call them, and they call nothing back. The training loops are in the scripts, processes
-and signals in runtime/processes.py, files in checkpoints.py.
+and signals in runtime/processes.py, files in runtime/files.py.
 """
 import argparse
 import copy

@@ -36,8 +36,7 @@ from measures.features import (PRECISION_IMAGES, FeatureStatistics, Report, coll
                              save_statistics, score)
 from measures.image_sets import (add_extras, batches, gather, load_model, open_data, open_samples,
                                open_tokenizer, reconstructions, run_folder, without_classes)
-from frozen.pretrained import load_lpips_heads, load_vgg16
-from losses import LPIPS
+from losses import build_lpips
 from maetok import load_tokenizer
 from pictures.draw import line_chart, recon_picture
 from pictures.page import write_report
@@ -66,9 +65,8 @@ def recon(args):
     network, name = (None, "none") if args.features == "none" else feature_network(args, data, size)
     lpips = None
     if args.lpips or args.lpips is None and args.features == "inception":
-        with rank_zero_first(args.rank, args.world):
-            lpips = LPIPS(load_vgg16(args.weights_dir, args.device),
-                          load_lpips_heads(args.weights_dir, args.device))
+        with rank_zero_first(args.rank):
+            lpips = build_lpips(args, args.device)
     images = open_data(args, data, "test", size, args.num_images)
     statistics, rows, shown, found = [], [], [], []
     # One pass over the images: measures per image are kept, features only as a running mean and covariance.

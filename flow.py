@@ -271,12 +271,6 @@ def state_times(model, sampler: str, steps: int) -> list[float]:
     return model.times(steps, LAST if sampler == "euler-maruyama" else None)
 
 
-def sampling_times(model, sampler: str, steps: int) -> list[float]:
-    """The times at which a sampler calls the velocity, in order."""
-    times = state_times(model, sampler, steps)
-    return [t for pair in zip(times, times[1:]) for t in pair][:-1] if sampler == "heun" else times[:-1]
-
-
 def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1.0), sampler="euler-maruyama",
                    steps=250, path="linear", trajectory=None):
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).

@@ -130,7 +130,7 @@ class LeCAM(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Convolutions with spectral norm, a logit for each of many overlapping patches: (B, 3, H, W) -> (B, n).
 
-    Three halvings at 64 px and more, two below (a patch then spans 22 px). [ours, after pix2pix's PatchGAN]
+    Three halvings at 64 px and more, two below (a patch then spans 26 px). [ours, after pix2pix's PatchGAN]
     """
 
     def __init__(self, image_size, width=32):

@@ -65,6 +65,11 @@ class MAETokConfig:
             raise ValueError(f"width {self.width} over {self.heads} heads: 2D RoPE needs a head size that is "
                              "a multiple of 4")
 
+    def latent_shape(self, num_patches=None):
+        """(L, C) of an image of num_patches N; by default of image_size."""
+        N = num_patches or (self.image_size // self.patch_size) ** 2
+        return self.num_latents if self.learnable_latents else N, self.latent_dim
+
 
 # -------------------------------------------- patches and masks --------------------------------------------
 
@@ -357,10 +362,10 @@ class MAETok(nn.Module):
         the posterior, otherwise its mean. Raises ValueError for other images.
         """
         check_images(self, images)
-        c, noise = self.config, None
+        noise = None
         if rngs is not None:
-            L = c.num_latents if c.learnable_latents else math.prod(self.grid(images.shape[-2:]))
-            noise = to_device(standard_normal(rngs, (L, c.latent_dim)), images.device)
+            shape = self.config.latent_shape(math.prod(self.grid(images.shape[-2:])))
+            noise = to_device(standard_normal(rngs, shape), images.device)
         h, _ = self.latents(images, mask, noise)
         h = (h - self.latent_mean) / self.latent_std if normalize else h
         h.image_size = tuple(images.shape[-2:])                      # decode() refuses another size

@@ -24,7 +24,7 @@ import checkpoints
 from runtime import files
 from common import Count, Seed, Share, UserError, Weight, Whole, number
 from data import to_uint8
-from flow import SAMPLERS, check_guidance, choose_labels, inside, sample_latents, sampling_times
+from flow import SAMPLERS, check_guidance, choose_labels, sample_latents
 from measures.image_sets import add_extras, load_model
 from pictures.outputs import check_outputs, kind_of, write_outputs
 from pictures.page import write_report
@@ -112,8 +112,7 @@ def parts_folder(args, models, processes):
         files.remove_debris(folder)
         if not (folder / "settings.json").exists():
             files.write_json(folder / "settings.json", settings)
-    if processes.world > 1:
-        barrier()
+    barrier()
     if files.read_json(folder / "settings.json") != settings:
         raise UserError(f"{folder} holds unfinished samples made with other settings; "
                         "delete it or choose another --out")
@@ -140,8 +139,7 @@ def draw_parts(args, model, tokenizer, config, labels, folder, processes):
                 images = to_uint8(tokenizer.decode(z, normalized=True)).permute(0, 2, 3, 1).cpu().numpy()
             files.atomic_write(part, lambda p: files.save_npy(p, images))
             bar.update(len(indices))
-    if world > 1:
-        barrier()
+    barrier()
     return parts
 
 
@@ -173,11 +171,6 @@ def main(argv=None):
         cast_matrices(part, autocast_dtype(args.dtype, device))
     if args.compile:
         model.compile()
-    if rank == 0 and args.cfg != 1:
-        times = sampling_times(model, args.sampler, args.steps)
-        if off := sum(not inside(t, args.cfg_interval) for t in times):
-            print(f"--cfg-interval: guidance is off in {off} of {len(times)} calls of the model, which take "
-                  "about half as long", flush=True)
     parts = draw_parts(args, model, tokenizer, config, labels, folder, processes)
     if rank == 0:
         outs = [Path(out) for out in args.out]

@@ -108,12 +108,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the tokens already hold their positions. bias: of q, k and v."""
+    """Multi-head self-attention; the tokens already hold their positions."""
 
-    def __init__(self, width, heads, bias=True):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):

@@ -26,13 +26,13 @@ import torch.nn as nn
 
 import checkpoints
 from runtime import files, resuming
-from cache import encode_once, latent_shape, posterior_rngs
+from cache import encode_once, posterior_rngs
 from common import (Count, Decay, Positive, Seed, Share, UserError, Whole, Workers, standard_normal,
                     step_rngs)
 from data import GlobalBatches, build_dataset, collate, to_float, to_uint8
 from flow import drop_labels, flow_matching_loss, interpolate, sample_latents, sample_times
 from maetok import tokenizer_of
-from pictures.draw import image_grid, plot_curves
+from pictures.draw import image_grid
 from runtime.processes import (all_mean, autocast, data_parallel, exchange_gradients, faster_products,
                                rank_zero_first, run, start_processes, to_device)
 from sit import SIZES, Diffusion, SiTConfig, TimestepEmbedder, load_diffusion
@@ -207,7 +207,7 @@ def train(method, state, network, train_set, processes):
         state.model.compile()
     wrapped = data_parallel(network, processes)
     log = checkpoints.Log(config, processes, state.step, 0, config.steps, "diffusion", shown=("loss",),
-                          draw=lambda path: draw_grid(method, state.ema.model, path), plot=plot_curves)
+                          draw=lambda path: draw_grid(method, state.ema.model, path))
     by_time = LossByTime(device)
     while (step := state.step) < config.steps:
         lr = common.set_learning_rate(state.optimizer, learning_rate(config, step))
@@ -318,13 +318,13 @@ def main(argv=None):
     common.check_batch(config, world)
     tokenizer, tokenizer_state = load_tokenizer(config.tokenizer)
     config.data = config.data or tokenizer_state["config"]["data"]
-    with rank_zero_first(rank, world):
+    with rank_zero_first(rank):
         method = kind(config, tokenizer.to(device), device)                  # loads frozen networks, if any
         # The cache holds both flips of an image itself, so its images come unflipped.
         train_set = build_dataset(config.data, "train", tokenizer.config.image_size, config.data_root,
                                   config.flip and not config.cache, seed=config.seed)
     # What the tokenizer and the data fix.
-    config.num_latents, config.latent_dim = latent_shape(tokenizer)
+    config.num_latents, config.latent_dim = tokenizer.config.latent_shape()
     classes = [] if config.unconditional else list(train_set.classes or ())
     config.num_classes = len(classes)
     if rank == 0 and not classes and not config.unconditional:
@@ -334,7 +334,7 @@ def main(argv=None):
     if config.cache:
         train_set = encode_once(config, tokenizer, train_set, processes)
     train(method, state, network, train_set, processes)
-    checkpoints.end_run(config, processes, plot_curves, f"sample.py --ckpt {config.out}"
+    checkpoints.end_run(config, processes, f"sample.py --ckpt {config.out}"
                         + " --cfg 2" * bool(config.num_classes))
 
 

@@ -36,8 +36,7 @@ from data import GlobalBatches, build_dataset, collate, to_float
 from hog import hog_dim
 from losses import PERCEP_WARMUP, adaptive_weight, differentiated, generator_loss
 from maetok import MAETokConfig, Tokenizer, Transformer, kl_divergence, random_mask, tokenizer_of
-from measures.training import measure_latents, test_numbers
-from pictures.draw import plot_curves, training_grid
+from measures.training import measure_latents, test_numbers, training_grid
 from runtime.processes import (autocast, data_parallel, exchange_gradients, faster_products, rank_zero_first,
                                run, start_processes, to_device)
 
@@ -249,9 +248,8 @@ class Method(Tokenizer):
         mask = random_mask(step_rngs(config, "mask", step, positions), num_patches,
                            *self.mask_range(stage, step))                                        # M, Sec. 3.2
         if config.variational:
-            shape = config.num_latents if config.learnable_latents else num_patches, config.latent_dim
-            noise = standard_normal(step_rngs(config, "noise", step, positions), shape)
-            noise = to_device(noise, self.device)
+            rngs = step_rngs(config, "noise", step, positions)
+            noise = to_device(standard_normal(rngs, config.latent_shape(num_patches)), self.device)
         if stage.number == 1:
             targets = {name: target.features(images, *more) for name, target in self.targets.items()}
         adversarial = self.adversary is not None and step >= config.disc_start
@@ -332,8 +330,7 @@ def train_stage(method, stage, state, train_set, test_set, processes):
     wrapped_adversary = data_parallel(method.adversary, processes)
     log = checkpoints.Log(config, processes, state.step, stage.first, stage.end, f"stage {stage.number}",
                           shown=("recon", "percep", "adv", "kl", *method.targets),
-                          draw=lambda path: training_grid(method, stage, state.ema.model, test_set, path),
-                          plot=plot_curves)
+                          draw=lambda path: training_grid(method, stage, state.ema.model, test_set, path))
     one_step = lambda loader, log: train_step(method, stage, state, batches, loader, wrapped,
                                               wrapped_adversary, log)
     loader = resuming.rehearse(one_step, method, state, stage.end, loader)
@@ -444,7 +441,7 @@ def main(argv=None):
         raise UserError("which images? Give --data FOLDER (ImageFolder layout), FILE.npz, cifar10 or shapes")
     rank, world, device = processes = start_processes(config.device)
     common.check_batch(config, world)
-    with rank_zero_first(rank, world):
+    with rank_zero_first(rank):
         method = method_class(config, device)                                     # loads the frozen networks
         train_set, test_set = method.dataset("train"), method.dataset("test")
     state = start(method, processes)
@@ -461,8 +458,7 @@ def main(argv=None):
             train_stage(method, stage, state, train_set, test_set, processes)
             end_stage(method, state, train_set, test_set, processes)
     preset = "sit-xl" if config.preset.startswith("maetok") else config.preset.split(",")[0]
-    checkpoints.end_run(config, processes, plot_curves,
-                        f"train_diffusion.py --preset {preset} --tokenizer {config.out}")
+    checkpoints.end_run(config, processes, f"train_diffusion.py --preset {preset} --tokenizer {config.out}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ class AddToTokenizer:
     def batch(self, stage, step, micro, positions, loaded):
         batch, c = super().batch(stage, step, micro, positions, loaded), self.config
         if stage.number == 2:
-            tokens = c.num_latents if c.learnable_latents else batch.mask.shape[1]
             rngs = step_rngs(c, "latent-noise", step, positions)
-            noise = draw_noise(rngs, (tokens, c.latent_dim), c.latent_noise)
+            noise = draw_noise(rngs, c.latent_shape(batch.mask.shape[1]), c.latent_noise)
             batch.more["added"] = to_device(noise, self.device)
         return batch
 

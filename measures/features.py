@@ -25,7 +25,7 @@ import common
 import metrics
 from common import UserError
 from data import GlobalBatches, build_dataset, collate, to_float
-from flow import check_guidance, choose_labels
+from flow import choose_labels
 from measures.image_sets import (batches, data_of, draws, gather, load_model, open_data, open_samples,
                                reconstructions)
 from frozen.inception import load_inception
@@ -82,7 +82,7 @@ class ClassifierFeatures(NamedTuple):
 def load_classifier(args, data, size, build=small_classifier, train=train_classifier):
     """The classifier of this data set and size, in eval mode, and its name. Rank 0 trains it once, and keeps
     it in --cache. build, train: another one's."""
-    with rank_zero_first(args.rank, args.world):
+    with rank_zero_first(args.rank):
         train_set = build_dataset(data, "train", size, args.data_root, flip=True)
         if not train_set.classes:
             raise UserError(f"--data {data} has no classes to train a classifier on")
@@ -112,7 +112,7 @@ def feature_network(args, data, size):
     The name contains everything that features depend on: features of different names do not compare.
     """
     if args.features == "inception":
-        with rank_zero_first(args.rank, args.world):
+        with rank_zero_first(args.rank):
             network = load_inception(args.weights_dir, args.device)
         return lambda images: network(images, args.resize), f"inception {args.resize}"
     if args.features == "efficientnet":
@@ -370,7 +370,6 @@ def open_run(args, path, source=""):
 def score(args, run, scale, interval, title):
     """Draw args.num_images samples of a Run and measure them, without a file in between: {the distance, with
     --gap the diffusion gap, Inception Score or class accuracy}."""
-    check_guidance(run.model, scale)
     cast_matrices(run.model, autocast_dtype(args.dtype, args.device))
     num_classes = run.model.config.num_classes
     labels = choose_labels(args.num_images, ["null"] if args.null_class else None, num_classes, "balanced",

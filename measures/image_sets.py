@@ -93,8 +93,8 @@ def data_of(data, config):
     """--data, or else the data of a run's config. Raises UserError where that is a path that is not here."""
     trained_on = config.get("data", "")
     if not data and trained_on not in ("", "shapes", "cifar10") and not os.path.exists(trained_on):
-        raise UserError(f"the run's images, --data {trained_on}, are not here; put them there, or give "
-                        "evaluate.py another --data")
+        raise UserError(f"the run's images, --data {trained_on}, are not here; put them there, or (in "
+                        "evaluate.py) give another --data")
     return data or trained_on
 
 

@@ -7,6 +7,7 @@ modes they need (Theorem 2.1: fewer modes are learned from fewer samples). The p
 """
 import argparse
 import importlib.util
+import math
 
 import numpy as np
 import scipy
@@ -87,7 +88,7 @@ def measure(args):
 def encode_set(args, tokenizer, images, title):
     """(latents (n, L C), labels (n,), pixels (n, 3 H W), or (n, 0) without --pixels) of image_sets.Images. An
     image is one vector here: its L tokens of C channels."""
-    width = tokenizer.config.latent_dim * tokenizer.config.num_latents
+    width = math.prod(tokenizer.config.latent_shape())
     encoded, raw = [torch.empty(0, width)], [torch.empty(0, 3 * images.size ** 2 if args.pixels else 0)]
     for indices, x in batches(images, args, title):
         h = tokenizer.encode(to_float(x.to(args.device)), rngs=posterior_rngs(tokenizer, indices))

@@ -1,4 +1,4 @@
-"""Measured while a tokenizer trains: PSNR and Eq. 8 on test images, the latents' mean and deviation."""
+"""Measured while a tokenizer trains, PSNR, Eq. 8 on test images, the latents' mean and deviation; drawn."""
 import math
 
 from common import step_rngs    # before torch, see runtime/processes.py
@@ -8,6 +8,8 @@ import torch
 from data import some_images, to_float, to_uint8
 from maetok import random_mask
 from metrics import psnr
+from pictures.draw import hog_picture, image_grid, mask_out
+from runtime import files
 
 EVAL_IMAGES, LATENT_IMAGES = 1000, 10_000       # test images for PSNR; training images for mean and deviation
 
@@ -66,3 +68,26 @@ def measure_latents(config, model, dataset, device):
             squares += posterior.chunk(2, dim=-1)[1].cpu().double().exp().sum().item()
     model.latent_mean.fill_(total / n)
     model.latent_std.fill_(math.sqrt(max(squares / n - (total / n) ** 2, 1e-12)))
+
+
+@torch.inference_mode()
+def training_grid(method, stage, model, dataset, path):
+    """A PNG of what a tokenizer in training makes of eight images of `dataset`: the input, what the encoder
+    sees of it with half of the patches hidden, reconstructions, and HOG features, true and predicted. Rows
+    that the stage or the run does not have are left out. method, stage: train_tokenizer's."""
+    images = to_float(next(some_images(dataset, 8))[0]).to(method.device)
+    grid, P, mask, rows = model.grid(images.shape[-2:]), model.config.patch_size, None, {"input": images}
+    if stage.number == 1 and method.config.mask_high > 0:
+        mask = half_hidden(method.config, math.prod(grid), 0, len(images)).to(method.device)
+    output = model(images, mask)
+    if mask is not None:
+        rows["masked input"] = mask_out(images, mask, P)
+        rows["reconstruction\nof the masked input"] = output.reconstruction
+    rows["reconstruction"] = model.reconstruct(images)
+    rows = {title: to_uint8(row) for title, row in rows.items()}
+    if "hog" in model.aux_decoders:
+        target, cell = method.targets["hog"], max(8, 96 // (images.shape[-1] // method.config.hog_cell))
+        both = {"HOG target": target.features(images), "HOG predicted": output.aux["hog"]}
+        for title, features in both.items():
+            rows[title] = [hog_picture(f, grid, P, target.cell_size, pixels_per_cell=cell) for f in features]
+    files.write_png(path, image_grid(list(rows.values()), list(rows)))

@@ -11,11 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime import files
-from data import some_images, to_float, to_uint8
-from maetok import patchify, unpatchify
-from measures.training import half_hidden
-
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
            "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#000000", "#98df8a", "#ffbb78", "#393b79")
 PANEL, LEFT, RIGHT, TOP, BOTTOM = (460, 340), 64, 14, 30, 44            # px: size of a panel, margins
@@ -230,31 +225,9 @@ def hog_picture(features, grid, patch_size, cell_size=8, bins=9, pixels_per_cell
 def mask_out(images, mask, patch_size):
     """Images (B, c, H, W) with the patches of mask (B, N) bool at 0, grey. (In their place the encoder gets a
     learned token.)"""
-    P, (H, W) = patch_size, images.shape[-2:]
-    return unpatchify(patchify(images, P).masked_fill(mask[..., None], 0), P, (H // P, W // P))
-
-
-@torch.inference_mode()
-def training_grid(method, stage, model, dataset, path):
-    """A PNG of what a tokenizer in training makes of eight images of `dataset`: the input, what the encoder
-    sees of it with half of the patches hidden, reconstructions, and HOG features, true and predicted. Rows
-    that the stage or the run does not have are left out. method, stage: train_tokenizer's."""
-    images = to_float(next(some_images(dataset, 8))[0]).to(method.device)
-    grid, P, mask, rows = model.grid(images.shape[-2:]), model.config.patch_size, None, {"input": images}
-    if stage.number == 1 and method.config.mask_high > 0:
-        mask = half_hidden(method.config, math.prod(grid), 0, len(images)).to(method.device)
-    output = model(images, mask)
-    if mask is not None:
-        rows["masked input"] = mask_out(images, mask, P)
-        rows["reconstruction\nof the masked input"] = output.reconstruction
-    rows["reconstruction"] = model.reconstruct(images)
-    rows = {title: to_uint8(row) for title, row in rows.items()}
-    if "hog" in model.aux_decoders:
-        target, cell = method.targets["hog"], max(8, 96 // (images.shape[-1] // method.config.hog_cell))
-        both = {"HOG target": target.features(images), "HOG predicted": output.aux["hog"]}
-        for title, features in both.items():
-            rows[title] = [hog_picture(f, grid, P, target.cell_size, pixels_per_cell=cell) for f in features]
-    files.write_png(path, image_grid(list(rows.values()), list(rows)))
+    rows, columns = (side // patch_size for side in images.shape[-2:])
+    hidden = mask.reshape(-1, 1, rows, columns).repeat_interleave(patch_size, 2)
+    return images.masked_fill(hidden.repeat_interleave(patch_size, 3), 0)
 
 
 # --------------------------------------------- training curves ---------------------------------------------

@@ -37,6 +37,8 @@ MEANINGS = {
     "frechet_in_classifier_features_not_fid":
         "Fréchet distance in the features of a small classifier trained on these very images. It ranks "
         "models on this data set; it is not FID and compares with no published number.",
+    "frechet_in_efficientnet_features_not_fid":
+        "Fréchet distance in the features of an EfficientNet-Lite0 trained on ImageNet; it is not FID.",
     "share_of_feature_variance_kept":
         "Variance of the reconstructions' features over that of the originals: below 1 where "
         "reconstructions are blurry.",

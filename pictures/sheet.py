@@ -16,7 +16,7 @@ def save_sheet(path, model, tokenizer, config, args, columns=10):
     """Rows: test images, what the encoder sees of them in stage 1, their reconstructions; samples by class at
     several guidance scales from the same noise; and one trajectory, decoded at eight of its times.
 
-    model: of sit.load_diffusion, as tokenizer and config. args: sample.py's. In the last row the decoder gets
+    model, tokenizer, config: of image_sets.load_model. args: sample.py's. In the last row the decoder gets
     noisy latents, which it has not seen in training: it is an illustration, not a measurement.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,10 +60,10 @@ def check_latents(model, latents, size):
     if size is None and known != (H, W):
         raise ValueError(f"these latents are of images of {known[0]} x {known[1]} px, not {H} x {W}: "
                          f"give decode(latents, size={known})")
-    expected = c.num_latents if c.learnable_latents else grid[0] * grid[1]
-    if latents.shape[1:] != (expected, c.latent_dim):
+    expected = c.latent_shape(grid[0] * grid[1])
+    if latents.shape[1:] != expected:
         raise ValueError(f"latents of shape {tuple(latents.shape)} cannot be decoded to {H} x {W} px: "
-                         f"{expected} tokens of {c.latent_dim} channels are needed")
+                         f"{expected[0]} tokens of {expected[1]} channels are needed")
     return grid
 
 

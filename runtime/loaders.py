@@ -2,7 +2,9 @@
 
 A reader of the paper need not open this file.
 """
+import atexit
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -35,6 +37,7 @@ def batches(dataset, workers, batch_sampler, **options):
                 with _signals_held():
                     iterator = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batch_sampler,
                                                                 num_workers=workers, **options))
+                atexit.register(_end_workers)
             batch = next(iterator, end)
         except (OSError, EOFError, RuntimeError, MemoryError) as e:
             # A worker that dies while it hands over a batch breaks the connection.
@@ -72,6 +75,15 @@ def _ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def _end_workers():
+    """When Python ends, multiprocessing would send SIGTERM, which they ignore, and wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):                   # PyTorch's handler raises where a worker ends otherwise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def room(path):

@@ -312,10 +312,11 @@ def first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
-def barrier(hours=4):
-    """Wait until every process is here. Not a collective, which would give up after minutes: the others wait
-    while rank 0 downloads, lists images, measures or writes."""
-    _meet(f"meeting {next(_meetings)}", dist.get_world_size(), 3600 * hours)
+def barrier():
+    """Wait until every process is here, at most four hours. Not a collective, which would give up after
+    minutes: the others wait while rank 0 downloads, lists images, measures or writes."""
+    if _store:
+        _meet(f"meeting {next(_meetings)}", dist.get_world_size(), 4 * 3600)
 
 
 def _meet(name, count, seconds):
@@ -347,18 +348,16 @@ def _follow(launcher):
 
 
 @contextlib.contextmanager
-def rank_zero_first(rank, world):
+def rank_zero_first(rank):
     """Rank 0 runs the block first, then one process of every other node, then the rest: a download happens
     once, or once per node where the cache is not shared."""
     local = int(os.environ.get("LOCAL_RANK", rank))
     turn = 0 if rank == 0 else 1 if local == 0 else 2
-    if world > 1:
-        for _ in range(turn):
-            barrier()
+    for _ in range(turn):
+        barrier()
     yield
-    if world > 1:
-        for _ in range(2 - turn):
-            barrier()
+    for _ in range(2 - turn):
+        barrier()
 
 
 def all_mean(values):

@@ -161,16 +161,6 @@ def test_an_image_named_to_forge_a_line_makes_one_line(tmp_path):
     assert not any(line.startswith("error: forged") for line in done.stderr.splitlines())
 
 
-# ------------------------------------------- guidance that is off -------------------------------------------
-
-def test_sampling_speaks_of_guidance_only_where_it_saves_something(tmp_path, capsys):
-    ckpt = saved(tmp_path / "x.pt", diffusion_content())
-    for interval, said in (((0, 1), ""), ((0, 0.6), "guidance is off in 1 of 2 calls of the model")):
-        draw(ckpt, "--cfg", 2, "--cfg-interval", *interval, "--out", tmp_path / "s.npz")
-        found = capsys.readouterr().out
-        assert said in found and ("guidance" in found) == bool(said)
-
-
 # ------------------------------------------------- evaluate -------------------------------------------------
 
 class Colours(torch.nn.Module):

@@ -155,9 +155,7 @@ def test_two_processes_give_the_same_distance(tmp_path, cache):
 
 def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(features, "load_inception", tiny_inception)
-    monkeypatch.setattr(evaluate, "load_vgg16", lambda *a: None)
-    monkeypatch.setattr(evaluate, "load_lpips_heads", lambda *a: None)
-    monkeypatch.setattr(evaluate, "LPIPS", lambda *a: lambda x, y: (x - y).abs().amax((1, 2, 3)))
+    monkeypatch.setattr(evaluate, "build_lpips", lambda *a: lambda x, y: (x - y).abs().amax((1, 2, 3)))
     measure("recon", tokenizer, "--num-images", 30, "--batch-size", 8, "--out", tmp_path / "r",
             "--data", "shapes")
     found = json.loads((tmp_path / "r.json").read_text())
@@ -205,6 +203,15 @@ def test_latents_of_several_tokenizers(tmp_path, tokenizer, capsys):
     assert "equal d" in capsys.readouterr().out
     for name in ("l_mixtures.png", "l_classes.png"):
         assert len(np.unique(np.asarray(Image.open(tmp_path / name)).reshape(-1, 3), axis=0)) > 5
+
+
+def test_latents_of_a_tokenizer_that_reads_them_from_its_image_tokens(tmp_path):
+    """L = N = 16 there; the option num_latents has no part in it."""
+    train_tokenizer.main([*TINY, "--no-learnable-latents", "--stage", "1", "--out", str(tmp_path / "image")])
+    measure("latents", tmp_path / "image", "--train-images", 60, "--test-images", 30, "--components", 1,
+            "--dims", 3, "--no-full", "--out", tmp_path / "l")
+    found = json.loads((tmp_path / "l.json").read_text())[str(tmp_path / "image")]
+    assert found["dims"] == 3 and 0 <= found["linear_probe_accuracy"] <= 1
 
 
 def test_the_picture_has_whole_classes_however_many_there_are():

@@ -14,7 +14,7 @@ import flow
 from common import UserError
 from flow import (LAST, call, check_guidance, choose_labels, drop_labels, euler, euler_maruyama,
                   expected_noise, flow_matching_loss, guided_velocity, heun, inside, interpolate,
-                  path_coefficients, sample_latents, sample_times, sampling_times, state_times, time_grid)
+                  path_coefficients, sample_latents, sample_times, time_grid)
 from sit import SiT, SiTConfig
 from test_sit import TINY, tiny
 
@@ -486,14 +486,6 @@ def test_the_state_is_given_in_the_widest_type_of_the_weights():
 
 
 # -------------------------------------------- drawing samples --------------------------------------------
-
-@pytest.mark.parametrize("name", flow.SAMPLERS)
-def test_sampling_times_are_those_at_which_the_model_is_called(name):
-    called, model = [], tiny()
-    velocity = lambda x, t: called.append(t) or -x
-    flow.SAMPLERS[name](velocity, torch.randn(2, 3, 4), state_times(model, name, 7))
-    assert sampling_times(model, name, 7) == pytest.approx(called)
-
 
 def test_latents_are_drawn_by_250_steps_of_euler_maruyama_without_guidance():
     model = FakeModel()

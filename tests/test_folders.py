@@ -351,7 +351,7 @@ import data
 rank, world, device = start_processes("cpu")
 scandir, scans = os.scandir, []
 os.scandir = lambda path: scans.append(path) or scandir(path)
-with rank_zero_first(rank, world):                                    # as the trainers open theirs
+with rank_zero_first(rank):                                           # as the trainers open theirs
     train = data.build_dataset({folder!r}, "train", 16)
 if rank == 0:
     data.build_dataset({folder!r} + "/train/a", "train", 16)         # by rank 0 alone, as a contact sheet

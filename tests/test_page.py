@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 import sample
 import train_tokenizer
-from measures.features import Report
+from measures.features import Report, distance_name
 from pictures import draw
 from pictures.draw import line_chart
 from pictures.page import MEANINGS, SECTIONS, write_report
@@ -102,6 +102,12 @@ def test_the_page_follows_what_is_there(demo, tmp_path):
     assert len(Page(text).addresses) == 4 and "Reconstruction (recon)" not in text
     (tmp_path / "empty").mkdir()
     assert not Page(write_report(tmp_path / "empty").read_text()).addresses
+
+
+def test_a_distance_in_any_networks_features_has_its_meaning():
+    for features in ("inception", "classifier", "efficientnet"):
+        for kind in "rg":
+            assert distance_name(Namespace(features=features), kind) in MEANINGS
 
 
 def test_a_result_may_bring_its_own_section_and_meanings(tmp_path):

@@ -92,6 +92,17 @@ def test_no_signal_reaches_a_worker_before_it_ignores_them(monkeypatch):
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+@pytest.mark.slow
+def test_python_ends_although_a_loader_is_half_read():
+    """As in a notebook: its workers ignore the SIGTERM that would end them."""
+    code = """import sys, torch
+from common import batch_loader
+sys.half_read = batch_loader([(0,), (1,), (2,), (3,)], [[0], [1], [2], [3]], 1, torch.device("cpu"), list)
+print(next(sys.half_read))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[(0,)]\n", "")
+
+
 def test_the_flag_to_stop_is_exchanged_on_the_training_device_and_read_a_step_later(monkeypatch):
     """No second group, which may find no way between the nodes, and no wait inside the loop."""
     other = [0, 15, 0, 0, 15]                                                 # the other process's, by step

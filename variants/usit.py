@@ -64,7 +64,8 @@ class Block(nn.Module):
     def __init__(self, width, heads, skip=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, bias=False)
+        self.attn = Attention(width, heads)
+        self.attn.qkv = nn.Linear(width, 3 * width, bias=False)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
