@@ -62,10 +62,12 @@ class LatentCache(torch.utils.data.Dataset):
     def whole(self, shard, shape):
         """Whether a shard is there, is what was written, and has latents of this shape."""
         paths = self.shard_paths(shard)
-        fault = files.npy_fault(paths[0], shape) or files.npy_fault(paths[1], shape[:1])
-        if fault and any(path.exists() for path in paths):
-            print(f"warning: shard {shard} of {self.folder} is {fault}; it is encoded again", file=sys.stderr)
-        return not fault
+        sound = all((array := files.load_npy(path)) is not None and array.shape == wanted
+                    for path, wanted in zip(paths, (shape, shape[:1])))
+        if not sound and any(path.exists() for path in paths):
+            print(f"warning: shard {shard} of {self.folder} is damaged, or of another version of this code; "
+                  "it is encoded again", file=sys.stderr)
+        return sound
 
     @torch.no_grad()
     def build(self, tokenizer, dataset, batch_size, workers, processes):

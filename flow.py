@@ -104,7 +104,6 @@ def expected_noise(v: Tensor, x: Tensor, t: Tensor | float, path: str = "linear"
 #                makes one
 #   x            (B, L, C), standard normal noise
 #   times        of the states, a list of floats from 1 down to 0; time_grid makes one
-#   trajectory   a list, to which (t, state) is appended at the start and after every step; None: not kept
 # and return the state at t = 0 in x's dtype. In between it is float64 [released code]: hundreds of small
 # additions to a 16-bit state would round off most of each.
 
@@ -127,25 +126,17 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)     # Apple GPUs have no float64
 
 
-def keep(trajectory: list | None, t: float, x: Tensor, dtype) -> None:
-    """Append a state to a trajectory, if one is kept."""
-    if trajectory is not None:
-        trajectory.append((t, x.to(dtype)))
-
-
 @torch.no_grad()
-def euler(velocity, x: Tensor, times: list, trajectory: list | None = None) -> Tensor:
+def euler(velocity, x: Tensor, times: list) -> Tensor:
     """Euler's method for the ODE dx/dt = v: one call per step, an error of first order in its length."""
     dtype, x = x.dtype, precise(x)
-    keep(trajectory, times[0], x, dtype)
     for t, t_next in zip(times, times[1:]):
         x = x + (t_next - t) * velocity(x, t).to(x)
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 
 @torch.no_grad()
-def heun(velocity, x: Tensor, times: list, trajectory: list | None = None) -> Tensor:
+def heun(velocity, x: Tensor, times: list) -> Tensor:
     """Heun's method for the ODE dx/dt = v: an Euler step, then the same step again with the mean of the
     velocities at its two ends. An error of second order, for 2 n - 1 calls in n steps.
 
@@ -153,19 +144,16 @@ def heun(velocity, x: Tensor, times: list, trajectory: list | None = None) -> Te
     meaningful, because the state there should hold no noise. The method stays second order.
     """
     dtype, x = x.dtype, precise(x)
-    keep(trajectory, times[0], x, dtype)
     for t, t_next in zip(times, times[1:]):
         v = velocity(x, t).to(x)
         if t_next > 0:
             v = (v + velocity(x + (t_next - t) * v, t_next).to(x)) / 2
         x = x + (t_next - t) * v
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x: Tensor, times: list, noise=None, path: str = "linear",
-                   trajectory: list | None = None) -> Tensor:
+def euler_maruyama(velocity, x: Tensor, times: list, noise=None, path: str = "linear") -> Tensor:
     """The Euler-Maruyama method for SiT's reverse SDE; the paper's sampler, with 250 steps [Table 8].
 
         dx = (v - w/2 s) dt + sqrt(w) dW        t falling from 1 to 0; s: the score of x_t
@@ -183,14 +171,12 @@ def euler_maruyama(velocity, x: Tensor, times: list, noise=None, path: str = "li
     dtype, x = x.dtype, precise(x)
     noise = noise or (lambda step: torch.randn_like(x))
     sigmas = path_coefficients(torch.tensor(times, dtype=torch.float64), path)[1].tolist()
-    keep(trajectory, times[0], x, dtype)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, t).to(x)
         drift = v + expected_noise(v, x, t, path)                                    # v - w/2 s
         x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + math.sqrt(2 * sigmas[step] * (t - t_next)) * noise(step).to(x)   # sqrt(w |dt|) n
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 
@@ -276,12 +262,17 @@ def sample_latents(model, indices, labels, seed, cfg_scale=1.0, interval=(0.0, 1
     """Normalised latents (B, L, C) of the samples with these indices and labels (both (B,) ints).
 
     All noise of sample i, the start and every Euler-Maruyama step, comes from its own generator (seed, i).
-    The model says how it is sampled: SiT.velocity, SiT.times and SiT.samplers.
+    The model says how it is sampled: SiT.velocity, SiT.times and SiT.samplers. trajectory: a list, to which
+    (t, state) of each call of the velocity is appended, and then the result.
     """
     device, shape = next(model.parameters()).device, (model.config.num_latents, model.config.latent_dim)
     rngs = [sample_rng(seed, "sample", 0, int(i)) for i in indices]
     draw = lambda: to_device(standard_normal(rngs, shape), device)
     velocity = model.velocity(torch.as_tensor(labels, device=device), cfg_scale, interval)
+    noted = lambda x, t, **more: trajectory.append((t, x.float())) or velocity(x, t, **more)
     options = dict(noise=lambda step: draw(), path=path) if sampler == "euler-maruyama" else {}
-    return model.samplers[sampler](velocity, draw(), state_times(model, sampler, steps),
-                                   trajectory=trajectory, **options)
+    x = model.samplers[sampler](velocity if trajectory is None else noted, draw(),
+                                state_times(model, sampler, steps), **options)
+    if trajectory is not None:
+        trajectory.append((0.0, x))
+    return x

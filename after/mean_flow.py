@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flow import SAMPLERS, keep, precise
+from flow import SAMPLERS, precise
 from runtime.processes import to_device
 from sit import TimestepEmbedder
 
@@ -53,13 +53,11 @@ def adaptive_weights(losses: Tensor, c: float = 1e-3) -> Tensor:
 
 
 @torch.no_grad()
-def average_euler(velocity, x, times, trajectory=None):
+def average_euler(velocity, x, times):
     """flow.euler with the average velocity of each step, which leaves no error of the step's length."""
     dtype, x = x.dtype, precise(x)
-    keep(trajectory, times[0], x, dtype)
     for t, t_next in zip(times, times[1:]):
         x = x + (t_next - t) * velocity(x, t, span=t - t_next).to(x)
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 

@@ -157,9 +157,10 @@ show({"x_t": torch.cat([tokenizer.decode(x, normalized=True) for x, _ in path]),
 # %%
 start = torch.randn(1, *z.shape[1:]).expand(model.config.num_classes, -1, -1)
 y, states = torch.arange(len(start)), []
-samples = euler_maruyama(guided_velocity(model, y, cfg_scale=2.0), start, time_grid(50, LAST),
-                         path=config["path"], trajectory=states)
-steps = [states[i][1] for i in (0, 10, 20, 30, 35, 40, 45, 50)]
+velocity = guided_velocity(model, y, cfg_scale=2.0)
+samples = euler_maruyama(lambda x, t: states.append(x.float()) or velocity(x, t), start,
+                         time_grid(50, LAST), path=config["path"])
+steps = [states[i] for i in (0, 10, 20, 30, 35, 40, 45)] + [samples]
 show({f"class {names[k]}": torch.cat([tokenizer.decode(x[k:k + 1], normalized=True) for x in steps])
       for k in (0, 3, 6)})
 

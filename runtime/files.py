@@ -76,21 +76,6 @@ def load_npy(path):
         return None
 
 
-def npy_fault(path, shape):
-    """What is wrong with a file of save_npy that should hold an array of this shape; "" if nothing is."""
-    if (array := load_npy(path)) is not None:
-        return "" if array.shape == shape else f"of another version of this code ({array.shape}, not {shape})"
-    if not Path(path).exists():
-        return "unfinished"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if os.path.getsize(path) == array.offset + array.nbytes:
-            return "of an older version of this code, which wrote no checksums"
-    except Exception:                                                                          # as load_npy
-        pass
-    return "damaged"
-
-
 def write_json(path, value):
     """Write a value as JSON, atomically."""
     atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))

@@ -262,13 +262,14 @@ def test_euler_maruyama_is_the_documented_recipe_and_calls_the_model_n_times(pat
 
 
 def test_euler_maruyama_takes_250_steps_and_ends_without_noise():
-    calls, asked, states = [], [], []
+    calls, asked = [], []
     still = lambda x, t: -x / (2 - t)                                    # the drift, (2 - t) v + x, is then 0
-    euler_maruyama(recorded(still, calls), torch.zeros(1, 1, 1), time_grid(250, LAST), trajectory=states,
-                   noise=lambda step: asked.append(step) or torch.ones(1, 1, 1))
+    start = torch.zeros(1, 1, 1, dtype=torch.float64)
+    last = euler_maruyama(recorded(still, calls), start, time_grid(250, LAST),
+                          noise=lambda step: asked.append(step) or torch.ones(1, 1, 1))
     assert len(calls) == 250 and calls[0][1] == 1.0 and calls[-1][1] == pytest.approx(0.04)
     assert asked == list(range(249))
-    values = [x.item() for _, x in states]                               # 249 times upwards, then not
+    values = [x.item() for x, _ in calls] + [last.item()]                # 249 times upwards, then not
     assert (all(a < b for a, b in zip(values[:-1], values[1:-1]))
             and values[-1] == pytest.approx(values[-2], abs=1e-9))
 
@@ -300,22 +301,9 @@ def test_time_runs_from_noise_at_1_to_data_at_0(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_state_is_float64_and_the_result_has_the_inputs_dtype(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        calls, states, x = [], [], torch.randn(2, 1, 3, dtype=dtype)
-        result = draw(name, recorded(lambda x, t: x.to(torch.bfloat16), calls), x, 3, trajectory=states)
+        calls, x = [], torch.randn(2, 1, 3, dtype=dtype)
+        result = draw(name, recorded(lambda x, t: x.to(torch.bfloat16), calls), x, 3)
         assert all(x.dtype == torch.float64 for x, _ in calls) and result.dtype == dtype
-        assert all(x.dtype == dtype for _, x in states)
-
-
-@pytest.mark.parametrize("name, times",
-                         [("euler", [1, 0.75, 0.5, 0.25, 0]), ("heun", [1, 0.75, 0.5, 0.25, 0]),
-                          ("euler_maruyama", [1, 0.68, 0.36, 0.04, 0])])
-def test_trajectory_holds_every_state_from_noise_to_result(name, times):
-    calls, states, x = [], [], torch.randn(2, 1, 3, dtype=torch.float64)
-    result = draw(name, recorded(gaussian("linear").velocity, calls), x, 4, trajectory=states)
-    assert [t for t, _ in states] == pytest.approx(times)
-    assert torch.equal(states[0][1], x) and torch.equal(states[-1][1], result)
-    seen = calls[::2] if name == "heun" else calls                       # the state at the start of each step
-    assert all(torch.equal(state, at) for (_, state), (at, _) in zip(states, seen))
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -519,12 +507,13 @@ def test_a_model_says_how_it_is_sampled():
             asked.append((steps, last))
             return [1.0, 0.5, 0.0]
 
-        samplers = flow.SAMPLERS | {"euler": lambda velocity, x, times, trajectory: velocity(x, times[1]) - 1}
+        samplers = flow.SAMPLERS | {"euler": lambda velocity, x, times: velocity(x, times[1]) - 1}
 
     z = sample_latents(Other(), [0], [4], 0, 1.5, (0.1, 0.6), "euler", 9)
     assert asked == [([4], 1.5, (0.1, 0.6)), (9, None)]
     start = sample_latents(Other(), [0], [4], 0, sampler="heun", steps=9, trajectory=(states := []))
     assert torch.equal(z, -states[0][1] - 1) and start.isfinite().all()
+    assert [t for t, _ in states] == [1, 0.5, 0.5, 0] and torch.equal(states[-1][1], start)
     sample_latents(Other(), [0], [4], 0, steps=9)
     assert asked[-1] == (9, LAST)
 

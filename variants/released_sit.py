@@ -11,36 +11,32 @@ import math
 
 import torch
 
-from flow import SAMPLERS, expected_noise, guided_velocity, inside, keep, path_coefficients, precise
+from flow import SAMPLERS, expected_noise, guided_velocity, inside, path_coefficients, precise
 
 
 @torch.no_grad()
-def euler_maruyama(velocity, x, times, noise, path="linear", trajectory=None):
+def euler_maruyama(velocity, x, times, noise, path="linear"):
     """flow.euler_maruyama with w = 2t: the drift v - w/2 s is v + t/sigma E[eps | x_t]. On the cosine path
     t / sigma is within [2/pi, 1]."""
     dtype, x = x.dtype, precise(x)
     sigmas = path_coefficients(torch.tensor(times, dtype=torch.float64), path)[1].tolist()
-    keep(trajectory, times[0], x, dtype)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, t).to(x)
         x = x + (t_next - t) * (v + t / sigmas[step] * expected_noise(v, x, t, path))
         if t_next > 0:
             x = x + math.sqrt(2 * t * (t - t_next)) * noise(step).to(x)
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 
 @torch.no_grad()
-def heun(velocity, x, times, trajectory=None):
+def heun(velocity, x, times):
     """flow.heun; velocity gets the start of the step, at which it decides on guidance for both calls."""
     dtype, x = x.dtype, precise(x)
-    keep(trajectory, times[0], x, dtype)
     for t, t_next in zip(times, times[1:]):
         v = velocity(x, t).to(x)
         if t_next > 0:
             v = (v + velocity(x + (t_next - t) * v, t_next, start=t).to(x)) / 2
         x = x + (t_next - t) * v
-        keep(trajectory, t_next, x, dtype)
     return x.to(dtype)
 
 

@@ -138,31 +138,24 @@ RIGHT = (
             answer = velocity(states[-1], times[i]).to(states[-1])
             states.append(states[-1] - (times[i] - times[i + 1]) * answer)
             i += 1
-        if trajectory is not None:
-            trajectory += [(t, state.to(kind)) for t, state in zip(times, states)]
         return states[-1].to(kind)
     """),
     ("A3.7", "torch.add into a copy", """
         original = x.dtype
         state = precise(x).clone()
-        keep(trajectory, times[0], state.clone(), original)
         for i in range(1, len(times)):
             dt = times[i] - times[i - 1]
             state = torch.add(state, velocity(state, times[i - 1]).to(state.dtype), alpha=dt)
-            keep(trajectory, times[i], state, original)
         return state.to(original)
     """),
     ("A3.7", "in place in its own copy", """
         dtype, state = x.dtype, precise(x).clone()
-        keep(trajectory, times[0], state.clone(), dtype)
         for now, then in zip(times[:-1], times[1:]):
             state += velocity(state, now).double() * (then - now)
-            keep(trajectory, then, state.clone(), dtype)
         return state.to(dtype)
     """),
     ("A3.8", "halves of two steps", """
         dtype, x = x.dtype, precise(x)
-        keep(trajectory, times[0], x, dtype)
         for i in range(len(times) - 1):
             dt = times[i + 1] - times[i]
             first = velocity(x, times[i]).to(x.dtype)
@@ -171,12 +164,10 @@ RIGHT = (
             else:
                 second = velocity(x + dt * first, times[i + 1]).to(x.dtype)
                 x = x + 0.5 * dt * first + 0.5 * dt * second
-            keep(trajectory, times[i + 1], x, dtype)
         return x.to(dtype)
     """),
     ("A3.8", "predicts first, corrects the prediction", """
         dtype, state = x.dtype, precise(x)
-        keep(trajectory, times[0], state, dtype)
         for t, t_next in zip(times[:-1], times[1:]):
             h = t_next - t
             v = velocity(state, t).to(state)
@@ -184,12 +175,10 @@ RIGHT = (
             if t_next != 0:
                 predicted = predicted + h / 2 * (velocity(predicted, t_next).to(state) - v)
             state = predicted
-            keep(trajectory, t_next, state, dtype)
         return state.to(dtype)
     """),
     ("A3.9", "by the score, sigma from each time", """
         dtype, x = x.dtype, precise(x)
-        keep(trajectory, times[0], x, dtype)
         n = len(times) - 1
         for step in range(n):
             t, dt = times[step], times[step + 1] - times[step]
@@ -201,15 +190,12 @@ RIGHT = (
             if step < n - 1:
                 n_t = torch.randn_like(x) if noise is None else noise(step).to(x)
                 x = x + w ** 0.5 * (-dt) ** 0.5 * n_t
-            keep(trajectory, times[step + 1], x, dtype)
         return x.to(dtype)
     """),
     ("A3.9", "the last step after the loop", """
         dtype, x = x.dtype, precise(x)
         if noise is None:
             noise = lambda step: torch.randn(x.shape, dtype=x.dtype, device=x.device)
-        if trajectory is not None:
-            trajectory.append((times[0], x.to(dtype)))
 
         def drifted(x, t, t_next):
             v = velocity(x, t).to(x)
@@ -220,11 +206,7 @@ RIGHT = (
             x = drifted(x, t, t_next)
             w = 2 * (t if path == "linear" else math.sin(math.pi / 2 * t))
             x = x + noise(step).to(x.dtype) * math.sqrt(w * (t - t_next))
-            if trajectory is not None:
-                trajectory.append((t_next, x.to(dtype)))
         x = drifted(x, times[-2], times[-1])
-        if trajectory is not None:
-            trajectory.append((times[-1], x.to(dtype)))
         return x.to(dtype)
     """),
     ("A3.10", "a loop over the weights", """
