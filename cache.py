@@ -76,7 +76,8 @@ class LatentCache(torch.utils.data.Dataset):
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             files.remove_debris(self.folder)
-            files.write_json(self.folder / "meta.json", {"key": self.key})
+            if not (self.folder / "meta.json").exists():
+                files.write_json(self.folder / "meta.json", {"key": self.key})
         barrier()                                          # no shard is begun before the debris is gone
         order = range(self.length)
         if dataset.length and self.length < dataset.length:

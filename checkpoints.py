@@ -290,6 +290,7 @@ def start_run(config, state, processes, end, train_set):
         millions = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
                              for name, part in state.model.named_children())
         print(f"parameters: {millions}; {processes.world} x {processes.device}", flush=True)
+    barrier()                                         # the fingerprint of a large .npz takes rank 0 minutes
 
 
 def end_run(config, processes, then):

@@ -122,6 +122,8 @@ def generation(args):
     """gFID, sFID, Inception Score, precision and recall of samples; with --features classifier the Fréchet
     distance in a small classifier's features (not FID) and the fraction of samples it assigns to the class
     asked for."""
+    if args.tokenizer and args.features != "classifier":
+        raise UserError("--tokenizer: its reconstructions are compared by --features classifier alone")
     samples = open_samples(args.samples)
     labels, size = torch.from_numpy(samples.labels), samples.size
     # Samples and reference go through the same network, and each set is described by a Gaussian of its
@@ -140,7 +142,7 @@ def generation(args):
         result |= zip(("precision", "recall"), metrics.precision_recall(real.vectors, fake.vectors))
     if args.features == "classifier":
         result |= classified(args, network, labels, fake, size)
-    counts = torch.bincount(labels[labels >= 0])
+    counts = labels[labels >= 0].unique(return_counts=True)[1]
     kind = "unknown" if len(counts) == 0 else "balanced" if counts.max() - counts.min() <= 1 else "unbalanced"
     result["protocol"] = (
         f"{len(labels)} samples of {args.samples} at {size} px against {against}; features {name}; float32; "
@@ -162,7 +164,8 @@ def how_drawn(samples):
     if not note.exists():
         return "guidance, steps and seed unknown"
     settings = files.read_json(note)
-    return "drawn with " + ", ".join(f"{name} {value}" for name, value in settings.items() if name == "seed"
+    return "drawn with " + ", ".join(f"{name} {value}" for name, value in settings.items()
+                                     if name in ("cfg", "seed")
                                      or value and name not in ("weights", "num", "batch_size"))
 
 
@@ -342,14 +345,14 @@ def find_extras():
 
 def parse(argv):
     """(args, the command)."""
-    parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = common.OneLineParser(description=__doc__, **raw)
     parsers, extras = parser.add_subparsers(dest="command", required=True), find_extras()
     asked, = (sys.argv[1:] if argv is None else argv)[:1] or [""]
     commands = COMMANDS | {name: common.find_extra(name) for name in extras if name == asked}
     for name, command in commands.items():
         text = command.measure.__doc__ or ""                               # python -OO leaves docstrings out
-        sub = parsers.add_parser(name, help=text.split("\n\n")[0], description=text,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = parsers.add_parser(name, help=text.split("\n\n")[0], description=text, **raw)
         sub.set_defaults(null_class=False)
         command.add_arguments(sub.add_argument)
         shared_options(sub, command.USES, argv)
@@ -401,8 +404,9 @@ def main(argv=None):
     args.rank, args.world, args.device = start_processes(args.device)
     # A distance must be right in its last printed digit: no 10-bit mantissas.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for path in filter(None, (result_name(args), getattr(args, "save_statistics", None))):
-        files.check_writable(Path(path).parent)
+    files.check_writable(Path(result_name(args)).parent)
+    if getattr(args, "save_statistics", None):
+        files.check_writable(Path(args.save_statistics).parent, "--save-statistics")
     report = command.measure(args)
     if args.rank == 0:
         args.out = result_name(args)

@@ -179,8 +179,8 @@ class Method(Tokenizer):
 
     def __init__(self, config, device):
         self.config, self.device = config, device
-        # Stage 2 has no auxiliary decoders: no need to load gigabytes of teachers for them.
-        names = common.split_names(config.targets) if config.stage != "2" else []
+        # Stage 2 has no auxiliary decoders. From --init no need to load gigabytes of teachers for them.
+        names = [] if config.stage == "2" and config.init else common.split_names(config.targets)
         self.targets = {name: self.build_target(name) for name in names}
         self.lpips = losses.build_lpips(config, device) if config.percep_weight else None
         self.adversary = None                                         # made in `start`, after the model
@@ -355,7 +355,8 @@ def start_from(config, model, adversary, path):
         found = state["ema"].get(f"aux_decoders.{name}")
         if found is not None and found.shape == weight.shape:
             weight.copy_(found)
-    if adversary is not None and state["config"].get("disc") == config.disc:
+    shapes = lambda weights: {name: w.shape for name, w in weights.items()}
+    if adversary is not None and shapes(state.get("adversary") or {}) == shapes(adversary.state_dict()):
         checkpoints.load_weights(adversary, state["adversary"], path)
 
 
@@ -454,8 +455,9 @@ def main(argv=None):
             continue                                       # a resumed run is past it, or it has no steps
         if stage.number > state.facts["stage"]:
             start_stage_2(method, state)
-        if state.step < stage.end or not state.facts["measured"]:
+        if state.step < stage.end:
             train_stage(method, stage, state, train_set, test_set, processes)
+        if not state.facts["measured"]:
             end_stage(method, state, train_set, test_set, processes)
     preset = "sit-xl" if config.preset.startswith("maetok") else config.preset.split(",")[0]
     checkpoints.end_run(config, processes, f"train_diffusion.py --preset {preset} --tokenizer {config.out}")

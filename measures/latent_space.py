@@ -22,6 +22,7 @@ from data import to_float
 from measures.features import Report
 from measures.image_sets import batches, gather, open_data, open_tokenizer, without_classes
 from pictures.draw import line_chart, scatter_chart
+from runtime.processes import barrier
 
 USES = ("data",)
 
@@ -53,7 +54,10 @@ def measure(args):
     names = args.names or args.runs
     if not len(set(names)) == len(names) == len(args.runs):
         raise UserError(f"--names: {len(args.runs)} runs need as many different names")
-    found = {name: of_tokenizer(args, name, path) for name, path in zip(names, args.runs)}
+    found = {}
+    for name, path in zip(names, args.runs):
+        found[name] = of_tokenizer(args, name, path)
+        barrier()                                            # rank 0 fits for longer than a collective waits
     if args.rank > 0:
         return None
     result, table = {name: numbers for name, (numbers, _, _) in found.items()}, [
@@ -98,9 +102,10 @@ def encode_set(args, tokenizer, images, title):
 
 
 def first_classes(images, classes=10, count=1000):
-    """Up to `count` images of the first ten classes, for the picture: among 2,000 images from 1,000 classes
-    there are only 20. Images without a class (-1) count as one."""
-    chosen = np.flatnonzero(images.labels < classes)[:count]
+    """Up to `count` images of the first ten classes that occur, for the picture: among 2,000 images from
+    1,000 classes there are only 20. Images without a class (-1) count as one."""
+    first = np.unique(images.labels)[:classes]
+    chosen = np.flatnonzero(np.isin(images.labels, first))[:count]
     return images._replace(labels=images.labels[chosen], read=lambda index: images.read(chosen[index]))
 
 
@@ -164,9 +169,9 @@ def of_tokenizer(args, name, run):
 
     # ---- the picture: test latents, in directions that were found on training latents ----
     views = class_views(z, y, z_drawn) | ({"UMAP": umap_2d(probe_drawn)} if args.umap else {})
-    pictures = {f"{name}, test latents: {view}": (points, its_class.clamp(min=0).tolist())   # -1: as class 0
-                for view, points in views.items()}
-    return numbers, pictures, (tests.classes if its_class.min() >= 0 else ["images"])[:10]
+    occurring, colours = its_class.unique(return_inverse=True)
+    pictures = {f"{name}, test latents: {view}": (points, colours.tolist()) for view, points in views.items()}
+    return numbers, pictures, [tests.classes[c] if c >= 0 else "no class" for c in occurring.tolist()]
 
 
 # -------------------------------------------- in two dimensions --------------------------------------------
@@ -215,6 +220,6 @@ def discriminant_axes(x, y, count=2):
     within = sum((rows := x[y == c] - mean).T @ rows for c, mean in zip(classes, means)) / len(x)
     shares = torch.stack([(y == c).double().mean() for c in classes])
     centred = (means - shares @ means) * shares.sqrt()[:, None]
-    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=torch.float64)
+    within += max(1e-3 * within.diagonal().mean().item(), 1e-9) * torch.eye(len(within), dtype=torch.float64)
     _, axes = scipy.linalg.eigh((centred.T @ centred).numpy(), within.numpy())                  # ascending
     return torch.from_numpy(axes[:, ::-1][:, :count].copy())

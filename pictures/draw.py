@@ -176,8 +176,7 @@ def sample_grid(images, labels, names, most=16):
     """Samples (n, H, W, 3) uint8 as a PIL image: a row for each of their labels (n,), of at most `most`.
     names: of the classes, where they are known."""
     classes, order = np.unique(labels), np.argsort(labels, kind="stable")
-    columns = min(most, -(-len(labels) // len(classes)))
-    tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == c][:columns] for c in classes]
+    tiles = [[Image.fromarray(images[i]) for i in order if labels[i] == c][:most] for c in classes]
     titles = [drawable(names[c], c) if 0 <= c < len(names) else str(c) for c in classes]
     return image_grid(tiles, titles, min(96, 3 * images.shape[1]), title_width=16 + 8 * max(map(len, titles)))
 

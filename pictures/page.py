@@ -170,7 +170,8 @@ def training_section(run):
 def result_section(path):
     """(place on the page, HTML) of a result of evaluate.py; (0, "") for any other JSON file."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not (entry := SECTIONS.get(result.get("command"), result.get("page"))):
+    entry = isinstance(result, dict) and SECTIONS.get(str(result.get("command")), result.get("page"))
+    if not entry:
         return 0, ""
     title, source, see = entry
     pictures = [path.with_name(f"{path.stem}{name}.png") for name in ("", "_classes", "_mixtures", "_curve")]

@@ -155,7 +155,7 @@ def whole_path(name):
     return os.path.abspath(name) if os.path.exists(name) and name not in ("shapes", "cifar10") else name
 
 
-def check_writable(folder):
+def check_writable(folder, option="--out"):
     """Refuse a folder that this user cannot write to, or make: before the work, not after it."""
     try:
         while not os.path.lexists(folder):                                   # it is made when it is needed
@@ -164,7 +164,7 @@ def check_writable(folder):
             pass
     except OSError as e:
         raise UserError(f"cannot write to the folder {folder} ({e.strerror or e}); "
-                        "choose another with --out") from e
+                        f"choose another with {option}") from e
 
 
 def npz_fault(error):

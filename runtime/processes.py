@@ -180,9 +180,9 @@ def run(main):
         _complain(f"error: {e}")
         status = 2
     except torch.OutOfMemoryError as e:
-        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try --checkpointing, or "
-                  "--accumulate 2 or more (more, smaller forward passes per step; a GAN's run takes another "
-                  "number until --disc-start), or in another --out a smaller --batch-size")
+        _complain(f"error: the GPU's memory is full ({str(e).splitlines()[0]}); try a smaller --batch-size, "
+                  "in training in another --out; or there --checkpointing, or --accumulate 2 or more (more, "
+                  "smaller forward passes per step; a GAN's run takes another number until --disc-start)")
         status = 2
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to resume from the last checkpoint")

@@ -130,7 +130,10 @@ def patch_outputs(tokenizer, x, rngs=None):
         lambda block, inputs: seen.append(inputs[0]))
     latents = tokenizer.encode(x, normalize=True, rngs=rngs)
     hook.remove()
-    return latents, seen[0][:, :grid[0] * grid[1]], grid
+    # Latent tokens are behind the patches; the authors' encoder has a class token before them.
+    count, c = grid[0] * grid[1], tokenizer.config
+    first = seen[0].shape[1] - count - (c.num_latents if c.learnable_latents else 0)
+    return latents, seen[0][:, first:first + count], grid
 
 
 def encode(args, tokenizer, images, title):

@@ -103,6 +103,8 @@ def measure(args):
     times on the linear path. The run's is that of training, where the model is told the class; the Gaussian
     is not, and its samples have none: compare them with those of the null class (curve --null-class).
     """
+    if args.add:
+        raise UserError(f"--add {args.add} draws from the run's own model, a Gaussian's samples need none")
     state = checkpoints.load_checkpoint(args.run)
     check_plain(state, args.run)
     run = open_run(args, args.run, "no classes")
@@ -111,7 +113,7 @@ def measure(args):
     shape, encoded = (run.model.config.num_latents, run.model.config.latent_dim), []
     for indices, x in batches(images, args, "latents"):
         x = to_float(x.to(args.device))
-        views = (x, x.flip(-1)) if run.config["flip"] else (x,)               # those that SiT was trained on
+        views = (x, x.flip(-1)) if run.config.get("flip", True) else (x,)         # what SiT was trained on
         encoded += [run.tokenizer.encode(view, normalize=True, rngs=posterior_rngs(
             run.tokenizer, indices, flipped)).cpu() for flipped, view in enumerate(views)]
     latents = gather(torch.cat(encoded) if encoded else torch.empty(0, *shape), args)

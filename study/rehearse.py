@@ -61,7 +61,8 @@ class Plan(NamedTuple):
 
     def with_cache(self, images):
         """For diffusion: one shard of the cache instead of all. images: how many there are; None: endless."""
-        cached = 0 if self.tokenizer or not self.config.cache else self.config.cache_images or images or 0
+        few = [count for count in (self.config.cache_images, images) if count]
+        cached = 0 if self.tokenizer or not self.config.cache else min(few, default=0)
         short = {"cache_images": min(cached, cache.SHARD_IMAGES)} if cached else {}
         return self._replace(cached=cached, short=self.short | short)
 
@@ -192,7 +193,8 @@ def rehearse(plan, out, log):
     """Start, kill, resume. Returns the Watch of the whole. Raises UserError where the run fails."""
     watch = Watch(out)
     gan = [part.first for part in plan.parts if "GAN" in part.name]
-    kill_after = max(gan[0] if gan else 1, 1)
+    # Not at the first checkpoint where there is another: the step after it says how long saving takes.
+    kill_after = min(max([plan.parts[0].first + SAVE_EVERY, *gan[:1]]), plan.end - 1)
     status = call(plan, out, log, watch, kill_after)
     watch.killed = status is None
     if watch.killed:

@@ -8,7 +8,7 @@ operations per second of a row by those of a large matrix product in the same dt
 and after the rows, so that it means something on a noisy machine too. It can exceed 100: on AMD processors
 large linear layers are computed as convolutions, by a faster library (processes.faster_products); "of conv."
 divides by a large product of that kind. Operations are counted by PyTorch: matrix products, convolutions and
-attention, forward and backward, two per multiply-accumulate (with --checkpointing the tokenizer step's second
+attention, forward and backward, two per multiply-accumulate (with --checkpointing the full objective's second
 forward pass too). Everything else in a step (norms, GELU, optimizer, copies) takes time but is not counted.
 """
 import argparse

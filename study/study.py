@@ -373,6 +373,9 @@ def main(argv=None):
     train, test = (build_dataset(args.data, split, size, "data") for split in ("train", "test"))
     if train.source.fingerprint() == test.source.fingerprint():
         print(f"note: --data {args.data} has no test images of its own: all is measured on training images")
+    if any(source.classes is None or min(source.source.labels) < 0 for source in (train, test)
+           if hasattr(source.source, "labels")):
+        raise UserError(f"--data {args.data}: the study needs the class of every image, of test images too")
     # The classifier comes first, or the first commands would all train it.
     load_classifier(argparse.Namespace(rank=0, world=1, device=device, data_root="data",
                                        cache=f"{args.out}/cache",

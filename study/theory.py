@@ -21,7 +21,8 @@ from pictures.draw import line_chart, sheet_of
 USES = ()
 PAGE = {"page": ["Theorem 2.1 in a toy world", "Sec. 2, App. A",
                  "More modes need more samples for the same error: the lines are further right as K grows."],
-        "meanings": {"exponent": "The samples needed grow as this power of K; Theorem 2.1's bound has 4."}}
+        "meanings": {"exponent": "The samples needed grow as this power of K, d or B; Theorem 2.1's "
+                                 "bounds are 4, 5 and 6."}}
 
 
 def add_arguments(add):
@@ -98,10 +99,10 @@ BOUNDS = {"K": 4, "d": 5, "B": 6}                                               
 def error_curve(args, K, d, B, bar):
     """[(n, error of the fitted score)] for each n of --samples: geometric means over --repeats mixtures."""
     points = []
-    for n in args.samples:
+    for n in sorted({*args.samples}):
         errors = []
         for repeat in range(args.repeats):
-            generator = torch.Generator().manual_seed(1_000_000 * args.seed + 1000 * repeat + K)
+            generator = torch.Generator().manual_seed((1_000_000 * args.seed + 1000 * repeat + K) % 2 ** 63)
             truth = F.normalize(torch.randn(K, d, generator=generator), dim=1) * B
             x = truth[torch.randint(K, (n,), generator=generator)]
             x = x + torch.randn(n, d, generator=generator)

@@ -132,6 +132,14 @@ def test_latent_noise_changes_stage_2_alone_and_makes_the_decoder_bear_it(tmp_pa
 from after.time_shift import shift_of, shift_times  # noqa: E402
 
 
+@pytest.mark.parametrize("names", ["released,mean_flow", "mean_flow,released", "released,guidance_free",
+                                   "usit,released"])
+def test_the_authors_sampling_is_not_joined_with_what_changes_it(names):
+    with pytest.raises(UserError, match="--add (released|mean_flow)"):
+        common.parse_config(*(lambda kind: (kind.Config, kind.PRESETS, [*kind.PRESETS], ""))(
+            common.attach_named(train_diffusion.Method, ["--add", names])), ["--add", names])
+
+
 def test_shifted_times_have_shifted_odds_of_noise_to_data():
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     shifted = shift_times(t, 3.0)

@@ -76,6 +76,15 @@ def test_text_files_and_json_lines_give_the_same_captions(pictures):
     assert captions_of(pictures, "test") == {"four": "nearer"}
 
 
+def test_edited_captions_are_another_data_set(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    found = []
+    for text in ("a dog", "a cat", "a dog"):
+        (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a.png", "caption": text}))
+        found.append(captioned(build_dataset(str(tmp_path), "train", 16)).source.fingerprint())
+    assert found[0] == found[2] != found[1]
+
+
 @pytest.mark.parametrize("name", ["captions.jsonl", "one.txt"])
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path, name):
     """Windows puts one in front of text."""

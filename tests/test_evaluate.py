@@ -66,6 +66,11 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def colours_network(monkeypatch):
+    monkeypatch.setattr(features, "load_inception", tiny_inception)
+
+
 @pytest.fixture(scope="module")
 def diffusion(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("diffusion")
@@ -214,11 +219,20 @@ def test_latents_of_a_tokenizer_that_reads_them_from_its_image_tokens(tmp_path):
     assert found["dims"] == 3 and 0 <= found["linear_probe_accuracy"] <= 1
 
 
+def test_latents_of_images_of_high_classes_of_which_each_has_one(tmp_path, tokenizer):
+    """sample.py --classes 207 360 writes such files; the picture has the classes that occur."""
+    images = next(some_images(build_dataset("shapes", "train", 16), 60))[0].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "high.npz", arr_0=images, arr_1=200 + 3 * np.arange(60))
+    measure("latents", tokenizer, "--data", tmp_path / "high.npz", "--train-images", 60, "--test-images", 30,
+            "--components", 1, "--dims", 3, "--no-full", "--out", tmp_path / "l")
+    assert Image.open(tmp_path / "l_classes.png").width > 100
+
+
 def test_the_picture_has_whole_classes_however_many_there_are():
     images = image_sets.Images("many", 8, np.random.default_rng(0).integers(-1, 1000, 60_000),
                              lambda index: index)
     chosen = latent_space.first_classes(images)
-    assert 500 < len(chosen.labels) <= 1000 and chosen.labels.max() == 9
+    assert 500 < len(chosen.labels) <= 1000 and chosen.labels.max() == 8           # -1 is a class here, too
     assert all(images.labels[chosen.read(i)] == label for i, label in enumerate(chosen.labels))
 
 
@@ -435,6 +449,33 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert checkpoints.numbered_checkpoints(tmp_path) == []
+
+
+def test_options_are_written_out_and_tokenizers_need_the_classifier(tmp_path, diffusion, colours_network):
+    with pytest.raises(UserError, match="--ad"):
+        evaluate.parse(["curve", "RUN", "--ad", "time_shift"])
+    sample.main(["--ckpt", str(diffusion), "--classes", "3", "5", "--num", "10", "--steps", "2", "--cfg", "0",
+                 "--device", "cpu", "--out", str(tmp_path / "s.npz")])
+    options = ("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 40)
+    with pytest.raises(UserError, match="--features classifier alone"):
+        measure(*options, "--tokenizer", diffusion)
+    measure(*options)
+    protocol = json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
+    assert "labels balanced" in protocol and "cfg 0" in protocol                    # of the classes that occur
+
+
+def test_a_reference_file_is_enough_without_the_images(tmp_path, diffusion, colours_network):
+    state = torch.load(diffusion / "last.pt", weights_only=True)
+    state["config"]["data"] = "/nowhere/imagenet"
+    torch.save(state, tmp_path / "moved.pt")
+    real = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "ref.npz", arr_0=real)
+    options = ("cfg", tmp_path / "moved.pt", "--num-images", 8, "--steps", 2, "--scales", 1, "--intervals",
+               "0:1", "--reference", tmp_path / "ref.npz", "--out", tmp_path / "c")
+    with pytest.raises(UserError, match="/nowhere/imagenet, are not here"):
+        measure(*options, "--gap")
+    measure(*options)
+    assert json.loads((tmp_path / "c.json").read_text())["protocol"]
 
 
 def test_protocols_name_how_samples_were_drawn(tmp_path, diffusion, monkeypatch):

@@ -104,6 +104,24 @@ def test_the_page_follows_what_is_there(demo, tmp_path):
     assert not Page(write_report(tmp_path / "empty").read_text()).addresses
 
 
+def test_other_json_files_are_no_results(tmp_path, capsys):
+    for name, content in (("a", {"command": ["python", "train.py"]}), ("b", [1]), ("c", 3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    write_report(tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_every_sample_of_a_class_is_drawn_up_to_16():
+    labels = np.array([0] * 14 + [1] * 3 + [2] * 20)
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    images[..., 0], images[..., 1] = np.arange(len(labels))[:, None, None], 255
+
+    def drawn(part):
+        pixels = np.asarray(draw.sample_grid(images[part], labels[part], [])).reshape(-1, 3)
+        return {*pixels[(pixels[:, 1:] == (255, 0)).all(1), 0].tolist()}
+    assert drawn(labels < 2) == {*range(17)} and drawn(labels >= 0) == {*range(33)}
+
+
 def test_a_distance_in_any_networks_features_has_its_meaning():
     for features in ("inception", "classifier", "efficientnet"):
         for kind in "rg":

@@ -47,6 +47,8 @@ def test_a_run_is_cut_where_its_steps_change_their_cost():
         "steps": 10, "stage2_steps": 0, "disc_start": 5}, 10)
     assert parts(*gan, "110", "--stage", "2") == ([(two, 10, 101), (two + with_gan, 50, 106)], {
         "steps": 100, "stage2_steps": 10, "disc_start": 105}, 110)
+    plan = rehearse.make_plan("train_diffusion.py --tokenizer T --cache-images 30000".split())
+    assert [plan.with_cache(count).cached for count in (5000, 90_000, None)] == [5000, 30_000, 30_000]
     for command in ([], ["python", "sample.py"]):
         with pytest.raises(UserError, match="which run"):
             rehearse.make_plan(command)

@@ -123,6 +123,11 @@ def test_a_gaussian_of_the_latents_is_measured_as_the_null_class_is(tmp_path, di
     assert "What one Gaussian explains (g)" in page and "best affine prediction" in page
 
 
+def test_a_gaussians_samples_take_no_extras(diffusion):
+    with pytest.raises(UserError, match="a Gaussian's samples need none"):
+        measure("gaussian", diffusion, "--add", "time_shift", "--time-shift", 3, "--num-images", 4)
+
+
 @pytest.mark.parametrize("key, value", [("path", "cosine"), ("times", "logit-normal"), ("add", "time_shift"),
                                         ("add", "muon,guidance_free"), ("add", "mean_flow")])
 def test_a_gaussian_is_compared_with_plain_velocity_losses_only(tmp_path, diffusion, key, value):

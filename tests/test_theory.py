@@ -1,4 +1,5 @@
 """study/theory.py: the score of a mixture and its fit. Students of the course have this file."""
+import argparse
 import math
 
 import numpy as np
@@ -16,6 +17,12 @@ def test_score_is_the_gradient_of_the_log_density():
         torch.distributions.Independent(torch.distributions.Normal(means * math.exp(-t), 1.0), 1))
     gradient, = torch.autograd.grad(density.log_prob(x).sum(), x)
     np.testing.assert_allclose(theory.mixture_score(x.detach(), means, t).detach(), gradient, atol=1e-12)
+
+
+def test_sizes_may_come_in_any_order_and_seeds_be_large():
+    args = argparse.Namespace(samples=[256, 64, 256], repeats=1, time=0.1, steps=20, seed=2 ** 63 - 1)
+    found = theory.error_curve(args, 2, 4, 2.0, argparse.Namespace(update=lambda: None))
+    assert [n for n, _ in found] == [64, 256]
 
 
 def test_the_learned_score_of_one_mode_is_as_good_as_the_sample_mean():

@@ -163,10 +163,12 @@ def test_cache_is_resumed_shard_by_shard_and_refused_when_stale(tmp_path, tokeni
     shards = sorted((tmp_path / "a/latents").glob("*.npy"))
     assert len(shards) == 6 and [len(np.load(f)) for f in shards] == [16, 16, 8] * 2
     before = {f: f.read_bytes() for f in shards}
+    written = (tmp_path / "a/latents/meta.json").stat().st_mtime_ns
     shards[1].unlink()                                                               # as if interrupted there
     keep = shards[0].stat().st_mtime_ns
     train(tmp_path / "a", tokenizer)
     assert {f: f.read_bytes() for f in shards} == before and shards[0].stat().st_mtime_ns == keep
+    assert (tmp_path / "a/latents/meta.json").stat().st_mtime_ns == written
     train_tokenizer.main([*TOKENIZER.split(), "--out", str(tmp_path / "other"), "--seed", "1"])
     (tmp_path / "a/last.pt").unlink()
     for path in (tmp_path / "a").glob("step_*.pt"):

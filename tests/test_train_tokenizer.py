@@ -210,6 +210,25 @@ def test_stage_2_alone_from_a_checkpoint(tmp_path):
         train(tmp_path / "one", "--stage", "2")
 
 
+def test_stage_2_after_stage_1_in_the_same_folder_is_both(tmp_path):
+    both = train(tmp_path / "both")
+    train(tmp_path / "turns", "--stage", "1")
+    turns = train(tmp_path / "turns", "--stage", "2")
+    assert both["step"] == turns["step"] == 10
+    assert_same_weights(both, turns)
+    with pytest.raises(UserError, match="is in stage 2 already"):
+        train(tmp_path / "turns", "--stage", "1")
+
+
+def test_a_stage_that_only_needs_measuring_again_is_not_trained(tmp_path, monkeypatch):
+    """So a signal ends it at once: nothing of it waits for the end of a step."""
+    state = train(tmp_path, "--stage", "1")
+    torch.save(state | {"measured": False}, tmp_path / "last.pt")
+    (tmp_path / "step_0000006.pt").unlink()
+    monkeypatch.setattr(trainer, "train_stage", None)
+    assert train(tmp_path, "--stage", "1")["measured"]
+
+
 def test_without_masking_the_auxiliary_decoders_learn_from_all_patches(tmp_path, monkeypatch):
     state = train(tmp_path, "--preset", "no-mask", "--stage", "1")
     assert all(r["hog"] > 0 for r in checkpoints.read_metrics(tmp_path) if "hog" in r)

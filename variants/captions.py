@@ -5,6 +5,7 @@
                     such a file the caption of x.jpg is the text of x.txt beside it
 """
 import json
+from hashlib import sha256
 
 import numpy as np
 
@@ -61,6 +62,10 @@ class CaptionedFolder(Captioned):
         tables = [folder / "captions.jsonl" for folder in (source.folder, *inside)]
         self.table = next((table for table in tables if table.is_file()), None)
         self.captions = read_captions(self.table) if self.table else {}
+
+    def fingerprint(self):
+        """The images' and those of a captions.jsonl: --text-vocab words counts them at each start."""
+        return super().fingerprint() + sha256(repr(sorted(self.captions.items())).encode()).hexdigest()
 
     def caption(self, index):
         """Raises UserError for an image whose caption is missing or empty."""

@@ -8,6 +8,9 @@ The models themselves are SiT's. variants/released.py reads the authors' files a
 that brings these along; `--add released` trains such a model.
 """
 import math
+from dataclasses import dataclass
+
+from common import UserError, split_names    # before torch, see runtime/processes.py
 
 import torch
 
@@ -42,6 +45,13 @@ def heun(velocity, x, times):
 
 class AddToDiffusion:
     """See common.attach."""
+
+    @dataclass
+    class Config:
+        def __post_init__(self):
+            super().__post_init__()
+            if others := {"guidance_free", "mean_flow", "usit"} & {*split_names(getattr(self, "add", ""))}:
+                raise UserError(f"--add released samples as the authors' SiT does, not with {others.pop()}")
 
     class Model:
         samplers = SAMPLERS | {"euler-maruyama": euler_maruyama, "heun": heun}
