@@ -451,7 +451,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert checkpoints.numbered_checkpoints(tmp_path) == []
 
 
-def test_options_are_written_out_and_tokenizers_need_the_classifier(tmp_path, diffusion, colours_network):
+def test_no_option_is_shortened_and_tokenizers_have_one_use(tmp_path, diffusion, colours_network):
     with pytest.raises(UserError, match="--ad"):
         evaluate.parse(["curve", "RUN", "--ad", "time_shift"])
     sample.main(["--ckpt", str(diffusion), "--classes", "3", "5", "--num", "10", "--steps", "2", "--cfg", "0",
@@ -461,7 +461,7 @@ def test_options_are_written_out_and_tokenizers_need_the_classifier(tmp_path, di
         measure(*options, "--tokenizer", diffusion)
     measure(*options)
     protocol = json.loads((tmp_path / "s.npz.json").read_text())["protocol"]
-    assert "labels balanced" in protocol and "cfg 0" in protocol                    # of the classes that occur
+    assert "labels balanced" in protocol and "cfg 0" in protocol                  # of the classes that occur
 
 
 def test_a_reference_file_is_enough_without_the_images(tmp_path, diffusion, colours_network):

@@ -166,7 +166,7 @@ def test_odd_neighbours_cost_only_themselves(tmp_path, capsys):
     Page(text)
     assert "31.25" in text and "by hand" in text and "(b\\udcff)" in text and text.count("<section>") >= 2
     warnings = capsys.readouterr().err.splitlines()
-    for name in ("deep", "typed", "page", "short", "meanings", "long", "binary"):
+    for name in ("deep", "page", "short", "meanings", "long", "binary"):
         assert sum(f"{name}.json is left out" in line for line in warnings) == 1, name
     assert any("run is left out" in line for line in warnings)
     assert any("strange is left out" in line for line in warnings)
