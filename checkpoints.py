@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -293,11 +294,12 @@ def start_run(config, state, processes, end, train_set):
     barrier()                                         # the fingerprint of a large .npz takes rank 0 minutes
 
 
-def end_run(config, processes, then):
-    """The last words of a run. then: the command that comes next, without `python`."""
+def end_run(config, processes, then, more=""):
+    """The last words of a run. then, more: the command that comes next, before and after the run's folder."""
     if processes.rank == 0:
         draw_curves(config)
-        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png\nnext: python {then}")
+        print(f"done: {config.out}/last.pt, loss.png, metrics.jsonl, grid_*.png\n"
+              f"next: python {then} {shlex.quote(config.out)}{more}")
 
 
 def draw_curves(config):

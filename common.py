@@ -182,8 +182,11 @@ def run_name(kind, config):
 
 
 def split_names(text):
-    """"a, b" -> ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """"a, b" -> ["a", "b"]. Raises UserError for a name that comes twice."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{text}: {twice[0]} is named twice")
+    return names
 
 
 # ------------------------------------------------- extras -------------------------------------------------

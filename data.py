@@ -332,7 +332,8 @@ def read_npz(path):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, it should be uint8 (n, H, W, 3)")
     if (labels.shape != (len(images),) or labels.dtype.kind not in "iuf"
-            or (labels != labels.astype(np.int64)).any() or labels.min() < -1):
+            or not np.isfinite(labels).all() or (labels != labels.astype(np.int64)).any()
+            or labels.min() < -1):
         raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it should hold the class numbers, "
                         f"from 0 on, of {len(images)} images")
     labels = labels.astype(np.int64)                                                # some writers save floats

@@ -140,8 +140,8 @@ def heun(velocity, x: Tensor, times: list) -> Tensor:
     """Heun's method for the ODE dx/dt = v: an Euler step, then the same step again with the mean of the
     velocities at its two ends. An error of second order, for 2 n - 1 calls in n steps.
 
-    The last step is an Euler step, as in Karras et al. (2022): at t = 0 the model's velocity is not
-    meaningful, because the state there should hold no noise. The method stays second order.
+    The last step is an Euler step, a convention of Karras et al. (2022), whose denoiser cannot be asked at
+    t = 0. The method stays second order.
     """
     dtype, x = x.dtype, precise(x)
     for t, t_next in zip(times, times[1:]):

@@ -334,8 +334,8 @@ def main(argv=None):
     if config.cache:
         train_set = encode_once(config, tokenizer, train_set, processes)
     train(method, state, network, train_set, processes)
-    checkpoints.end_run(config, processes, f"sample.py --ckpt {config.out}"
-                        + " --cfg 2" * bool(config.num_classes))
+    guided = " --cfg 2" * bool(config.num_classes and config.label_dropout)
+    checkpoints.end_run(config, processes, "sample.py --ckpt", guided)
 
 
 if __name__ == "__main__":

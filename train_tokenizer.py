@@ -100,6 +100,8 @@ class Config(MAETokConfig):
         common.check_choices(self, stage=("both", "1", "2"), disc=("none", "dino", "patch"))
         if not self.mask_low <= self.mask_high < 1:
             raise UserError(f"--mask-low {self.mask_low} and --mask-high {self.mask_high}: low <= high < 1")
+        if self.stage == "2" and not self.stage2_steps:
+            raise UserError("--stage 2 needs --stage2-steps of 1 or more")
         if "hog" in common.split_names(self.targets):
             hog_dim(self.patch_size, self.hog_cell)           # raises ValueError for cells that fill no patch
 
@@ -367,8 +369,8 @@ def check_resumable(config, checkpoint):
     resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH - fixed, config.out)
     if config.stage == "1" and checkpoint["stage"] == 2:
         raise UserError(f"the run in {config.out} is in stage 2 already; choose another --out for --stage 1")
-    if config.stage == "2" and checkpoint["stage"] == 1 and not checkpoint["measured"]:
-        raise UserError(f"stage 1 of the run in {config.out} is not finished; run it without --stage 2")
+    if config.stage == "2" and checkpoint["stage"] == 1 and (config.init or not checkpoint["measured"]):
+        raise UserError(f"--stage 2 goes on in {config.out} when stage 1 there is finished, without --init")
 
 
 def start_stage_2(method, state):
@@ -460,7 +462,7 @@ def main(argv=None):
         if not state.facts["measured"]:
             end_stage(method, state, train_set, test_set, processes)
     preset = "sit-xl" if config.preset.startswith("maetok") else config.preset.split(",")[0]
-    checkpoints.end_run(config, processes, f"train_diffusion.py --preset {preset} --tokenizer {config.out}")
+    checkpoints.end_run(config, processes, f"train_diffusion.py --preset {preset} --tokenizer")
 
 
 if __name__ == "__main__":

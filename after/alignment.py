@@ -84,7 +84,7 @@ class AddToTokenizer:
 
     def __init__(self, config, device):
         super().__init__(config, device)
-        if config.stage != "2":
+        if config.stage != "2" or not config.init:                    # as the core's
             self.targets["align"] = AlignmentTarget(config.align, config, device)
 
     def objective(self, step, batch, output, model):

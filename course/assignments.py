@@ -19,7 +19,7 @@ ASSIGNMENTS = {"A1": a1.BLANKS, "A2": a2.BLANKS, "A3": a3.BLANKS, "A4": a4.BLANK
 # A5 has no blanks. What a program can tell of it is whether the report and the runs are there;
 # (id, points, what).
 A5_CHECKS = (
-    ("A5.1", 4, "`report.md` or `report.pdf` is there; report.md has 1,200 words at most, two pages"),
+    ("A5.1", 4, "`report.md` or `report.pdf` is there; report.md has 100 to 1,200 words, two pages"),
     ("A5.2", 6, "`config.json` of two runs at least, of equal options, that differ in the seed"),
 )
 

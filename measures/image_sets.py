@@ -57,7 +57,7 @@ def open_samples(path):
 def open_data(args, data, split, size, count):
     """`count` images of a data set (0: all), always the same, in a fixed shuffle; centre crop to size."""
     if not data:
-        raise UserError("which images? Give --data: the checkpoint names none")
+        raise UserError("which images? Give --data")
     dataset = build_dataset(data, split, size, args.data_root)
     if dataset.length is None:
         order = range(count or 10_000)
@@ -168,6 +168,10 @@ def load_model(path, args, device):
         # Each stage measures its latents when it ends. SiT was trained with the statistics of its tokenizer.
         other.latent_mean, other.latent_std = tokenizer.latent_mean, tokenizer.latent_std
         tokenizer = other
+    scales = getattr(args, "scales", [getattr(args, "cfg", 1)])
+    if config.get("label_dropout") == 0 and {*scales} != {1} and not args.add + config.get("add", ""):
+        raise UserError(f"{path} was trained with --label-dropout 0: guidance would lead away from a null "
+                        "class that has learned nothing; give a scale of 1")
     for name in common.split_names(args.add):
         model = common.addition(Sampler, name).wrap(model, tokenizer, config, args)
     return model, tokenizer, config

@@ -82,9 +82,12 @@ def measure(args):
     charts[f"largest mean norm ({kinds[0]})"] = f"largest_mean_norm_{kinds[0]}"
     charts = {title: {name: [(row["K"], row[key]) for row in numbers["mixtures"]]
                       for name, numbers in result.items()} for title, key in charts.items()}
+    legend = found[names[0]][2]
+    if any(classes != legend for _, _, classes in found.values()):                # each with its own --data
+        legend = []
     views = {title: view for _, pictures, _ in found.values() for title, view in pictures.items()}
     return Report(result | notes, table, {"_mixtures.png": line_chart(charts, "K", log_x=True),
-                                          "_classes.png": scatter_chart(views, found[names[0]][2])})
+                                          "_classes.png": scatter_chart(views, legend)})
 
 
 # --------------------------------------------- of one tokenizer ---------------------------------------------

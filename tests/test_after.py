@@ -133,9 +133,9 @@ from after.time_shift import shift_of, shift_times  # noqa: E402
 
 
 @pytest.mark.parametrize("names", ["released,mean_flow", "mean_flow,released", "released,guidance_free",
-                                   "usit,released"])
-def test_the_authors_sampling_is_not_joined_with_what_changes_it(names):
-    with pytest.raises(UserError, match="--add (released|mean_flow)"):
+                                   "usit,released", "usit,lightningdit", "lightningdit,usit", "muon,muon"])
+def test_extras_that_do_not_go_together_are_refused(names):
+    with pytest.raises(UserError, match="--add (released|mean_flow)|two models|named twice"):
         common.parse_config(*(lambda kind: (kind.Config, kind.PRESETS, [*kind.PRESETS], ""))(
             common.attach_named(train_diffusion.Method, ["--add", names])), ["--add", names])
 

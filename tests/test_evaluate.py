@@ -464,6 +464,22 @@ def test_no_option_is_shortened_and_tokenizers_have_one_use(tmp_path, diffusion,
     assert "labels balanced" in protocol and "cfg 0" in protocol                  # of the classes that occur
 
 
+def test_a_null_class_that_learned_nothing_guides_nowhere(tmp_path, diffusion):
+    state = torch.load(diffusion / "last.pt", weights_only=True)
+    state["config"]["label_dropout"] = 0.0
+    torch.save(state, tmp_path / "x.pt")
+    for scale in (1, 2):
+        draw = ["--ckpt", str(tmp_path / "x.pt"), "--cfg", str(scale), "--num", "2", "--steps", "2",
+                "--device", "cpu", "--out", str(tmp_path / "s.png")]
+        if scale == 1:
+            sample.main(draw)
+            continue
+        with pytest.raises(UserError, match="--label-dropout 0"):
+            sample.main(draw)
+        with pytest.raises(UserError, match="--label-dropout 0"):
+            measure("cfg", tmp_path / "x.pt", "--num-images", 2, "--scales", 1, 2)
+
+
 def test_a_reference_file_is_enough_without_the_images(tmp_path, diffusion, colours_network):
     state = torch.load(diffusion / "last.pt", weights_only=True)
     state["config"]["data"] = "/nowhere/imagenet"

@@ -206,7 +206,7 @@ def test_stage_2_alone_from_a_checkpoint(tmp_path):
     train(tmp_path / "five", "--stage", "2", "--init", str(tmp_path / "one"), "--targets", "")
     (tmp_path / "one/step_0000006.pt").unlink()
     os.replace(tmp_path / "one/step_0000005.pt", tmp_path / "one/last.pt")
-    with pytest.raises(UserError, match="is not finished"):
+    with pytest.raises(UserError, match="goes on in .*one when stage 1 there is finished"):
         train(tmp_path / "one", "--stage", "2")
 
 
@@ -218,6 +218,8 @@ def test_stage_2_after_stage_1_in_the_same_folder_is_both(tmp_path):
     assert_same_weights(both, turns)
     with pytest.raises(UserError, match="is in stage 2 already"):
         train(tmp_path / "turns", "--stage", "1")
+    with pytest.raises(UserError, match="needs --stage2-steps"):
+        train(tmp_path / "none", "--stage", "2", "--init", str(tmp_path / "both"), "--stage2-steps", "0")
 
 
 def test_a_stage_that_only_needs_measuring_again_is_not_trained(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ Provenance tags: [Table 3] the paper (arXiv:2502.03444v2) · [DC-AE] its code ·
 """
 from dataclasses import dataclass
 
-from common import Count    # before torch, see runtime/processes.py
+from common import Count, UserError, split_names    # before torch, see runtime/processes.py
 
 import torch
 import torch.nn as nn
@@ -42,6 +42,8 @@ class USiTConfig(SiTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if "lightningdit" in split_names(getattr(self, "add", "")):           # a trainer's config has it
+            raise UserError("--add usit,lightningdit: these are two models, choose one")
         if self.depth % 2:
             raise ValueError(f"depth is {self.depth}: USiT's blocks come in mirrored pairs, give an even "
                              "number (the middle block comes on top)")
