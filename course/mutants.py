@@ -73,7 +73,7 @@ EQUIVALENT = {
     "A3.3 line 0: target detached": "the target is data: training differentiates the prediction alone",
     "A3.4 ... detached": "whole numbers have no gradient",
     "A3.4 ... dtype= dropped": "of a list of bools it is bool anyway; no batch is empty",
-    "A3.8 line 6: .to() dropped": "float64 + bfloat16 is float64, exactly",
+    "A3.8 line 5: .to() dropped": "float64 + bfloat16 is float64, exactly",
     "A3.10 ... y detached": "whole numbers have no gradient",
     "A3.10 ... argument y of model detached": "the same",
     "A3.10 ... dtype= dropped": "torch.full of a float is float32, unless the default dtype is changed",

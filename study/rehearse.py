@@ -61,8 +61,9 @@ class Plan(NamedTuple):
 
     def with_cache(self, images):
         """For diffusion: one shard of the cache instead of all. images: how many there are; None: endless."""
-        few = [count for count in (self.config.cache_images, images) if count]
-        cached = 0 if self.tokenizer or not self.config.cache else min(few, default=0)
+        cached = 0
+        if not self.tokenizer and self.config.cache:
+            cached = min((count for count in (self.config.cache_images, images) if count), default=0)
         short = {"cache_images": min(cached, cache.SHARD_IMAGES)} if cached else {}
         return self._replace(cached=cached, short=self.short | short)
 

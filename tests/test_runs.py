@@ -488,5 +488,6 @@ def test_a_run_says_what_it_resumes_what_was_asked_for_and_what_comes_next(photo
     assert f"resuming {out} at step 3 of 3" in printed
     train_sit(tmp_path / "sit", out, "--steps", 2)
     assert f"next: python sample.py --ckpt {tmp_path / 'sit'} --cfg 2\n" in capsys.readouterr().out
-    checkpoints.end_run(SimpleNamespace(out=tmp_path / "a b"), SimpleNamespace(rank=0), "sample.py --ckpt")
+    os.rename(tmp_path / "sit", tmp_path / "a b")
+    checkpoints.end_run(SimpleNamespace(out=f"{tmp_path}/a b"), SimpleNamespace(rank=0), "sample.py --ckpt")
     assert f"next: python sample.py --ckpt '{tmp_path}/a b'\n" in capsys.readouterr().out
