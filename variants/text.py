@@ -230,7 +230,7 @@ class AddToTokenizer:
 
     def dataset(self, split):
         if split not in self.datasets:
-            started = self.config.stage == "2" and self.config.init                           # without targets
+            started = self.config.stage == "2" and self.config.init                          # without targets
             needed = "text" in split_names(self.config.targets) and not started
             dataset = super().dataset(split)
             self.datasets[split] = captioned(dataset) if needed else dataset
