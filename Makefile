@@ -44,7 +44,8 @@ box: .venv/runtime
 	$(BIN)/python train_diffusion.py --tokenizer runs/box/tokenizer --steps 8000 --out runs/box/diffusion
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
 
-# The small model of photographs, assets/cifar10.pt. DATA: cifar10 is downloaded once; or a folder of it. 8 hours.
+# The small model of photographs, assets/cifar10.pt. DATA: cifar10 is downloaded once; or a folder of it.
+# By the speed of its steps seven hours on two cores (Zen 4); not run as one command so far.
 box-cifar10: .venv/runtime
 	$(BIN)/python train_tokenizer.py --preset cifar10-box --add muon --muon 2 --data $(DATA) --out runs/box-cifar10/tokenizer
 	$(BIN)/python train_diffusion.py --preset cifar10-box --add muon --muon 2 --data $(DATA) \

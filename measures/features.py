@@ -60,7 +60,7 @@ def train_classifier(train_set, device, steps=800, batch_size=64, seed=0):
     model = small_classifier(len(train_set.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     batches = GlobalBatches(train_set.length, batch_size, 0, steps, seed)
-    loader = common.batch_loader(train_set, batches, 0, device, collate)
+    loader = common.batch_loader(train_set, batches, -1, device, collate)
     for step, batch in enumerate(tqdm(loader, desc="classifier", total=steps)):
         if (batch[1] < 0).any():
             raise UserError("an image of --data has no class: the classifier needs all labelled")

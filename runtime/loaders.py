@@ -107,4 +107,4 @@ def check_shared_memory(dataset, batch_sampler, workers):
     if held > free or everyone > total:
         raise UserError(f"{SHM} has {free / 1e6:,.0f} of {total / 1e6:,.0f} MB free, but the loader's "
                         f"{workers} processes hold {everyone / 1e6:,.0f} MB in it: start the container with "
-                        "--shm-size=2g or --ipc=host, or give fewer --workers (0: none)")
+                        "--shm-size=2g or --ipc=host, or in training give fewer --workers (0: none)")

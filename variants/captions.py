@@ -65,7 +65,8 @@ class CaptionedFolder(Captioned):
 
     def fingerprint(self):
         """The images' and those of a captions.jsonl: --text-vocab words counts them at each start."""
-        return super().fingerprint() + sha256(repr(sorted(self.captions.items())).encode()).hexdigest()
+        captions = repr(sorted(self.captions.items())).encode() if self.captions else b""
+        return super().fingerprint() + (sha256(captions).hexdigest() if captions else "")
 
     def caption(self, index):
         """Raises UserError for an image whose caption is missing or empty."""
