@@ -45,7 +45,7 @@ box: .venv/runtime
 	$(BIN)/python -m study.box runs/box/diffusion assets/shapes.pt
 
 # The small model of photographs, assets/cifar10.pt. DATA: cifar10 is downloaded once; or a folder of it.
-# By the speed of its steps seven hours on two cores (Zen 4); not run as one command so far.
+# By the speed of its steps four and a half hours on two cores (Zen 4); in one piece it has not run.
 box-cifar10: .venv/runtime
 	$(BIN)/python train_tokenizer.py --preset cifar10-box --add muon --muon 2 --data $(DATA) --out runs/box-cifar10/tokenizer
 	$(BIN)/python train_diffusion.py --preset cifar10-box --add muon --muon 2 --data $(DATA) \
