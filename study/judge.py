@@ -29,7 +29,7 @@ SMALLEST = 8                                       # px, for its three poolings
 def add_arguments(add):
     """The options of this command. add: a parser's add_argument."""
     add("samples", help=".npz or folder of sample.py, with classes")
-    add("--classifier-steps", type=number(Count), default=2400, help="of 256 images (default 2400)")
+    add("--classifier-steps", type=number(Count), default=4000, help="of 256 images (default 4000)")
     add("--test-images", type=number(Whole), default=0, help="to measure it on; 0: all (default)")
     add("--cache", default="runs/cache", help="where it is kept (default runs/cache)")
 
