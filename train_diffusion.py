@@ -94,7 +94,7 @@ PRESETS = {
     "photos": dict(width=192, depth=6, heads=3, steps=3000, batch_size=64, lr=1e-3, warmup=100, ema=0.998,
                    log_every=50, save_every=375, keep_every=375),
     "cifar10-box": dict(width=192, depth=8, heads=3, steps=12_500, batch_size=128, lr=1e-3, warmup=500,
-                        lr_decay=0.1, ema=0.9998, times="logit-normal", save_every=1000, keep_every=2000),
+                        lr_decay=0.1, ema=0.9998, times="logit-normal", save_every=1500, keep_every=1500),
     "cifar10": dict(width=256, depth=8, heads=4, steps=100_000, batch_size=128, lr=3e-4, warmup=500,
                     ema=0.9995, save_every=2000, keep_every=10_000),
     "imagenet64": SIZES["B"] | dict(steps=80_000, lr=2e-4, warmup=1000, ema=0.9995, save_every=5000,
