@@ -66,9 +66,9 @@ RATIOS = (("recon over samples", "recon distance stage2", "distance stage2 cfg 1
 
 def read_unit(name, folder, done):
     """The numbers of one row and seed, from the files its commands left in `folder`: {measure: number};
-    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "loss curve" of
-    [step, loss], "seconds" a dict by command, "... over ..." ratios. `done`: study.read_done's, of a unit
-    that is complete."""
+    "curve cfg 1" and "curve cfg 2" are lists of [step, distance, gap, class accuracy], "curve imagenet" of
+    [step, distance, gap], "loss curve" of [step, loss], "seconds" a dict by command, "... over ..." ratios.
+    `done`: study.read_done's, of a unit that is complete."""
     read = lambda file: json.loads((folder / f"{file}.json").read_text())
     result = {}
 
@@ -92,6 +92,9 @@ def read_unit(name, folder, done):
         add(points[-1], f"stage2 cfg {scale}")
         result[f"curve cfg {scale}"] = [[row["step"], row[DISTANCE("classifier")], row["diffusion_gap"],
                                          row["assigned_to_requested_class"]] for row in points]
+    if "curve, ImageNet" in done:
+        result["curve imagenet"] = [[row["step"], row[DISTANCE("efficientnet")], row["diffusion_gap"]]
+                                    for row in planned(read("curve_imagenet")["rows"], every)]
     if "recon, ImageNet" in done:
         recon = read("recon_imagenet")
         result |= {"recon distance imagenet": recon[DISTANCE("efficientnet")],
@@ -188,6 +191,12 @@ ORDER = {
     "null class, classifier": ("distance null class", 2, 1, True),
     "uncond., classifier": ("distance unconditional", 2, 1, True),
     "linear-probe accuracy, %": ("probe", 1, 100, False)}
+# At each checkpoint of the diffusion model: title -> (key, column, digits, factor).           [Fig. 5b]
+CURVES = {
+    "distance, classifier": ("curve cfg 1", 1, 2, 1), "gap, classifier": ("curve cfg 1", 2, 2, 1),
+    "class accuracy at guidance 2, %": ("curve cfg 2", 3, 1, 100),
+    "distance, ImageNet features": ("curve imagenet", 1, 2, 1),
+    "gap, ImageNet features": ("curve imagenet", 2, 2, 1)}
 
 
 def cells(seeds, columns):
@@ -213,13 +222,18 @@ def markdown(rows, columns, sources):
                         for name, seeds in rows.items())])
 
 
-def gap_by_step(rows, sources):
-    """A Markdown table of the gap at each checkpoint of the diffusion model: which latents are learned
-    faster? [Fig. 5b]"""
-    curves = {name: {seed: {step: gap for step, _, gap, _ in unit["curve cfg 1"]}
-                     for seed, unit in seeds.items()} for name, seeds in rows.items()}
-    steps = sorted({step for seeds in curves.values() for curve in seeds.values() for step in curve})
-    return markdown(curves, {f"{step} steps": (step, 2, 1) for step in steps}, sources)
+def over_training(rows, sources):
+    """Markdown tables of each of CURVES at each checkpoint of the diffusion model: which latents are learned
+    faster?"""
+    tables = []
+    for title, (key, column, digits, factor) in CURVES.items():
+        curves = {name: {seed: {point[0]: point[column] for point in unit.get(key, ())}
+                         for seed, unit in seeds.items()} for name, seeds in rows.items()}
+        steps = sorted({step for seeds in curves.values() for curve in seeds.values() for step in curve})
+        columns = {f"{step} steps": (step, digits, factor) for step in steps}
+        if table := markdown(curves, columns, sources):
+            tables.append(f"{title[0].upper()}{title[1:]}\n\n{table}")
+    return "\n\n".join(tables)
 
 
 def ae_at_psnr(rows, name):
@@ -339,7 +353,7 @@ def report(args, units, sources):
               "Samples, in the classifier's features": DIFFUSION,
               "In EfficientNet-Lite0's features": IMAGENET}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
-    tables |= {"Gap over diffusion steps, in the classifier's features": gap_by_step(rows, sources),
+    tables |= {"Over diffusion steps": over_training(rows, sources),
                "Does the paper's order hold?": verdicts(rows), "The target or the mask?": halves(rows),
                "Rank correlations over rows": rank_correlations(rows), "How to read this": READING,
                "Protocol": result["protocol"]}
@@ -357,15 +371,14 @@ def line_charts(rows):
     half over the Gaussian's, and below the linear probe against distances [Fig. 5a], "mixtures": NLL against
     K [Fig. 2a], "psnr": measures against it}. The first two of the rows `of_one_shape`, or of all where there
     is none of these."""
-    alike, panels = of_one_shape(rows) or rows, {}
-    for column, scale, title in ((1, 1, "distance to real images, not guided"),
-                                 (2, 1, "diffusion gap, not guided"),
-                                 (3, 2, "class accuracy, guidance 2")):
-        panels[title] = {
-            name: [(points[0][0], *spread([point[column] for point in points]))
-                   for points in zip(*(seed[f"curve cfg {scale}"] for seed in seeds.values()))]
-            for name, seeds in alike.items()}
-    pictures = {"curves": line_chart(panels, "diffusion step")}
+    alike, panels = of_one_shape(rows) or rows, []
+    for title, (key, column, _, factor) in CURVES.items():
+        series = {name: [(points[0][0], *spread([factor * point[column] for point in points]))
+                         for points in zip(*(seed[key] for seed in seeds.values()))]
+                  for name, seeds in alike.items() if all(key in seed for seed in seeds.values())}
+        panels += [(title, series)] if series else []
+    pictures = {"curves": sheet_of([line_chart(dict(panels[n:n + 3]), "diffusion step")
+                                    for n in range(0, len(panels), 3)], columns=1)}
     over_seeds = lambda curves: [(points[0][0], *spread([y for _, y in points])) for points in zip(*curves)]
     late = lambda curve: curve[len(curve) // 2:]
     loss = {"diffusion loss": lambda seed: seed["loss curve"],

@@ -99,7 +99,7 @@ SETTINGS = {
     # For the test: every command runs, no number means anything.
     "smoke": dict(scale="cifar10", rows=["AE", "MAETok (HOG)"], seeds=1, steps=3, stage2_steps=2,
                   diffusion_steps=3, unconditional_steps=3, cache_images=200, samples=4, images=20,
-                  sampler_steps=2, classifier_steps=2),
+                  sampler_steps=2, classifier_steps=2, checkpoints=3),
 }
 # Is it for want of steps that masked tokenizers draw worse? The diffusion models' stay the same.
 SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,

@@ -47,8 +47,13 @@ def test_one_row_runs_to_its_table_and_is_not_run_again(images, tmp_path, capsys
     assert seed["recon distance imagenet"] > 0
     # Ratios and curves reach the tables.
     tables = (tmp_path / "smoke.md").read_text()
-    *_, gap = seed["curve cfg 1"][2][:3]
-    assert re.search(rf"\| row \| 1 steps \| 2 steps \| 3 steps \|\n.*\n.* \| {gap:.2f} \|\n", tables)
+    curve = json.loads((folder / "curve_imagenet.json").read_text())["rows"]
+    for title, value in (("Gap, classifier", seed["curve cfg 1"][2][2]),
+                         ("Distance, ImageNet features",
+                          curve[2]["frechet_in_efficientnet_features_not_fid"]),
+                         ("Gap, ImageNet features", curve[2]["diffusion_gap"])):
+        assert re.search(rf"{title}\n\n\| row \| 1 steps \| 2 steps \| 3 steps \|\n.*\n.* "
+                         rf"\| {value:.2f} \|\n", tables), title
     of_gaussian = [json.loads((folder / f"{name}.json").read_text())["diffusion_gap"]
                    for name in ("gaussian", "gaussian_imagenet")]
     null = [json.loads((folder / f"{name}.json").read_text())["rows"][-1]["diffusion_gap"]
