@@ -167,7 +167,7 @@ IMAGENET = {
     "null class, gap": ("gap null class imagenet", 2, 1),
     "Gaussian": ("distance gaussian imagenet", 2, 1), "Gaussian, gap": ("gap gaussian imagenet", 2, 1),
     "null class's gap / Gaussian's": ("null class over gaussian imagenet", 2, 1)}
-READING = """Mean of the seeds ± half the difference between highest and lowest. Stage 2 decodes, but where
+READING = """Lowest to highest of the seeds. Stage 2 decodes, but where
 stage 1 is named.
 
 - rec.: the reconstructions' distance to the real images, the same in percent of the samples' distance, the
@@ -200,12 +200,12 @@ CURVES = {
 
 
 def cells(seeds, columns):
-    """One row of a Markdown table, its cells alone: mean over seeds, and how far they lie on either side."""
+    """One row of a Markdown table, its cells alone: lowest to highest of the seeds."""
     found = []
     for key, digits, factor in columns.values():
         values = [factor * seed[key] for seed in seeds.values() if key in seed]
-        both = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-        found.append(f"{np.mean(values):.{digits}f}{both}" if values else "–")
+        ends = dict.fromkeys(f"{f(values):.{digits}f}" for f in (min, max)) if values else "–"
+        found.append("–".join(ends))
     return " | ".join(found)
 
 

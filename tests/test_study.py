@@ -140,11 +140,11 @@ def test_time_up_ends_commands_and_the_next_call_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "a0").read_text() == (tmp_path / "a1").read_text() == "x"
 
 
-def test_tables_give_the_mean_and_how_far_seeds_lie_from_it():
+def test_tables_give_the_range_over_seeds():
     rows = {"AE": {0: {"psnr stage1": 20.0, "probe": 0.25}, 1: {"psnr stage1": 21.0, "probe": 0.35}}}
     columns = {"PSNR": ("psnr stage1", 2, 1), "probe, %": ("probe", 1, 100), "gone": ("nowhere", 1, 1)}
     assert study_report.markdown(rows, columns, {"AE": "Table 1a"}).splitlines() == [
-        "| row | PSNR | probe, % |", "|---|---|---|", "| AE [Table 1a] | 20.50 ± 0.50 | 30.0 ± 5.0 |"]
+        "| row | PSNR | probe, % |", "|---|---|---|", "| AE [Table 1a] | 20.00–21.00 | 25.0–35.0 |"]
 
 
 def test_verdicts_need_every_seed_on_one_side():
