@@ -236,12 +236,15 @@ def over_training(rows, sources):
     return "\n\n".join(tables)
 
 
+AES = ("AE, 8 channels", "AE, 16 channels", "AE")
+
+
 def ae_at_psnr(rows, name):
     """The AE at row `name`'s reconstruction, {seed: {key of ORDER: number}}: on straight lines between the
     AEs of 8, 16 and 32 channels that there are, at that row's PSNR after stage 2. Empty beyond them."""
-    widths, result = ("AE, 8 channels", "AE, 16 channels", "AE"), {}
+    result = {}
     for seed, unit in rows[name].items():
-        aes = [rows[ae][seed] for ae in widths if seed in rows.get(ae, {})]
+        aes = [rows[ae][seed] for ae in AES if seed in rows.get(ae, {})]
         if len(aes) < 2:
             continue
         at = unit["psnr stage2"]
@@ -277,6 +280,20 @@ def verdicts(rows):
             words.append(f"{word}{once}: {np.mean(a):.{digits}f}, {np.mean(b):.{digits}f}")
         lines.append(f"| {better} | {worse} | {gfid} [{source}] | " + " | ".join(words) + " |")
     return "\n".join(lines)
+
+
+def at_equal_psnr(rows, names=None, titles=None):
+    """A Markdown table, titles of ORDER by rows: lowest to highest of the seeds and, in brackets, of the AE
+    of the same seeds and PSNRs, see ae_at_psnr. None: all that there are. Empty without these AEs."""
+    beside = {name: aes for name in names or rows if name not in AES and (aes := ae_at_psnr(rows, name))}
+    lines = [f"| measure ↓ | {' | '.join(beside)} |", "|---" * (len(beside) + 1) + "|"]
+    for title in titles or [title for title, (*_, less) in ORDER.items() if less]:
+        column = {title: (ORDER[title][0], 1, 1)}
+        found = [f"{cells({seed: rows[name][seed] for seed in aes}, column)} ({cells(aes, column)})"
+                 for name, aes in beside.items()]
+        if set(found) != {"– (–)"}:
+            lines.append(f"| {title} | {' | '.join(found)} |")
+    return "\n".join(lines) if beside else ""
 
 
 def halves(rows):
@@ -354,7 +371,8 @@ def report(args, units, sources):
               "In EfficientNet-Lite0's features": IMAGENET}
     tables = {title: markdown(rows, columns, sources) for title, columns in tables.items()}
     tables |= {"Over diffusion steps": over_training(rows, sources),
-               "Does the paper's order hold?": verdicts(rows), "The target or the mask?": halves(rows),
+               "Does the paper's order hold?": verdicts(rows),
+               "Beside the AE at the same PSNR": at_equal_psnr(rows), "The target or the mask?": halves(rows),
                "Rank correlations over rows": rank_correlations(rows), "How to read this": READING,
                "Protocol": result["protocol"]}
     tables = "\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items() if table)
