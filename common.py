@@ -158,8 +158,9 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
                         f"{', '.join(presets)}")
     if not names or names[0] not in scales:
         names.insert(0, scales[0])
-        if given.get("data", scales[0]) not in scales and first_process():
-            print(f"note: --preset names no scale: it is {scales[0]}; for images of your own there is photos")
+        if (data := given.get("data", scales[0])) != scales[0] and first_process():
+            print(f"note: --preset names no scale: it is {scales[0]}; for --data {data} there is "
+                  f"{data if data in scales else 'photos'}")
     if second := [name for name in names[1:] if name in scales]:
         raise UserError(f"preset {second[0]} fixes the scale of a run: only the first preset may")
     values = {}
@@ -175,10 +176,14 @@ def parse_config(config_class, presets, scales, description, argv=None, hidden=(
         raise UserError(str(e)) from e
 
 
-def run_name(kind, config):
-    """The default --out: runs/KIND-PRESET, with the data's name before the preset's if that lacks it."""
-    data, preset = Path(config.data).stem, config.preset.replace(",", "-")
-    return f"runs/{kind}-{preset if not data or data in preset else f'{data}-{preset}'}"
+def run_name(kind, *parts):
+    """The default --out: runs/KIND-PARTS, of names of data, tokenizer and preset; what another contains is
+    left out."""
+    kept = []
+    for part in (part.replace(",", "-") for part in parts):
+        kept = [other for other in kept if other not in part]
+        kept += [part] * all(part not in other for other in kept)
+    return "-".join([f"runs/{kind}", *kept])
 
 
 def split_names(text):

@@ -27,7 +27,7 @@ import torch
 import checkpoints
 from runtime import files
 import metrics
-from common import Count, Seed, UserError, Weight, Whole, number
+from common import Count, Seed, Share, UserError, Weight, Whole, number
 from data import to_float, to_uint8
 from flow import SAMPLERS, check_guidance
 from measures import latent_space
@@ -214,6 +214,7 @@ def curve(args):
         raise UserError(f"{args.run} has no numbered checkpoints (step_*.pt): give a run folder of "
                         "train_diffusion.py; --keep-every keeps more of them")
     first = open_run(args, paths[0])
+    check_guidance(first.model, args.cfg, args.cfg_interval)
     rows = []
     for path in paths:
         run = first._replace(model=load_model(path, args, args.device)[0])
@@ -269,8 +270,6 @@ def shared_options(parser, uses, argv):
         add("--features", choices=("inception", "classifier", "efficientnet", *["none"] * ("none" in uses)),
             help="inception is FID's network; classifier: a small one trained on --data, where FID has no "
             "meaning; efficientnet: from a package (default inception; for the model in assets/ classifier)")
-        add("--resize", choices=("tf1", "pytorch-fid"), default="tf1",
-            help="input of the FID network: the original's, as in ADM's suite (default), or pytorch-fid's")
         add("--weights-dir", default="", help="folder with the pretrained weights")
         numbers(add, ("--classifier-steps", Count, 800, "of its training"))
         add("--cache", default="runs/cache", help="where it is kept (default runs/cache)")
@@ -308,8 +307,8 @@ def curve_options(add):
     """The options that only `curve` has. add: a parser's add_argument."""
     add("--null-class", action="store_true", help="samples of the null class, unguided [Table 5]")
     numbers(add, ("--cfg", Weight, 1.0, "guidance scale; 1: off, as in Fig. 5b"))
-    add("--cfg-interval", type=interval, default=(0.0, 1.0), metavar="LOW:HIGH",
-        help="times, noise at 1, at which guidance acts (default 0:1)")
+    add("--cfg-interval", type=number(Share), nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
+        help="times, noise at 1, at which guidance acts (default 0 1)")
 
 
 def cfg_options(add):

@@ -227,8 +227,11 @@ def guided_velocity(model, y: Tensor, cfg_scale: float = 1.0, interval: tuple = 
     return velocity
 
 
-def check_guidance(model, cfg_scale: float) -> None:
-    """Raises UserError for a scale that the model cannot be guided with: its velocity() refuses it."""
+def check_guidance(model, cfg_scale: float, interval=(0.0, 1.0)) -> None:
+    """Raises UserError for a scale that the model cannot be guided with: its velocity() refuses it; or for an
+    interval that is none."""
+    if interval[0] > interval[1]:
+        raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
     model.velocity(torch.zeros(1, dtype=torch.int64), cfg_scale)
 
 

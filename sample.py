@@ -64,6 +64,8 @@ def parse(argv):
     add("--dtype", default="auto", help="autocast: auto (bfloat16 where fast), float32, bfloat16")
     add_extras(parser, argv)
     args = parser.parse_args(argv)
+    if args.report and (args.num or args.classes):
+        raise UserError("--report shows classes of its own choice: leave out --num and --classes")
     check_outputs(args.out, args.report)
     return args
 
@@ -78,11 +80,9 @@ def load(args, device):
     args.steps = args.steps or (8 if small else 250)
     args.sampler = args.sampler or ("heun" if small else "euler-maruyama")
     model, tokenizer, config = load_model(args.ckpt, args, device)
-    check_guidance(model, args.cfg)
+    check_guidance(model, args.cfg, args.cfg_interval)
     if null and args.cfg != 1 and not args.add:
         raise UserError("--classes null: guidance leads away from the null class itself; give --cfg 1")
-    if not args.cfg_interval[0] <= args.cfg_interval[1]:
-        raise UserError("--cfg-interval LOW HIGH must satisfy LOW <= HIGH")
     dtype = autocast_dtype(args.dtype, device, model.config.width)
     args.dtype = str(dtype).removeprefix("torch.")                               # what it is, for settings
     classes = model.config.num_classes

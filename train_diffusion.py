@@ -83,7 +83,9 @@ class Config(SiTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out = self.out or common.run_name("diffusion", self)
+        run = Path(self.tokenizer)
+        run = (run.parent if run.suffix == ".pt" else run).name.removeprefix("tokenizer-")
+        self.out = self.out or common.run_name("diffusion", Path(self.data).stem, run, self.preset)
         common.check_choices(self, path=("linear", "cosine"), times=("uniform", "logit-normal"))
 
 
@@ -273,7 +275,9 @@ def load_tokenizer(path):
     if not state["measured"]:
         raise UserError(f"{path} is from the middle of a training stage: the mean and std of its latents, "
                         "without which diffusion fails, are measured at the end; finish that run first")
-    return tokenizer, {k: state[k] for k in ("kind", "add", "stage", "step", "measured", "config", "ema")}
+    kept = {k: state[k] for k in ("kind", "add", "stage", "step", "measured", "config", "ema")}
+    kept["ema"] = {name: w for name, w in kept["ema"].items() if not name.startswith("aux_decoders.")}
+    return tokenizer, kept
 
 
 def start(method, tokenizer_state, classes, processes):
@@ -290,9 +294,12 @@ def start(method, tokenizer_state, classes, processes):
         ends = [(1 - c.get("lr_decay", 0)) * c["steps"] for c in (checkpoint["config"], vars(config))]
         end = {"steps", "lr_decay"} if checkpoint["step"] <= min(ends) else set()
         resuming.check_same_config(checkpoint["config"], config, RESUMABLE_WITH | end, out)
-        if any(not torch.equal(v, checkpoint["tokenizer"]["ema"].get(k, torch.empty(0)))
-               for k, v in tokenizer_state["ema"].items()):
+        known, now = tokenizer_of(checkpoint, out), method.tokenizer
+        if common.fingerprint(known.encoder) != common.fingerprint(now.encoder):
             raise UserError(f"the run in {out} was trained on another tokenizer; choose another --out")
+        # A stage 2 since then has another decoder and measured the latents anew: the model keeps its scale.
+        for name in ("latent_mean", "latent_std"):
+            tokenizer_state["ema"][name] = getattr(now, name).copy_(getattr(known, name)).cpu()
     elif config.init:
         start_from(config, model, method.tokenizer, config.init)
     if config.checkpointing:
@@ -305,6 +312,7 @@ def start(method, tokenizer_state, classes, processes):
     state = common.TrainState(model, ema, method.optimizer(network), others=method.others, facts=facts)
     if checkpoint is not None:
         checkpoints.restore(state, checkpoint, out)
+        state.facts["tokenizer"] = tokenizer_state
     resuming.check_same_step(state.step, out, *processes)
     return state, network
 

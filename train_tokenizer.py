@@ -96,7 +96,7 @@ class Config(MAETokConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out = self.out or common.run_name("tokenizer", self)
+        self.out = self.out or common.run_name("tokenizer", Path(self.data).stem, self.preset)
         common.check_choices(self, stage=("both", "1", "2"), disc=("none", "dino", "patch"))
         if not self.mask_low <= self.mask_high < 1:
             raise UserError(f"--mask-low {self.mask_low} and --mask-high {self.mask_high}: low <= high < 1")

@@ -169,23 +169,16 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
-    def forward(self, images, resize="tf1"):
+    def forward(self, images):
         """uint8 (B, 3, H, W) of any size -> InceptionOutput.
 
-        resize: "tf1", then (x - 128) / 128: the original graph, and so ADM's suite and torch-fidelity.
-        "pytorch-fid": half-pixel bilinear to 299, then 2x - 1 with x in [0, 1]. Neither antialiases.
-        Numbers made with one are not comparable with those of the other.
+        Resized as in the original graph, and so in ADM's suite and torch-fidelity; pytorch-fid resizes
+        otherwise, and its numbers do not compare. Neither antialiases.
         spatial: the first 7 channels of Mixed_6d's 1x1 branch, 17 x 17, in (row, column, channel) order.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"Inception reads uint8 images, not {images.dtype}")
-        if resize == "tf1":
-            x = (resize_tf1(images.float()) - 128) / 128
-        elif resize == "pytorch-fid":
-            x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-            x = x * 2 - 1
-        else:
-            raise ValueError(f"resize {resize!r}: choose tf1 or pytorch-fid")
+        x = (resize_tf1(images.float()) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))            # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))       # (B, 288, 35, 35)

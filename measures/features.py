@@ -113,8 +113,7 @@ def feature_network(args, data, size):
     """
     if args.features == "inception":
         with rank_zero_first(args.rank):
-            network = load_inception(args.weights_dir, args.device)
-        return lambda images: network(images, args.resize), f"inception {args.resize}"
+            return load_inception(args.weights_dir, args.device), "inception tf1"
     if args.features == "efficientnet":
         # ImageNet-trained, from a package; the mean of an 8 x 8 grid of features
         teacher = load_teacher("efficientnet-lite0", size // 8, device=args.device)
@@ -262,7 +261,7 @@ def read_reference(args, network, name, size):
                         f"found: {', '.join(sorted(keys)) or 'nothing'}")
     if str(stored.pop("network", name)) != name:
         raise UserError(f"{args.reference} holds statistics of other features than '{name}'; "
-                        "give the same --features and --resize as when it was saved")
+                        "give the same --features as when it was saved")
     count = int(stored.pop("count", 2))                                          # ADM's files do not say it
     stored = {key: torch.from_numpy(array) for key, array in stored.items()}
     images = open_samples(args.reference) if "arr_0" in keys else None

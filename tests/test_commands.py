@@ -166,7 +166,7 @@ def test_an_image_named_to_forge_a_line_makes_one_line(tmp_path):
 class Colours(torch.nn.Module):
     """In place of the FID network: colour means."""
 
-    def forward(self, images, resize="tf1"):
+    def forward(self, images):
         x = torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1) / 255
         return SimpleNamespace(pool=x, logits=x[:, :5], spatial=x[:, 5:])
 

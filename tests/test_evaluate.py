@@ -47,9 +47,9 @@ class Output(NamedTuple):
 
 
 def tiny_inception(weights_dir="", device="cpu"):
-    """In place of the FID network: 12 colour means of 2 x 2 areas; --resize changes their scale."""
-    def network(images, resize="tf1"):
-        x = F.adaptive_avg_pool2d(images.double(), 2).flatten(1) / (255 if resize == "tf1" else 128)
+    """In place of the FID network: 12 colour means of 2 x 2 areas."""
+    def network(images):
+        x = F.adaptive_avg_pool2d(images.double(), 2).flatten(1) / 255
         return Output(x, x[:, :5] * 3, x[:, 5:])
     return network
 
@@ -139,8 +139,8 @@ def test_fid_of_files_by_numpy_and_scipy(tmp_path, monkeypatch):
         for key in ("gfid", "sfid", "inception_score", "precision", "recall"):
             assert again[key] == pytest.approx(first[key], rel=1e-6), (reference, key)
     with pytest.raises(UserError, match="other features"):
-        measure("generation", tmp_path / "s", "--reference", tmp_path / "saved.npz",
-                "--resize", "pytorch-fid")
+        measure("generation", tmp_path / "s", "--reference", tmp_path / "saved.npz", "--data", "shapes",
+                "--features", "classifier", "--classifier-steps", 1, "--cache", tmp_path)
 
 
 def test_two_processes_give_the_same_distance(tmp_path, cache):
@@ -439,7 +439,7 @@ def test_bad_samples_and_references_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="all must have one size"):
         measure("generation", tmp_path / "folder", "--data", "shapes", "--reference-images", 20)
     monkeypatch.setattr(features, "load_inception",
-                        lambda *a: lambda x, resize: Output(*[torch.full((len(x), 12), float("nan"))] * 3))
+                        lambda *a: lambda x: Output(*[torch.full((len(x), 12), float("nan"))] * 3))
     with pytest.raises(UserError, match="NaN"):
         measure("generation", tmp_path / "s.npz", "--data", "shapes", "--reference-images", 20)
 

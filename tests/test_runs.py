@@ -207,8 +207,15 @@ def test_a_run_resumes_where_its_images_lie_now(tmp_path, photos):
     train_sit(sit, tokenizer, "--data", photos)
     os.rename(photos, tmp_path / "moved")
     assert_same_weights(whole, train(tokenizer, "--data", f"{tmp_path / 'moved'}/"))
-    with pytest.raises(UserError, match="trained on another tokenizer"):                # not on other images
-        train_sit(sit, tmp_path / "whole", "--data", tmp_path / "moved")
+    # The tokenizer's stage 2 has changed its decoder alone.
+    before = checkpoints.load_checkpoint(sit)["tokenizer"]["ema"]
+    train_sit(sit, tokenizer, "--data", tmp_path / "moved", "--steps", 9)
+    after = checkpoints.load_checkpoint(sit)["tokenizer"]["ema"]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"} and not any(name.startswith("aux") for name in after)
+    train(tmp_path / "other", "--data", tmp_path / "moved", "--seed", 1)
+    with pytest.raises(UserError, match="trained on another tokenizer"):
+        train_sit(sit, tmp_path / "other", "--data", tmp_path / "moved", "--steps", 9)
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -467,13 +474,29 @@ def test_a_script_survives_a_closed_stderr(tmp_path):
     (("--data", "holiday/photos"), "runs/tokenizer-photos-shapes"),
     (("--data", "holiday/photos", "--preset", "photos"), "runs/tokenizer-photos"),
     (("--data", "birds.npz", "--preset", "photos"), "runs/tokenizer-birds-photos"),
+    (("--data", "cifar10"), "runs/tokenizer-cifar10-shapes"),
     (("--data", "birds.npz", "--out", "here"), "here")])
 def test_a_runs_folder_is_named_after_data_and_preset(options, out, capsys):
     config = common.parse_config(train_tokenizer.Config, train_tokenizer.SCALES | train_tokenizer.ABLATIONS,
                                  list(train_tokenizer.SCALES), "", list(options))
     assert config.out == out
-    note = "note: --preset names no scale: it is shapes; for images of your own there is photos\n"
-    assert capsys.readouterr().out == (note if "--data" in options and "--preset" not in options else "")
+    note = "note: --preset names no scale: it is shapes; for --data " + {
+        "cifar10": "cifar10 there is cifar10\n"}.get(options[1:2] and options[1], "")
+    printed = capsys.readouterr().out
+    assert printed.startswith(note) if "--data" in options and "--preset" not in options else not printed
+
+
+@pytest.mark.parametrize("options, out", [
+    (("--tokenizer", "runs/tokenizer-shapes"), "runs/diffusion-shapes"),
+    (("--tokenizer", "runs/tokenizer-cifar10-vae", "--preset", "cifar10"), "runs/diffusion-cifar10-vae"),
+    (("--tokenizer", "runs/tokenizer-cifar10/", "--preset", "cifar10"), "runs/diffusion-cifar10"),
+    (("--tokenizer", "runs/tokenizer-birds-photos/last.pt", "--preset", "photos"),
+     "runs/diffusion-birds-photos"),
+    (("--tokenizer", "mine", "--preset", "sit-b", "--data", "new/birds"), "runs/diffusion-birds-mine-sit-b")])
+def test_a_diffusion_runs_folder_is_named_after_its_tokenizer_too(options, out):
+    """So the printed next commands of two tokenizers do not lead into one folder."""
+    assert common.parse_config(train_diffusion.Config, train_diffusion.PRESETS, list(train_diffusion.PRESETS),
+                               "", list(options)).out == out
 
 
 def test_a_run_says_what_it_resumes_what_was_asked_for_and_what_comes_next(photos, tmp_path, capsys):
