@@ -350,7 +350,12 @@ def test_class_names_that_are_numbers(tmp_path):
 def test_a_checkpoint_without_a_data_root_draws_its_sheet(tmp_path):
     content = diffusion_content()
     del content["config"]["data_root"], content["config"]["seed"]
-    draw(saved(tmp_path / "x.pt", content), "--report", tmp_path / "SHEET.PNG")
+    command = ["--ckpt", str(saved(tmp_path / "x.pt", content)), "--report", str(tmp_path / "SHEET.PNG"),
+               "--steps", "2", "--device", "cpu"]
+    for choice in ("--num", "--classes"):                                   # would be without effect
+        with pytest.raises(UserError, match=f"leave out.*{choice}"):
+            sample.main([*command, choice, "1"])
+    sample.main(command)
     assert Image.open(tmp_path / "SHEET.PNG").width > 100
 
 
