@@ -282,16 +282,16 @@ def verdicts(rows):
     return "\n".join(lines)
 
 
-def at_equal_psnr(rows, names=None, titles=None):
+def at_equal_psnr(rows):
     """A Markdown table, titles of ORDER by rows: lowest to highest of the seeds and, in brackets, of the AE
-    of the same seeds and PSNRs, see ae_at_psnr. None: all that there are. Empty without these AEs."""
-    beside = {name: aes for name in names or rows if name not in AES and (aes := ae_at_psnr(rows, name))}
+    of the same seeds and PSNRs, see ae_at_psnr. Empty without these AEs."""
+    beside = {name: aes for name in rows if name not in AES and (aes := ae_at_psnr(rows, name))}
     lines = [f"| measure ↓ | {' | '.join(beside)} |", "|---" * (len(beside) + 1) + "|"]
-    for title in titles or [title for title, (*_, less) in ORDER.items() if less]:
-        column = {title: (ORDER[title][0], 1, 1)}
+    for title, (key, *_, less) in ORDER.items():
+        column = {title: (key, 1, 1)}
         found = [f"{cells({seed: rows[name][seed] for seed in aes}, column)} ({cells(aes, column)})"
                  for name, aes in beside.items()]
-        if set(found) != {"– (–)"}:
+        if less and set(found) != {"– (–)"}:
             lines.append(f"| {title} | {' | '.join(found)} |")
     return "\n".join(lines) if beside else ""
 

@@ -207,9 +207,13 @@ def test_a_run_resumes_where_its_images_lie_now(tmp_path, photos):
     train_sit(sit, tokenizer, "--data", photos)
     os.rename(photos, tmp_path / "moved")
     assert_same_weights(whole, train(tokenizer, "--data", f"{tmp_path / 'moved'}/"))
-    # The tokenizer's stage 2 has changed its decoder alone.
+    # The tokenizer's stage 2 has changed its decoder alone; where it measured the latents anew, SiT keeps
+    # the scale that it has learned.
     before = checkpoints.load_checkpoint(sit)["tokenizer"]["ema"]
-    train_sit(sit, tokenizer, "--data", tmp_path / "moved", "--steps", 9)
+    later = checkpoints.load_checkpoint(tokenizer)
+    later["ema"]["latent_std"] = later["ema"]["latent_std"] * 1.1
+    torch.save(dict(later), tmp_path / "later.pt")
+    train_sit(sit, tmp_path / "later.pt", "--data", tmp_path / "moved", "--steps", 9)
     after = checkpoints.load_checkpoint(sit)["tokenizer"]["ema"]
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder"} and not any(name.startswith("aux") for name in after)
