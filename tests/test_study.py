@@ -6,6 +6,7 @@ import time
 import numpy as np
 import forked
 import pytest
+import scipy.stats
 
 from common import UserError
 from study import report as study_report
@@ -216,6 +217,19 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     assert study_report.at_equal_psnr(both).splitlines() == [
         "| measure ↓ | MAETok (HOG) |", "|---|---|", "| gap, classifier | 1.4–9.0 (1.5–7.0) |"]
     assert study_report.at_equal_psnr({"AE": rows["AE"], "MAETok (HOG)": rows["MAETok (HOG)"]}) == ""
+
+
+def test_the_interval_of_the_lead_is_welchs():
+    """Two pairs half a unit around 1 and one unit around 4: standard error^2 = 0.5 (0.5 + 2) = 1.25, with
+    1.25^2 / (0.25^2 + 1) = 1.47 degrees of freedom."""
+    seeds = lambda *gaps: {n: {"gap stage2 cfg 1": gap, "accuracy stage2 cfg 2": gap / 100}
+                           for n, gap in enumerate(gaps)}
+    rows = {"AE": seeds(3.0, 5.0), "MAETok (HOG)": seeds(0.5, 1.5)}
+    half = scipy.stats.t.ppf(0.975, 1.25 ** 2 / (0.25 ** 2 + 1)) * 1.25 ** 0.5
+    table = [f"| {title} | {-3:+.{n}f} | {-3 - half:+.{n}f} to {-3 + half:+.{n}f} |"
+             for title, n in (("gap, classifier", 2), ("class accuracy at guidance 2, %", 1))]
+    assert study_report.lead(rows).splitlines()[2:] == table
+    assert study_report.lead(rows | {"AE": seeds(3.0)}) == ""
 
 
 @pytest.mark.parametrize("setting", ["quick", "longer", "sharp", "sharp-adamw", "long", "imagenet64"])
