@@ -30,6 +30,7 @@ CODE = re.compile(r"^```bash\n(.*?)^```|`((?:python|torchrun) [^`]+)`", re.M | r
 SCRIPT = re.compile(r"\b(train_tokenizer|train_diffusion|sample|evaluate)\.py\b(.*)")
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
 TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
+SCORE = re.compile(r"^(\| `([a-z_]+)` \| [^|]* \| ).*$", re.M)              # of latents, in docs/study.md
 STUDY = {"README.md": ["sharp"]}                 # settings of the tables of these
 
 
@@ -53,6 +54,15 @@ def with_measured_tables(text, settings):
                  for name in (line.split("|")[1] for line in lines)]
         text = text.replace(table, "\n".join([head, rule, *fresh, ""]))
     return text
+
+
+def with_correlations(text):
+    """The page with what the committed JSON says of latents' scores: | `score` | expected | outcomes |."""
+    found = json.loads((ROOT / "study/results/diffusability.json").read_text())["correlations"]
+    value = {(row["score"], row["outcome"]): f"{round(row['correlation'], 1) + 0:.1f}".replace("-", "−")
+             for row in found}
+    outcomes = list(dict.fromkeys(row["outcome"] for row in found))
+    return SCORE.sub(lambda line: line[1] + " | ".join(value[line[2], key] for key in outcomes) + " |", text)
 
 
 def definitions(path):
@@ -141,6 +151,12 @@ def test_every_table_and_figure_of_the_paper_is_in_the_table():
 def test_the_studys_tables_are_what_was_measured(page):
     text = (ROOT / page).read_text()
     assert text == with_measured_tables(text, STUDY[page]), "run python -m tests.test_docs"
+
+
+def test_the_correlations_are_what_was_measured():
+    text = (ROOT / "docs/study.md").read_text()
+    assert len(SCORE.findall(text)) == 8
+    assert text == with_correlations(text), "run python -m tests.test_docs"
 
 
 def test_the_studys_full_table_has_every_row():
@@ -244,3 +260,5 @@ if __name__ == "__main__":
     for page, settings in STUDY.items():
         path = ROOT / page
         path.write_text(with_measured_tables(path.read_text(), settings))
+    path = ROOT / "docs/study.md"
+    path.write_text(with_correlations(path.read_text()))
