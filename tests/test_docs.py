@@ -62,6 +62,7 @@ def with_correlations(text):
     value = {(row["score"], row["outcome"]): f"{round(row['correlation'], 1) + 0:.1f}".replace("-", "−")
              for row in found}
     outcomes = list(dict.fromkeys(row["outcome"] for row in found))
+    assert f" | {' | '.join(outcomes)} |\n" in text
     return SCORE.sub(lambda line: line[1] + " | ".join(value[line[2], key] for key in outcomes) + " |", text)
 
 
