@@ -61,7 +61,7 @@ course: .venv/dev
 read: .venv/dev
 	$(BIN)/python docs/reading.py --html runs/reading.html
 
-# The paper's comparison of autoencoders on CIFAR-10, 8 hours on two cores; run again to go on.
+# The paper's comparison of autoencoders on CIFAR-10, 10 hours on two cores; run again to go on.
 # SETTING=quick: less training, two to three hours.
 study: .venv/runtime
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet_lite_pytorch==0.1.0 \

@@ -110,7 +110,7 @@ SETTINGS["sharp"] = SETTINGS["quick"] | dict(
     rows=[*MAIN, "KL-VAE, weight / 10", "KL-VAE, weight x 10", "AE, 16 channels", "AE, 8 channels"],
     muon=2.0, steps=4000, stage2_steps=4000,
     seeds={"AE": 3, "MAETok (HOG)": 3, "KL-VAE": 3, "AE + mask, pixels": 2, "AE + HOG, no mask": 2,
-           "MAETok (HOG, EfficientNet)": 2})
+           "MAETok (HOG, EfficientNet)": 2, "AE, 16 channels": 3, "AE, 8 channels": 3})
 # Is it Muon? The same steps of AdamW reconstruct worse, so it takes three times as many.
 SETTINGS["sharp-adamw"] = {key: value for key, value in SETTINGS["sharp"].items() if key != "muon"} | dict(
     rows=["AE", "MAETok (HOG)"], seeds=1, steps=12_000, stage2_steps=12_000)

@@ -31,6 +31,8 @@ SCRIPT = re.compile(r"\b(train_tokenizer|train_diffusion|sample|evaluate)\.py\b(
 SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)")
 TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
 SCORE = re.compile(r"^(\| `([a-z_]+)` \| [^|]* \| ).*$", re.M)              # of latents, in docs/study.md
+EQUAL_PSNR = re.compile(r"^\| measure ↓ (\|.*)\n(?:\|.*\n)+", re.M)           # in docs/study.md
+LATER = re.compile(r"^\| after .*\n(?:\|.*\n)+", re.M)                     # the last checkpoint (and the first)
 STUDY = {"README.md": ["sharp"]}                 # settings of the tables of these
 
 
@@ -54,6 +56,29 @@ def with_measured_tables(text, settings):
                  for name in (line.split("|")[1] for line in lines)]
         text = text.replace(table, "\n".join([head, rule, *fresh, ""]))
     return text
+
+
+def with_equal_psnr(text):
+    """The page with what the committed JSON says of the rows it names beside the AE of their PSNR."""
+    table, rows = EQUAL_PSNR.search(text), measured_rows("sharp")
+    names = [name.strip() for name in table[1].strip("|").split("|")]
+    fresh = report.at_equal_psnr({name: rows[name] for name in (*names, *report.AES)})
+    return text.replace(table[0], "\n".join(fresh.splitlines()[:6]) + "\n")
+
+
+def with_later_table(text):
+    """The page with what the committed JSON says of SiT's last checkpoint and, in brackets, its first."""
+    table, rows = LATER.search(text)[0], measured_rows("long")
+    head, rule, *lines = table.splitlines()
+    names = [name.strip() for name in head.split("|")[3:-1]]
+    for n, line in enumerate(lines):
+        title, expected = line.split("|")[1:3]
+        key, column, _, factor = report.CURVES[title.strip()]
+        digits = 0 if "%" in title else 1
+        ends = [[factor * rows[name]["0"][key][point][column] for point in (-1, 0)] for name in names]
+        cells = [f"{last:.{digits}f} ({first:.{digits}f})" for last, first in ends]
+        lines[n] = f"|{title}|{expected}| " + " | ".join(cells) + " |"
+    return text.replace(table, "\n".join([head, rule, *lines, ""]))
 
 
 def with_correlations(text):
@@ -154,10 +179,11 @@ def test_the_studys_tables_are_what_was_measured(page):
     assert text == with_measured_tables(text, STUDY[page]), "run python -m tests.test_docs"
 
 
-def test_the_correlations_are_what_was_measured():
+@pytest.mark.parametrize("table", (with_equal_psnr, with_later_table, with_correlations))
+def test_the_tables_of_docs_study_are_what_was_measured(table):
     text = (ROOT / "docs/study.md").read_text()
     assert len(SCORE.findall(text)) == 8
-    assert text == with_correlations(text), "run python -m tests.test_docs"
+    assert text == table(text), "run python -m tests.test_docs"
 
 
 def test_the_studys_full_table_has_every_row():
@@ -262,4 +288,5 @@ if __name__ == "__main__":
         path = ROOT / page
         path.write_text(with_measured_tables(path.read_text(), settings))
     path = ROOT / "docs/study.md"
-    path.write_text(with_correlations(path.read_text()))
+    for table in (with_equal_psnr, with_later_table, with_correlations):
+        path.write_text(table(path.read_text()))
