@@ -32,7 +32,7 @@ SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L
 TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
 SCORE = re.compile(r"^(\| `([a-z_]+)` \| [^|]* \| ).*$", re.M)              # of latents, in docs/study.md
 EQUAL_PSNR = re.compile(r"^\| measure ↓ (\|.*)\n(?:\|.*\n)+", re.M)           # in docs/study.md
-LATER = re.compile(r"^\| after .*\n(?:\|.*\n)+", re.M)                     # the last checkpoint (and the first)
+LATER = re.compile(r"^\| after .*\n(?:\|.*\n)+", re.M)  # last checkpoint (first)
 STUDY = {"README.md": ["sharp"]}                 # settings of the tables of these
 
 
