@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import checkpoints
 import common
+from cache import posterior_rngs
 from common import UserError, sample_rng
 from data import Folder, build_dataset, read_npz, to_float, to_uint8
 from flow import sample_latents
@@ -120,9 +121,12 @@ def batches(images, args, title):
 
 
 def reconstructions(args, tokenizer, images):
-    """The tokenizer's reconstructions of Images, as `batches`."""
+    """What a diffusion model without error would draw, as `batches`: decoded latents of Images. A KL-VAE's
+    are samples of its posterior, as the diffusion model is trained on; decoded means (`reconstruct`) lack
+    their noise, and the distance to them would count it as the diffusion model's."""
     for indices, x in batches(images, args, "reconstructing"):
-        yield indices, to_uint8(tokenizer.reconstruct(to_float(x.to(args.device))))
+        h = tokenizer.encode(to_float(x.to(args.device)), rngs=posterior_rngs(tokenizer, indices))
+        yield indices, to_uint8(tokenizer.decode(h, x.shape[-2:]))
 
 
 def gather(rows, args):

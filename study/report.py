@@ -284,15 +284,18 @@ def verdicts(rows):
 
 
 def at_equal_psnr(rows):
-    """A Markdown table, titles of ORDER by rows: lowest to highest of the seeds and, in brackets, of the AE
-    of the same seeds and PSNRs, see ae_at_psnr. Empty without these AEs."""
+    """A Markdown table, titles of ORDER by rows: lowest to highest of the seeds, in brackets of the AE of the
+    same seeds and PSNRs, see ae_at_psnr, and behind the colon what the worst seed gains on its own AE. Empty
+    without these AEs."""
     beside = {name: aes for name in rows if name not in AES and (aes := ae_at_psnr(rows, name))}
     lines = [f"| measure ↓ | {' | '.join(beside)} |", "|---" * (len(beside) + 1) + "|"]
     for title, (key, *_, less) in ORDER.items():
-        column = {title: (key, 1, 1)}
-        found = [f"{cells({seed: rows[name][seed] for seed in aes}, column)} ({cells(aes, column)})"
-                 for name, aes in beside.items()]
-        if less and set(found) != {"– (–)"}:
+        column, found = {title: (key, 1, 1)}, []
+        for name, aes in beside.items():
+            ours = {seed: rows[name][seed] for seed in aes}
+            gains = [ae[key] - ours[seed][key] for seed, ae in aes.items() if key in ae and key in ours[seed]]
+            found.append(f"{cells(ours, column)} ({cells(aes, column)}): {min(gains):.1f}" if gains else "–")
+        if less and set(found) != {"–"}:
             lines.append(f"| {title} | {' | '.join(found)} |")
     return "\n".join(lines) if beside else ""
 

@@ -27,7 +27,7 @@ import maetok
 import sample
 import train_diffusion
 import train_tokenizer
-from common import UserError
+from common import UserError, sample_rng
 from data import build_dataset, some_images, to_float, to_uint8
 from measures import features, image_sets, latent_space
 from shapes import Shapes
@@ -352,6 +352,26 @@ def test_the_gap_is_the_distance_to_reconstructions_and_another_decoder_may_draw
     train_tokenizer.main([*TINY, "--stage", "1", "--out", str(tmp_path / "third"), "--seed", "5"])
     with pytest.raises(UserError, match="another encoder"):
         measure("cfg", diffusion, *options, "--tokenizer", tmp_path / "third")
+
+
+@pytest.mark.parametrize("variational", (False, True))
+def test_the_gap_of_a_kl_vae_is_to_decoded_samples_of_its_posterior(monkeypatch, variational):
+    """Its diffusion model learns samples: drawn without error, they decode to these and not to the means'."""
+    torch.manual_seed(0)
+    tokenizer = maetok.MAETok(maetok.MAETokConfig(
+        image_size=16, patch_size=4, width=16, heads=2, encoder_depth=1, decoder_depth=1, num_latents=4,
+        latent_dim=4, variational=variational)).eval()
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)                          # a fresh decoder draws grey
+    x = torch.from_numpy(shapes(3)[0]).permute(0, 3, 1, 2)
+    monkeypatch.setattr(image_sets, "batches", lambda *_: [([5, 6, 7], x)])
+    with torch.no_grad():
+        (_, found), = image_sets.reconstructions(Namespace(device="cpu"), tokenizer, None)
+        means = to_uint8(tokenizer.reconstruct(to_float(x)))
+        rngs = [sample_rng(0, "posterior", 0, i) for i in (5, 6, 7)]
+        samples = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x), rngs=rngs)))
+    assert torch.equal(found, samples if variational else means)
+    assert torch.equal(samples, means) != variational
 
 
 def test_distance_in_efficientnet_features(tmp_path):

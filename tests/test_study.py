@@ -215,7 +215,7 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
            "AE, 8 channels": {1: {"psnr stage2": 20.0, "gap stage2 cfg 1": 3.0}}}
     both = {name: seeds | own.get(name, {}) for name, seeds in more.items()}
     assert study_report.at_equal_psnr(both).splitlines() == [
-        "| measure ↓ | MAETok (HOG) |", "|---|---|", "| gap, classifier | 1.4–9.0 (1.5–7.0) |"]
+        "| measure ↓ | MAETok (HOG) |", "|---|---|", "| gap, classifier | 1.4–9.0 (1.5–7.0): -2.0 |"]
     assert study_report.at_equal_psnr({"AE": rows["AE"], "MAETok (HOG)": rows["MAETok (HOG)"]}) == ""
 
 
