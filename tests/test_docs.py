@@ -32,7 +32,7 @@ SYMBOL = re.compile(r"\[`?([A-Za-z_]\w*(?:\.\w+)+)`?\]\(((?:\.\./)?[\w/]+\.py)#L
 TABLE = re.compile(r"^\| row .*\n(?:\|.*\n)+", re.M)
 SCORE = re.compile(r"^(\| `([a-z_]+)` \| [^|]* \| ).*$", re.M)              # of latents, in docs/study.md
 EQUAL_PSNR = re.compile(r"^\| measure ↓ (\|.*)\n(?:\|.*\n)+", re.M)           # in docs/study.md
-LATER = re.compile(r"^\| after .*\n(?:\|.*\n)+", re.M)  # last checkpoint (first)
+LATER = re.compile(r"^\| after .*\n(?:\|.*\n)+", re.M)  # in docs/study.md, too
 STUDY = {"README.md": ["sharp"]}                 # settings of the tables of these
 
 
@@ -63,7 +63,7 @@ def with_equal_psnr(text):
     table, rows = EQUAL_PSNR.search(text), measured_rows("sharp")
     names = [name.strip() for name in table[1].strip("|").split("|")]
     fresh = report.at_equal_psnr({name: rows[name] for name in (*names, *report.AES)})
-    return text.replace(table[0], "\n".join(fresh.splitlines()[:6]) + "\n")
+    return text.replace(table[0], "\n".join(fresh.splitlines()[:6]).replace(" -", " −") + "\n")
 
 
 def with_later_table(text):
