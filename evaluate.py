@@ -28,14 +28,14 @@ import checkpoints
 from runtime import files
 import metrics
 from common import Count, Seed, Share, UserError, Weight, Whole, number
-from data import to_float, to_uint8
+from data import to_float
 from flow import SAMPLERS, check_guidance
 from measures import latent_space
 from measures.features import (PRECISION_IMAGES, FeatureStatistics, Report, collect, distance_name,
                              feature_network, few_images, frechet_between, open_run, reference,
                              save_statistics, score)
 from measures.image_sets import (add_extras, batches, gather, load_model, open_data, open_samples,
-                               open_tokenizer, reconstructions, run_folder, without_classes)
+                               open_tokenizer, reconstruct, reconstructions, run_folder, without_classes)
 from losses import build_lpips
 from maetok import load_tokenizer
 from pictures.draw import line_chart, recon_picture
@@ -70,11 +70,10 @@ def recon(args):
     images = open_data(args, data, "test", size, args.num_images)
     statistics, rows, shown, found = [], [], [], []
     # One pass over the images: measures per image are kept, features only as a running mean and covariance.
-    for _, a in batches(images, args, "reconstructing"):
+    for indices, a in batches(images, args, "reconstructing"):
         a = a.to(args.device)                                                               # (B, 3, H, W)
         x = to_float(a)
-        # Rounded to 256 levels, as a picture on disk would be: the paper's numbers are of uint8 images.
-        b = to_uint8(tokenizer.reconstruct(x))
+        b = reconstruct(tokenizer, indices, x)
         values = [metrics.psnr(a, b), metrics.ssim(a, b), metrics.ssim(a, b, data_range=2.0)]
         if lpips is not None:
             values.append(lpips(x, to_float(b)).double())
@@ -99,6 +98,7 @@ def recon(args):
     result |= {"images": len(rows), "protocol": (
         f"{len(rows)} images of {images.name} at {size} px, centre crop; EMA weights; reconstructions "
         f"rounded to uint8, against the same images; features {name}; float32"
+        + "; latents: samples of the posterior" * tokenizer.config.variational
         + (few_images(len(rows), len(statistics[0].mean)) if network is not None else ""))}
     return Report(result, pictures={".png": recon_picture(shown[:8])})
 

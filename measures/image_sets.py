@@ -120,13 +120,19 @@ def batches(images, args, title):
             bar.update(len(indices))
 
 
+def reconstruct(tokenizer, indices, images):
+    """Images (B, 3, H, W) in [-1, 1], decoded from their latents, as uint8: what a diffusion model without
+    error would draw. A KL-VAE's latents are samples of its posterior, as the diffusion model is trained on;
+    decoded means lack their noise, and a distance to them would count it as the diffusion model's."""
+    h = tokenizer.encode(images, rngs=posterior_rngs(tokenizer, indices))
+    # Rounded to 256 levels, as a picture on disk would be: the paper's numbers are of uint8 images.
+    return to_uint8(tokenizer.decode(h, images.shape[-2:]))
+
+
 def reconstructions(args, tokenizer, images):
-    """What a diffusion model without error would draw, as `batches`: decoded latents of Images. A KL-VAE's
-    are samples of its posterior, as the diffusion model is trained on; decoded means (`reconstruct`) lack
-    their noise, and the distance to them would count it as the diffusion model's."""
+    """Images as `batches`, each by `reconstruct`."""
     for indices, x in batches(images, args, "reconstructing"):
-        h = tokenizer.encode(to_float(x.to(args.device)), rngs=posterior_rngs(tokenizer, indices))
-        yield indices, to_uint8(tokenizer.decode(h, x.shape[-2:]))
+        yield indices, reconstruct(tokenizer, indices, to_float(x.to(args.device)))
 
 
 def gather(rows, args):

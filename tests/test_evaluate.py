@@ -183,6 +183,20 @@ def test_recon_measures_the_reconstructions(tmp_path, tokenizer, monkeypatch):
         measure("recon", tokenizer, "--size", 30)
 
 
+def test_recon_of_a_kl_vae_decodes_samples_of_its_posterior(tmp_path):
+    train_tokenizer.main([*TINY, "--stage", "1", "--variational", "--out", str(tmp_path)])
+    measure("recon", tmp_path, "--num-images", 5, "--features", "none", "--data", "shapes",
+            "--out", tmp_path / "r")
+    found, model = json.loads((tmp_path / "r.json").read_text()), maetok.load_tokenizer(tmp_path)
+    images = next(some_images(build_dataset("shapes", "test", 16), 5))[0]
+    means = model.encode(to_float(images))
+    samples = model.encode(to_float(images), rngs=[sample_rng(0, "posterior", 0, i) for i in range(5)])
+    psnr = [np.mean([peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)
+                     for a, b in zip(images, to_uint8(model.decode(h)))]) for h in (means, samples)]
+    assert found["psnr"] == pytest.approx(psnr[1]) and found["psnr"] != pytest.approx(psnr[0])
+    assert "samples of the posterior" in found["protocol"]
+
+
 # ------------------------------------------ latents, curve, cfg ------------------------------------------
 
 @pytest.mark.slow
