@@ -6,7 +6,7 @@ learns better?                                                           [Tables
     python -m study.study --setting quick                     # seven rows of less training: 2.4 hours
     python -m study.study --setting imagenet64 --data FOLDER  # ViT-S at 64 px, for a GPU of 24 GB (not run)
 
-What is expected of it, written before it ran, and how long it takes: study/README.md.
+What is expected of it, written before it ran, and how long it takes: study/results/study-sharp-expected.md.
 
 For each row and seed this runs train_tokenizer.py (stage 1, stage 2), train_diffusion.py and evaluate.py as
 anyone would by hand, and gathers what they measured. All rows have the same steps, models and number of
@@ -89,7 +89,7 @@ SCALES = {
     "imagenet64": dict(size=64, kl=2e-6, patch="32", tokenizer=[], diffusion=[]),
 }
 MAIN = list(ROWS)[:6]
-# seeds: of every row, or a number for each. By one core's times, two commands at a time (study/README.md).
+# seeds: of every row, or a number for each. By one core's times, see study/results/study-sharp-expected.md.
 SETTINGS = {
     # Some two and a half hours on two cores of AMD EPYC (Zen 5).
     "quick": dict(scale="cifar10", seeds=2,
@@ -105,7 +105,7 @@ SETTINGS = {
 SETTINGS["longer"] = SETTINGS["quick"] | dict(rows=["AE", "MAETok (HOG)"], seeds=1, steps=6000,
                                               stage2_steps=3000)
 # Until reconstruction no longer decides: the default. The KL-VAE's further seeds are for the weight of the
-# three that is best by itself, see study/README.md.
+# three that is best by itself, see study/results/study-sharp-expected.md.
 SETTINGS["sharp"] = SETTINGS["quick"] | dict(
     rows=[*MAIN, "KL-VAE, weight / 10", "KL-VAE, weight x 10", "AE, 16 channels", "AE, 8 channels"],
     muon=2.0, steps=4000, stage2_steps=4000,
