@@ -148,7 +148,7 @@ def generation(args):
         f"{len(labels)} samples of {args.samples} at {size} px against {against}; features {name}; float32; "
         f"labels {kind}; precision and recall with k = 3 against up to {PRECISION_IMAGES} reference images"
         + ("; near 0 where samples are blurrier than the reference, so see those against the tokenizer's "
-           "reconstructions of test images" if args.tokenizer else "") + "; "
+           "reconstructions of test images (a KL-VAE's: posterior samples)" if args.tokenizer else "") + "; "
         + ("Inception Score in file order, chunks of 5000; " if args.features == "inception" else "")
         + ("the samples are sorted by class, which makes Inception Score too low; "
            if args.features == "inception" and metrics.few_classes_at_once(labels) else "")

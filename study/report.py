@@ -294,7 +294,8 @@ def at_equal_psnr(rows):
         for name, aes in beside.items():
             ours = {seed: rows[name][seed] for seed in aes}
             gains = [ae[key] - ours[seed][key] for seed, ae in aes.items() if key in ae and key in ours[seed]]
-            found.append(f"{cells(ours, column)} ({cells(aes, column)}): {min(gains):.1f}" if gains else "–")
+            found.append(f"{cells(ours, column)} ({cells(aes, column)}): {round(min(gains), 1) + 0:.1f}"
+                         if gains else "–")
         if less and set(found) != {"–"}:
             lines.append(f"| {title} | {' | '.join(found)} |")
     return "\n".join(lines) if beside else ""
