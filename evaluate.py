@@ -98,7 +98,7 @@ def recon(args):
     result |= {"images": len(rows), "protocol": (
         f"{len(rows)} images of {images.name} at {size} px, centre crop; EMA weights; reconstructions "
         f"rounded to uint8, against the same images; features {name}; float32"
-        + "; latents: samples of the posterior" * tokenizer.config.variational
+        + ("; latents: samples of the posterior" if tokenizer.config.variational else "")
         + (few_images(len(rows), len(statistics[0].mean)) if network is not None else ""))}
     return Report(result, pictures={".png": recon_picture(shown[:8])})
 

@@ -361,7 +361,8 @@ def open_run(args, path, source=""):
         images = open_data(args, data, "train", size, args.reference_images)
         reconstructed = collect(args, network, reconstructions(args, tokenizer, images))
         protocol += (f"; gap: to the tokenizer's reconstructions of {len(images.labels)} images of "
-                     f"{images.name}" + ", samples of the posterior" * tokenizer.config.variational)
+                     f"{images.name}"
+                     + (", samples of the posterior" if tokenizer.config.variational else ""))
     return Run(model, tokenizer, config, network, real, reconstructed,
                protocol + few_images(args.num_images, len(real.pool.mean)))
 

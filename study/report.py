@@ -285,15 +285,19 @@ def verdicts(rows):
 
 def at_equal_psnr(rows):
     """A Markdown table, titles of ORDER by rows: lowest to highest of the seeds, in brackets of the AE of the
-    same seeds and PSNRs, see ae_at_psnr, and behind the colon what the worst seed gains on its own AE. Empty
-    without these AEs."""
+    same seeds and PSNRs, see ae_at_psnr, and behind the colon the least gain of a seed on the AE of any seed.
+    Empty without these AEs."""
     beside = {name: aes for name in rows if name not in AES and (aes := ae_at_psnr(rows, name))}
+    others = {seed for ae in AES for seed in rows.get(ae, ())}
+    pairs = {name: [(rows[name][seed], ae) for seed in aes for other in others
+                    for ae in ae_at_psnr(rows | {name: {other: rows[name][seed]}}, name).values()]
+             for name, aes in beside.items()}
     lines = [f"| measure ↓ | {' | '.join(beside)} |", "|---" * (len(beside) + 1) + "|"]
     for title, (key, *_, less) in ORDER.items():
         column, found = {title: (key, 1, 1)}, []
         for name, aes in beside.items():
             ours = {seed: rows[name][seed] for seed in aes}
-            gains = [ae[key] - ours[seed][key] for seed, ae in aes.items() if key in ae and key in ours[seed]]
+            gains = [ae[key] - unit[key] for unit, ae in pairs[name] if key in ae and key in unit]
             found.append(f"{cells(ours, column)} ({cells(aes, column)}): {round(min(gains), 1) + 0:.1f}"
                          if gains else "–")
         if less and set(found) != {"–"}:

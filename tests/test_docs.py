@@ -84,7 +84,7 @@ def with_later_table(text):
 def with_correlations(text):
     """The page with what the committed JSON says of latents' scores: | `score` | expected | outcomes |."""
     found = json.loads((ROOT / "study/results/diffusability.json").read_text())["correlations"]
-    value = {(row["score"], row["outcome"]): f"{round(row['correlation'], 1) + 0:.1f}".replace("-", "−")
+    value = {(row["score"], row["outcome"]): f"{round(row['correlation'], 2) + 0:.2f}".replace("-", "−")
              for row in found}
     outcomes = list(dict.fromkeys(row["outcome"] for row in found))
     assert f" | {' | '.join(outcomes)} |\n" in text

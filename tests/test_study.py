@@ -210,12 +210,12 @@ def test_the_ae_of_equal_reconstruction_lies_between_its_widths():
     table = study_report.verdicts(rows).splitlines()[2:]
     assert len(table) == 2 and f"| MAETok (HOG) | {study_report.EQUAL} | – [its claim] |" in table[1]
     assert "yes (1 seed): 1.40, 1.50" in table[1]
-    # Each seed beside its own AEs, and no line for what was not measured.
+    # Ranges: each seed beside its own AEs; least gain: seed 1 on seed 0's. No line for what was not measured.
     own = {"AE": {1: {"psnr stage2": 23.0, "gap stage2 cfg 1": 9.0}},
            "AE, 8 channels": {1: {"psnr stage2": 20.0, "gap stage2 cfg 1": 3.0}}}
     both = {name: seeds | own.get(name, {}) for name, seeds in more.items()}
     assert study_report.at_equal_psnr(both).splitlines() == [
-        "| measure ↓ | MAETok (HOG) |", "|---|---|", "| gap, classifier | 1.4–9.0 (1.5–7.0): -2.0 |"]
+        "| measure ↓ | MAETok (HOG) |", "|---|---|", "| gap, classifier | 1.4–9.0 (1.5–7.0): -7.5 |"]
     assert study_report.at_equal_psnr({"AE": rows["AE"], "MAETok (HOG)": rows["MAETok (HOG)"]}) == ""
 
 
